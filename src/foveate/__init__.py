@@ -1,0 +1,64 @@
+"""foveate: where an image classifier looks, whether that picture is true, and how to make it look at the right thing.
+
+Explain, measure, train, measure again. Importing foveate loads torch and nothing heavy; the rest comes on first use.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from foveate._version import __version__
+from foveate.batch import Batch
+from foveate.capture import Capture
+from foveate.classifier import Normalized, normalized
+from foveate.errors import DegenerateMapWarning, FoveateError, ImageError, LayerError, SlowPathWarning
+from foveate.evaluate import evaluate, summarize  # eager: the module has the name of the function
+from foveate.explain import Explanation, explain, saliency
+from foveate.registry import loss, method, metric
+from foveate.targets import Target
+
+if TYPE_CHECKING:
+    from foveate.losses.centre import cam_loss
+    from foveate.methods.cam import contrastive_maps
+    from foveate.models.load import Classifier, load
+
+
+_LAZY = {
+    "Classifier": "foveate.models.load",
+    "cam_loss": "foveate.losses.centre",
+    "contrastive_maps": "foveate.methods.cam",
+    "load": "foveate.models.load",
+}
+
+__all__ = [
+    "Batch",
+    "Capture",
+    "Classifier",
+    "DegenerateMapWarning",
+    "Explanation",
+    "FoveateError",
+    "ImageError",
+    "LayerError",
+    "Normalized",
+    "SlowPathWarning",
+    "Target",
+    "__version__",
+    "cam_loss",
+    "contrastive_maps",
+    "evaluate",
+    "explain",
+    "load",
+    "loss",
+    "method",
+    "metric",
+    "normalized",
+    "saliency",
+    "summarize",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _LAZY:
+        return getattr(importlib.import_module(_LAZY[name]), name)
+    raise AttributeError(f"module 'foveate' has no attribute {name!r}")

@@ -1,0 +1,498 @@
+"""Capture: run the model once, keep logits, features and gradients; run the rest of it, or changed images, again."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, nullcontext
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from foveate import layers as L
+from foveate import targets as T
+from foveate.classifier import check_eval, check_images, eager, hooked, read_logits, unwrap
+from foveate.cut import make_tail
+from foveate.errors import FoveateError, LayerError, SlowPathWarning
+from foveate.linear_head import LinearHead, at_least_float32, recognise
+
+Precision = Literal["fp32", "bf16"]
+PIXELS_AT_ONCE = 32 * 224 * 224  # of changed images in one forward pass: about 1.5 GB of activations in a ResNet-50
+
+
+@dataclass
+class Passes:
+    """Images that went through the model: forward, backward, and through the tail behind a layer only."""
+
+    forward: int = 0
+    backward: int = 0
+    tail: int = 0
+
+
+@dataclass
+class _Feature:
+    """One captured layer: its module, its raw output as a node of the graph, how it lies, how often it ran."""
+
+    name: str
+    module: nn.Module | None
+    kept: Tensor | None = None
+    read_as: L.Layout | None = None
+    runs: int = 0
+    gradients: dict[int, Tensor] = field(default_factory=dict)
+
+    @property
+    def raw(self) -> Tensor:
+        if self.kept is None:
+            raise LayerError(f"layer {self.name!r} did not run for this input")
+        return self.kept
+
+    @property
+    def layout(self) -> L.Layout:
+        if self.read_as is None:
+            raise LayerError(f"layer {self.name!r} has no spatial grid")
+        return self.read_as
+
+    def grid(self, tensor: Tensor) -> Tensor:
+        """A tensor that lies like the layer's output as ``[B,K,h,w]``, float32 or better."""
+        return at_least_float32(L.to_grid(tensor, self.layout))
+
+
+class Capture:
+    """One run of a classifier on a batch, from which every method and metric takes what it needs.
+
+    Nothing stays on the model: hooks live inside the forward pass only, and parameters, buffers, modes and ``.grad``
+    are as before, also when something raises.
+
+    Args:
+        model: any classifier; images in [0, 1] go in (see :func:`foveate.normalized`).
+        x: ``[B,3,H,W]``; moved to the model's device and precision.
+        layers: a dotted path or module, several of them, ``"auto"``, or ``"input"`` for the image itself.
+        frozen: post hoc: what comes before the layers runs without a graph, and gradients of parameters are never
+            built. False for training: real parameters, and every map differentiable in them (``create_graph``).
+        head: ``softmax``, ``binary`` or ``multilabel``; by the number of logits where it is None.
+        layout: how to read the layers' outputs, where the automatic reading does not fit.
+        precision: of changed images in :meth:`score`: ``fp32``, or ``bf16`` through autocast.
+        chunk: how many changed images run at once; by memory where it is None. Results do not depend on it.
+        closed_form: use a linear head's closed form instead of autograd; both give the same.
+
+    Attributes:
+        x: the batch as the model saw it, ``[B,3,H,W]``.
+        logits: ``[B,C]``, float32 or better, a node of the graph.
+        layers: the paths of the captured layers; ``layer`` is the first.
+        passes: how many images went forward and backward so far.
+
+    Raises:
+        FoveateError: wrong shape or type of images, a model in training mode (frozen), NaN logits, no logits.
+        LayerError: an unknown layer, or one that did not run or has no spatial grid.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        x: Tensor,
+        layers: str | nn.Module | Sequence[str | nn.Module] = "auto",
+        *,
+        frozen: bool = True,
+        head: T.Head | None = None,
+        layout: L.Layout | None = None,
+        precision: Precision = "fp32",
+        chunk: int | None = None,
+        closed_form: bool = True,
+    ) -> None:
+        self.model = unwrap(model)
+        self.frozen = frozen
+        self.passes = Passes()
+        self.precision: Precision = precision
+        self._chunk = chunk
+        self._closed_form = closed_form
+        self._heads: dict[str, LinearHead | None] = {}
+        self._tails: dict[str, Callable[[Tensor, Tensor], Tensor]] = {}
+        self._linear: tuple[Tensor, Tensor | None, Tensor, Tensor] | None = None
+        self._kept: list[T.Target] = []
+        check_images(x)
+        if precision not in ("fp32", "bf16"):
+            raise FoveateError(f"precision {precision!r} is unknown: use 'fp32' or 'bf16'")
+        if chunk is not None and chunk < 1:
+            raise FoveateError(f"chunk {chunk} is not a number of images: use 1 or more")
+        if frozen:
+            check_eval(self.model)
+        with torch.inference_mode(False):
+            first = next((p for p in self.model.parameters() if p.is_floating_point()), None)
+            if first is not None:
+                x = x.to(first.device, first.dtype)
+            self.x = x.clone() if x.is_inference() else x
+            self._features = {}
+            for name, module in self._resolve(layers):
+                self._features[name] = _Feature(name, module)
+            self._forward()
+        given = layout
+        for feature in self._features.values():
+            self._settle(feature, given)
+        if self._linear is not None:
+            logits = self._linear[3]
+            if logits.shape != self.logits.shape or not torch.equal(logits.to(self.logits.dtype), self.logits):
+                self._linear = None
+        self.head: T.Head = T.head_of(self.logits, head)
+
+    # -- what is known after the run -------------------------------------------------------------------------------
+
+    @property
+    def layers(self) -> tuple[str, ...]:
+        """The paths of the captured layers."""
+        return tuple(self._features)
+
+    @property
+    def layer(self) -> str:
+        """The first captured layer, the default of every method."""
+        return next(iter(self._features))
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Height and width of the images."""
+        return self.x.shape[-2], self.x.shape[-1]
+
+    @property
+    def classes(self) -> int:
+        """Number of classes that can be named (2 for one binary logit)."""
+        return T.num_classes(self.logits, self.head)
+
+    @property
+    def pred(self) -> Tensor:
+        """The predicted class of each image, ``[B]``."""
+        return T.predicted(self.logits, self.head)
+
+    def layout(self, layer: str | None = None) -> L.Layout:
+        """How a captured layer's output lies in memory."""
+        return self._feature(layer).layout
+
+    def activations(self, layer: str | None = None) -> Tensor:
+        """Features of a layer as a grid, ``A [B,K,h,w]``, float32 or better; a node of the graph."""
+        feature = self._feature(layer)
+        return feature.grid(feature.raw)
+
+    def target(
+        self, target: object = None, *, score: str = "logit", against: object = None, labels: Tensor | None = None
+    ) -> T.Target:
+        """What a person writes as a :class:`Target` of this batch; see :func:`foveate.targets.resolve`."""
+        with torch.inference_mode(False):
+            return T.resolve(target, self.logits, score=score, against=against, labels=labels, head=self.head)
+
+    def log_probability(self, y: Tensor) -> Tensor:
+        """Log-probability of a class of each image, ``[B]``, float64; at the precision of :meth:`score`."""
+        logits = self.logits.detach() if self.precision == "fp32" else self.score(self.x)
+        return T.log_probability(logits, y, self.head)
+
+    # -- gradients -------------------------------------------------------------------------------------------------
+
+    def grad(self, layer: str | None, target: T.Target) -> Tensor:
+        """Gradient of the score by the features, ``G [B,K,h,w]``: one backward pass for all layers, kept per target.
+
+        Images do not depend on each other in evaluation mode, so the scores are summed and differentiated once.
+        Where the head is linear in the layer, ``G = (d score / d logits) W`` needs no backward pass at all.
+
+        Raises:
+            LayerError: the score does not depend on the grid of this layer.
+        """
+        feature = self._feature(layer)
+        if id(target) not in feature.gradients:
+            self._kept.append(target)  # keeps the identity that the results are stored under
+            self._differentiate(target)
+        return feature.gradients[id(target)]
+
+    def _differentiate(self, target: T.Target) -> None:
+        by_logits = self._by_logits(target)  # [B,C]
+        autograd = []
+        for feature in self._features.values():
+            head = self.linear_head(feature.name) if self._closed_form else None
+            if head is None:
+                autograd.append(feature)
+            else:
+                gradient = torch.einsum("bc,ckhw->bkhw", by_logits, head.weight)
+                feature.gradients[id(target)] = gradient.expand_as(self.activations(feature.name))
+        if not autograd:
+            return
+        raws = [feature.raw for feature in autograd]
+        if not self.logits.requires_grad:
+            raise LayerError(f"the logits do not depend on layer {autograd[0].name!r}: {self._advice()}")
+        with torch.inference_mode(False), torch.enable_grad():
+            results = torch.autograd.grad(
+                self.logits,
+                raws,
+                by_logits,
+                retain_graph=True,
+                create_graph=not self.frozen,
+                allow_unused=True,
+            )
+        self.passes.backward += len(self.x)
+        for feature, gradient in zip(autograd, results, strict=True):
+            if gradient is None:
+                raise LayerError(f"the score does not depend on layer {feature.name!r}: {self._advice()}")
+            grid = feature.grid(gradient)
+            if feature.layout.kind == "tokens" and by_logits.any() and not grid.any():
+                raise LayerError(
+                    f"the gradient at layer {feature.name!r} is exactly 0 on every patch, because the class token has "
+                    f"already gathered what it reads: {self._advice()}"
+                )
+            feature.gradients[id(target)] = grid
+
+    def _by_logits(self, target: T.Target) -> Tensor:
+        """Gradient of the score by the logits, ``[B,C]``: what any score adds to the gradients of the logits."""
+        with torch.inference_mode(False), torch.enable_grad():
+            logits = self.logits if not self.frozen else self.logits.detach().requires_grad_(True)
+            score = target(logits)
+            if not score.requires_grad:
+                raise FoveateError(f"the target {target.name!r} is not a differentiable function of the logits")
+            (gradient,) = torch.autograd.grad(score.sum(), logits, create_graph=not self.frozen)
+        return gradient
+
+    def _advice(self) -> str:
+        try:
+            return f"try {L.find(self.model, self.x, self._call)!r}"
+        except FoveateError:
+            return "name an earlier layer"
+
+    # -- linear heads ----------------------------------------------------------------------------------------------
+
+    def linear_head(self, layer: str | None = None) -> LinearHead | None:
+        """The head behind a layer where it is average pooling or flattening and one linear layer; None elsewhere.
+
+        It is recognised by what it computes: the input of the last linear layer is compared with the pooled and with
+        the flattened features of this run, and its output with the logits.
+        """
+        name = self._feature(layer).name
+        if name not in self._heads:
+            self._heads[name] = self._recognise(name)
+        return self._heads[name]
+
+    def _recognise(self, name: str) -> LinearHead | None:
+        if self._linear is None:
+            return None
+        weight, bias, features, _ = self._linear
+        return recognise(self.activations(name), weight, bias, features)
+
+    def class_maps(self, layer: str | None = None, classes: Sequence[int] | None = None) -> Tensor:
+        """HiResCAM of every class, ``M [B,C,h,w]``: ``M_c = sum_k (d y_c / d A_k) * A_k``; differentiable when live.
+
+        Closed form for linear heads; elsewhere one backward pass a class, behind the layer only.
+
+        Args:
+            classes: only these, in this order.
+        """
+        activations = self.activations(layer)
+        head = self.linear_head(layer) if self._closed_form else None
+        columns = list(range(self.logits.shape[1])) if classes is None else list(classes)
+        if head is not None:
+            chosen = LinearHead(head.weight[columns], head.bias[columns], head.pooled) if classes is not None else head
+            return chosen.maps(activations)
+        feature = self._feature(layer)
+        maps = []
+        for column in columns:
+            with torch.inference_mode(False), torch.enable_grad():
+                (gradient,) = torch.autograd.grad(
+                    self.logits[:, column].sum(),
+                    feature.raw,
+                    retain_graph=True,
+                    create_graph=not self.frozen,
+                    allow_unused=True,
+                )
+            self.passes.backward += len(self.x)
+            if gradient is None:
+                raise LayerError(f"the score does not depend on layer {feature.name!r}: {self._advice()}")
+            maps.append((feature.grid(gradient) * activations).sum(1))
+        return torch.stack(maps, 1)
+
+    # -- running it again ------------------------------------------------------------------------------------------
+
+    def score(self, images: Tensor | Iterable[Tensor], target: T.Target | None = None, rows: Tensor | None = None) -> Tensor:
+        """Run changed images: their logits ``[N,C]``, or their scores ``[N]`` where a target is given.
+
+        The one place where changed images are run: in chunks bounded by memory, without a graph, channels-last, in
+        bf16 where the capture asks for it. A chunk that does not fit into memory is halved.
+
+        Args:
+            images: ``[N,3,H,W]``, or an iterable of such tensors, so that no more than one needs to exist at a time.
+            target: what to score them with.
+            rows: the image of the batch that each was made from, ``[N]``; their order where it is None.
+        """
+        check_eval(self.model)
+        parts = [images] if isinstance(images, Tensor) else images
+        logits = torch.cat([part for images in parts for part in self._chunks(images, self._run)])
+        return self._scored(logits, target, rows)
+
+    def tail(
+        self, activations: Tensor, layer: str | None = None, target: T.Target | None = None, rows: Tensor | None = None
+    ) -> Tensor:
+        """Run only what comes after a layer: logits ``[N,C]``, or scores ``[N]`` where a target is given.
+
+        Args:
+            activations: changed features as a grid, ``[N,K,h,w]``. Where they need a gradient the result has one;
+                elsewhere they run in chunks without a graph.
+            rows: the image of the batch that each belongs to, ``[N]``; their order where it is None.
+        """
+        feature = self._feature(layer)
+        if rows is None:
+            rows = torch.arange(len(activations), device=activations.device)
+        if len(activations) != len(rows) or (len(rows) and int(rows.max()) >= len(self.x)):
+            raise FoveateError(f"{len(activations)} feature maps need as many rows, each below {len(self.x)}")
+        if feature.name not in self._tails:
+            self._tails[feature.name] = self._tail_of(feature)
+        run = self._tails[feature.name]
+        self.passes.tail += len(activations)
+        if activations.requires_grad:
+            with torch.inference_mode(False), torch.enable_grad():
+                logits = run(activations, rows)
+        else:
+            pieces = []
+            step = 8 * self._chunk_size()
+            with torch.inference_mode():
+                for start in range(0, len(activations), step):
+                    pieces.append(run(activations[start : start + step], rows[start : start + step]))
+            logits = torch.cat(pieces).clone() if pieces else self.logits.detach()[:0]
+        return self._scored(logits, target, rows)
+
+    def _scored(self, logits: Tensor, target: T.Target | None, rows: Tensor | None) -> Tensor:
+        if target is None:
+            return logits
+        return target(logits) if rows is None else target.rows(rows)(logits)
+
+    def _chunk_size(self) -> int:
+        return self._chunk or max(1, PIXELS_AT_ONCE // (self.size[0] * self.size[1]))
+
+    def _chunks(self, images: Tensor, run: Callable[[Tensor], Tensor]) -> Iterator[Tensor]:
+        step, start = self._chunk_size(), 0
+        while start < len(images):
+            try:
+                yield run(images[start : start + step])
+            except torch.OutOfMemoryError:
+                if step == 1:
+                    raise
+                step = max(1, step // 2)
+                continue
+            start += step
+
+    def _run(self, images: Tensor) -> Tensor:
+        images = images.detach().to(self.x.device, self.x.dtype)
+        cast = torch.autocast(self.x.device.type, torch.bfloat16) if self.precision == "bf16" else nullcontext()
+        with torch.inference_mode(), eager(self.model), cast:
+            images = images.contiguous(memory_format=torch.channels_last)
+            logits = at_least_float32(read_logits(self.model(images)))
+        self.passes.forward += len(images)
+        return logits.clone()  # a clone made outside of inference mode can take part in a graph
+
+    # -- the run ---------------------------------------------------------------------------------------------------
+
+    def _feature(self, layer: str | None) -> _Feature:
+        if layer is None:
+            layer = self.layer
+        if layer not in self._features:
+            raise LayerError(f"layer {layer!r} was not captured: this run has {', '.join(self._features)}")
+        return self._features[layer]
+
+    def _resolve(self, given: str | nn.Module | Sequence[str | nn.Module]) -> list[tuple[str, nn.Module | None]]:
+        items = [given] if isinstance(given, (str, nn.Module)) else list(given)
+        if not items:
+            raise LayerError("no layer was given: name one, or 'auto'")
+        resolved: list[tuple[str, nn.Module | None]] = []
+        for item in items:
+            if isinstance(item, nn.Module):
+                resolved.append((L.name_of(self.model, item), item))
+            elif item == L.INPUT:
+                resolved.append((item, None))
+            else:
+                name = L.find(self.model, self.x, self._call) if item == "auto" else item
+                resolved.append((name, L.get(self.model, name)))
+        return resolved
+
+    def _call(self, x: Tensor) -> Any:
+        """The model on ``x``, with parameters that no gradient reaches where the capture is frozen."""
+        if not self.frozen:
+            return self.model(x)
+        detached = {name: p.detach().clone() if p.is_inference() else p.detach() for name, p in self.model.named_parameters()}
+        return functional_call(self.model, detached, (x,))
+
+    def _forward(self) -> None:
+        x = self.x
+        if L.INPUT in self._features:
+            x = x.detach().clone().requires_grad_(True)
+            self._features[L.INPUT].kept = x
+            self._features[L.INPUT].read_as = L.Layout("nchw", *self.size)
+        with ExitStack() as stack:
+            stack.enter_context(torch.enable_grad())
+            stack.enter_context(eager(self.model))
+            for feature in self._features.values():
+                if feature.module is not None:
+                    stack.enter_context(hooked(feature.module, self._keep(feature)))
+            for module in self.model.modules():
+                if isinstance(module, nn.Linear):
+                    stack.enter_context(hooked(module, self._keep_linear))
+            output = self._call(x)
+        self.logits = at_least_float32(read_logits(output))
+        self.passes.forward += len(x)
+        if len(self.logits) != len(x):
+            raise FoveateError(f"the model returned {len(self.logits)} rows for {len(x)} image(s)")
+        bad = ~torch.isfinite(self.logits).all(1)
+        if bad.any():
+            raise FoveateError(
+                f"the model returns NaN or infinity for image {int(bad.nonzero()[0])} of the batch: "
+                "check its weights and its input range"
+            )
+
+    def _keep(self, feature: _Feature) -> Callable[..., Any]:
+        def hook(module: nn.Module, inputs: Any, output: Any) -> Any:
+            raw = L.first_tensor(output)
+            if raw is None:
+                raise LayerError(f"layer {feature.name!r} returns a {type(output).__name__}, not a tensor")
+            feature.runs += 1
+            if not raw.requires_grad:
+                raw = raw.detach().requires_grad_(True)  # the graph begins here: nothing before it is differentiated
+            feature.kept = raw
+            return L.with_first(output, raw.clone())  # an in-place ReLU behind the layer must not overwrite it
+
+        return hook
+
+    def _keep_linear(self, module: nn.Linear, inputs: Any, output: Any) -> None:
+        if isinstance(output, Tensor) and output.ndim == 2 and inputs and isinstance(inputs[0], Tensor):
+            self._linear = (module.weight, module.bias, inputs[0], output)
+
+    def _settle(self, feature: _Feature, layout: L.Layout | None) -> None:
+        """Check that a layer ran and has a grid."""
+        raw, module = feature.kept, feature.module
+        if module is None:
+            return
+        if raw is None:
+            raise LayerError(f"layer {feature.name!r} did not run for this input: {self._advice()}")
+        if feature.runs > 1:
+            warnings.warn(
+                f"layer {feature.name!r} runs {feature.runs} times in one forward pass: its last output is used",
+                stacklevel=3,
+            )
+        feature.read_as = L.check_grid(
+            feature.name,
+            raw,
+            layout or L.layout_of(raw.shape, self.size, module, self.model),
+            lambda: L.find(self.model, self.x, self._call),
+        )
+
+    def _tail_of(self, feature: _Feature) -> Callable[[Tensor, Tensor], Tensor]:
+        def replaced(native: Tensor, rows: Tensor) -> Tensor:
+            if feature.module is None:
+                return read_logits(self._call(native))
+            swap = hooked(feature.module, lambda module, inputs, output: L.with_first(output, native.clone()))
+            with swap, eager(self.model):
+                return read_logits(self._call(self.x[rows]))
+
+        raw, layout = feature.raw.detach(), feature.layout
+        run = make_tail(self.model, feature.name, raw, self.x, self.logits.detach())
+        if run is None:
+            if feature.module is not None:
+                warnings.warn(
+                    f"what comes after layer {feature.name!r} could not be cut off: the whole model runs each time",
+                    SlowPathWarning,
+                    stacklevel=4,
+                )
+            run = replaced
+        last = run
+        return lambda A, rows: at_least_float32(last(L.from_grid(A.to(raw.dtype), raw[rows], layout), rows))

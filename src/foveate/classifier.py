@@ -1,0 +1,146 @@
+"""Any classifier as one that takes images in [0, 1] and returns logits: normalisation inside, wrappers off, outputs read."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from foveate.errors import FoveateError
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+
+class Normalized(nn.Module):
+    """A model with its normalisation inside: ``model((x - mean) / std)`` for ``x`` in [0, 1].
+
+    Black is then 0 for every model, so that a masked image means the same thing everywhere. The wrapped model keeps
+    its layer names: ``features.12`` is found with or without the wrapper.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, model: nn.Module, mean: Sequence[float] = IMAGENET_MEAN, std: Sequence[float] = IMAGENET_STD) -> None:
+        super().__init__()
+        if len(mean) != len(std) or not all(value > 0 for value in std):
+            raise FoveateError(f"mean {tuple(mean)} and std {tuple(std)} must be equally long, and every std above 0")
+        self.model = unwrap(model)
+        self.register_buffer("mean", torch.tensor(tuple(mean)).view(1, -1, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(tuple(std)).view(1, -1, 1, 1), persistent=False)
+        self.training = self.model.training
+
+    def forward(self, x: Tensor) -> Any:
+        return self.model((x - self.mean.to(x.dtype)) / self.std.to(x.dtype))
+
+
+def normalized(model: nn.Module, mean: Sequence[float] = IMAGENET_MEAN, std: Sequence[float] = IMAGENET_STD) -> Normalized:
+    """``model`` with ``(x - mean) / std`` in front, so that it takes images in [0, 1]; ImageNet's values by default.
+
+    The wrapper is put on the device of the model; the model itself is not changed.
+
+    Raises:
+        FoveateError: ``mean`` and ``std`` differ in length, or a std is not above 0.
+    """
+    wrapped = Normalized(model, mean, std)
+    first = next(model.parameters(), None)
+    if first is not None:
+        wrapped.mean, wrapped.std = wrapped.mean.to(first.device), wrapped.std.to(first.device)
+    return wrapped
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """The module that does the work: without DataParallel, DistributedDataParallel and ``torch.compile`` around it.
+
+    Raises:
+        FoveateError: not a module, or a TorchScript module, which has no hooks on its layers.
+    """
+    while True:
+        if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+            model = model.module
+        elif isinstance(getattr(model, "_orig_mod", None), nn.Module):
+            model = model._orig_mod  # type: ignore[assignment]
+        else:
+            break
+    if isinstance(model, torch.jit.ScriptModule):
+        raise FoveateError("a TorchScript model cannot be looked into: give the module that it was scripted or traced from")
+    if not isinstance(model, nn.Module):
+        raise FoveateError(f"a model is a torch.nn.Module, and this is a {type(model).__name__}")
+    return model
+
+
+def core(model: nn.Module) -> tuple[nn.Module, str]:
+    """The user's own model inside :class:`Normalized` wrappers, and the prefix of its layers' names."""
+    prefix = ""
+    while isinstance(model, Normalized):
+        model, prefix = model.model, prefix + "model."
+    return model, prefix
+
+
+@contextmanager
+def eager(model: nn.Module) -> Iterator[None]:
+    """Run compiled parts of a model eagerly, so that hooks on their layers are seen."""
+    compiled = any(getattr(m, "_compiled_call_impl", None) or hasattr(m, "_orig_mod") for m in model.modules())
+    with torch.compiler.set_stance("force_eager") if compiled else nullcontext():
+        yield
+
+
+def read_logits(output: Any) -> Tensor:
+    """The logits ``[B,C]`` in what a classifier returns: a tensor, a tuple, a dict, or an object with ``.logits``.
+
+    Raises:
+        FoveateError: there is nothing of that shape in it.
+    """
+    if isinstance(output, Tensor):
+        logits = output
+    elif isinstance(getattr(output, "logits", None), Tensor):
+        logits = output.logits
+    elif isinstance(output, Mapping):
+        found = [output[key] for key in ("logits", "out", "output") if isinstance(output.get(key), Tensor)]
+        found += [value for value in output.values() if isinstance(value, Tensor)]
+        if not found:
+            raise FoveateError(f"the model returned a dict without a tensor: its keys are {list(output)}")
+        logits = found[0]
+    elif isinstance(output, Sequence) and output and isinstance(output[0], Tensor):
+        logits = output[0]
+    else:
+        raise FoveateError(f"the model returned a {type(output).__name__}: foveate needs a tensor, tuple, dict or .logits")
+    if logits.ndim == 1:
+        logits = logits[:, None]
+    while logits.ndim > 2 and logits.shape[-1] == 1:
+        logits = logits[..., 0]
+    if logits.ndim != 2:
+        raise FoveateError(f"the model returned shape {list(logits.shape)}, but a classifier returns logits [B,C]")
+    return logits
+
+
+@contextmanager
+def hooked(module: nn.Module, hook: Callable[..., Any]) -> Iterator[None]:
+    """A forward hook that is gone afterwards, whatever happens."""
+    handle = module.register_forward_hook(hook)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def check_images(x: Tensor) -> None:
+    """Raise a FoveateError unless ``x`` is ``[B,3,H,W]``, floating point, with at least one image."""
+    if not isinstance(x, Tensor) or x.ndim != 4:
+        given = f"shape {list(x.shape)}" if isinstance(x, Tensor) else f"a {type(x).__name__}"
+        raise FoveateError(f"images are a tensor of shape [B,3,H,W] with values in [0, 1], and this is {given}")
+    if not x.is_floating_point():
+        raise FoveateError(f"images are floating point in [0, 1], and these are {x.dtype}: divide by 255 first")
+    if len(x) == 0:
+        raise FoveateError("the batch holds no image")
+
+
+def check_eval(model: nn.Module) -> None:
+    """Raise a FoveateError where any module is in training mode, which would change what is explained, and itself."""
+    training = [name or type(model).__name__ for name, module in model.named_modules() if module.training]
+    if training:
+        raise FoveateError(f"the model is in training mode ({training[0]!r} is): call model.eval() before it is explained")

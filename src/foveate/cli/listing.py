@@ -1,0 +1,81 @@
+"""foveate list: what is in the registry."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from foveate.cli.options import (
+    Debug,
+    Json,
+    sentences,
+)
+from foveate.errors import FoveateError
+
+if TYPE_CHECKING:
+    pass
+
+
+def list_(
+    kind: Annotated[str, typer.Argument(help="methods, metrics, losses, models or recipes.")],
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """What there is: methods, metrics, losses, models or recipes."""
+    with sentences(debug):
+        lines = _listing(kind)
+        if as_json:
+            print(json.dumps(lines, indent=2))
+            return
+        table = Table(box=None, padding=(0, 2), header_style="dim")
+        for column in lines[0]:
+            table.add_column(column)
+        for line in lines:
+            table.add_row(*(escape(", ".join(v) if isinstance(v, list) else str(v)) for v in line.values()))
+        Console(highlight=False).print(table)
+
+
+def _listing(kind: str) -> list[dict[str, Any]]:
+    from foveate.registry import LOSSES, METHODS, METRICS
+
+    if kind == "methods":
+        flags = ("signed", "differentiable", "complete", "control")
+        return [
+            {
+                "name": m.name,
+                "title": m.title,
+                "flags": [f for f in flags if getattr(m, f)],
+                "aliases": list(m.aliases),
+                "paper": m.paper,
+            }
+            for m in METHODS.all().values()
+        ]
+    if kind == "metrics":
+        return [
+            {"name": column, "better": way, "needs": list(metric.needs), "title": metric.title, "paper": metric.paper}
+            for metric in METRICS.all().values()
+            for column, way in metric.columns.items()
+        ]
+    if kind == "losses":
+        return [{"name": loss.name, "title": loss.title, "paper": loss.paper} for loss in LOSSES.all().values()]
+    if kind == "recipes":
+        from foveate.recipe import RECIPES
+
+        return [
+            {"name": path.stem, "what": path.read_text(encoding="utf-8").splitlines()[0].lstrip("# "), "paper": ""}
+            for path in sorted(RECIPES.glob("*.yaml"))
+        ]
+    if kind == "models":
+        from foveate._torchvision import timm, torchvision
+
+        vision = torchvision().models
+        names = ["foveate:small_cnn"]
+        names += [f"torchvision:{name}" for name in vision.list_models(module=vision)]
+        names += [f"timm:{name}" for name in timm().list_models()]
+        return [{"name": name, "paper": ""} for name in names]
+    raise FoveateError(f"there is no list of {kind!r}: use methods, metrics, losses, models or recipes")

@@ -1,0 +1,147 @@
+"""Options that commands share, the model they name, and errors as sentences."""
+
+from __future__ import annotations
+
+import difflib
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+
+from foveate.errors import FoveateError
+
+if TYPE_CHECKING:
+    from foveate.models.load import Classifier
+
+err = Console(stderr=True, highlight=False)
+DONE, FAILURES, WRONG_CALL, INTERRUPTED = 0, 1, 2, 130
+
+Model = Annotated[str, typer.Option("--model", "-m", help="timm:NAME, torchvision:NAME, foveate:small_cnn or file.py:factory.")]
+Weights = Annotated[str | None, typer.Option(help="State dict: .safetensors, .pt or .pth. Code in it is never run.")]
+Pretrained = Annotated[bool, typer.Option("--pretrained", help="Download the library's own weights.")]
+NumClasses = Annotated[int | None, typer.Option(help="Outputs of the head, where it is not the library's own.")]
+Size = Annotated[int | None, typer.Option(help="Input size, where it is not the model's own.")]
+Mean = Annotated[str | None, typer.Option(help="Normalisation, one number or three: 0.485,0.456,0.406.")]
+Std = Annotated[str | None, typer.Option(help="Likewise: 0.229,0.224,0.225.")]
+Classes = Annotated[str | None, typer.Option(help="File with one class name a line.")]
+Layer = Annotated[str, typer.Option(help="Dotted path of the layer to look at.")]
+Out = Annotated[str, typer.Option("--out", "-o", help="Folder for what is written.")]
+Json = Annotated[bool, typer.Option("--json", help="One JSON document on standard output, nothing else there.")]
+Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+
+
+@contextmanager
+def sentences(debug: bool) -> Iterator[None]:
+    """Errors as one sentence and an exit status; warnings as notes."""
+
+    def note(message: Any, category: Any, *rest: Any, **more: Any) -> None:
+        err.print(f"[yellow]note:[/] {escape(str(message))}", soft_wrap=True)
+
+    shown, warnings.showwarning = warnings.showwarning, note
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        warnings.filterwarnings("always", module=r"foveate(\.|$)")
+        warnings.showwarning = note
+        try:
+            yield
+        except FoveateError as error:
+            if debug:
+                raise
+            err.print(f"[bold red]foveate:[/] {escape(str(error))}", soft_wrap=True)
+            raise typer.Exit(WRONG_CALL) from None
+        except KeyboardInterrupt:
+            err.print("[bold red]foveate:[/] interrupted; what was written so far is complete", soft_wrap=True)
+            raise typer.Exit(INTERRUPTED) from None
+        except OSError as error:
+            if debug:
+                raise
+            err.print(f"[bold red]foveate:[/] {escape(str(error))}", soft_wrap=True)
+            raise typer.Exit(WRONG_CALL) from None
+        finally:
+            warnings.showwarning = shown
+
+
+def open_model(
+    model: str,
+    weights: str | None,
+    pretrained: bool,
+    num_classes: int | None,
+    size: int | None,
+    mean: str | None,
+    std: str | None,
+    classes: str | None,
+) -> Classifier:
+    from foveate.models.load import load
+
+    names = None
+    if classes is not None:
+        try:
+            names = Path(classes).read_text(encoding="utf-8").splitlines()
+        except (OSError, UnicodeDecodeError):
+            raise FoveateError(f"class file {classes!r} cannot be read: it is text with one name a line") from None
+    loaded = load(
+        model,
+        weights=weights,
+        pretrained=pretrained,
+        num_classes=num_classes,
+        size=size,
+        mean=_numbers("mean", mean),
+        std=_numbers("std", std),
+        class_names=names,
+    )
+    for sentence in loaded.notes:
+        err.print(f"[yellow]note:[/] {escape(sentence)}", soft_wrap=True)
+    return loaded
+
+
+def _numbers(option: str, text: str | None) -> list[float] | None:
+    if text is None:
+        return None
+    try:
+        values = [float(part) for part in text.split(",")]
+    except ValueError:
+        values = []
+    if len(values) not in (1, 3):
+        raise FoveateError(f"--{option} {text!r} is not one number or three, such as 0.485,0.456,0.406")
+    return values
+
+
+def class_index(text: str, classifier: Classifier) -> str | int:
+    """What ``--target`` and ``--against`` take: ``pred``, ``label``, ``second``, an index, or a name.
+
+    Raises:
+        FoveateError: no class, or several, of that name.
+    """
+    if text in ("pred", "label", "second"):
+        return text
+    if text.lstrip("-").isdigit():
+        return int(text)
+    names = classifier.class_names
+    if names is None:
+        raise FoveateError(
+            f"class {text!r} is a name, but the names of this model's classes are not known: give --classes or an index"
+        )
+    wanted = text.lower().strip()
+    parts = [[part.strip() for part in name.lower().split(",")] for name in names]
+    exact = [i for i, synonyms in enumerate(parts) if wanted in (names[i].lower(), *synonyms)]
+    found = exact or [i for i, name in enumerate(names) if wanted in name.lower()]
+    if len(found) == 1 or exact:
+        return found[0]
+    if found:
+        some = ", ".join(f"{names[i]} ({i})" for i in found[:4])
+        raise FoveateError(
+            f"class {text!r} may be any of {len(found)} classes: {some}{' and others' if len(found) > 4 else ''}"
+        )
+    near = difflib.get_close_matches(wanted, [name.lower() for name in names], 3, 0.5)
+    raise FoveateError(f"no class is called {text!r}" + (f": did you mean {' or '.join(near)}?" if near else ""))
+
+
+def progress(steps: Any, label: str, quiet: bool) -> Any:
+    from rich.progress import track
+
+    return steps if quiet else track(steps, label, console=err)

@@ -1,0 +1,122 @@
+"""foveate train and foveate demo, with a progress bar for epochs."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from foveate.cli.options import (
+    Debug,
+    Json,
+    Out,
+    err,
+    sentences,
+)
+from foveate.errors import FoveateError
+
+if TYPE_CHECKING:
+    pass
+
+
+def _epoch_bar(name: str) -> Any:
+    """A Lightning callback with one line a run: epochs done, time left, and the figures of the last epoch."""
+    from lightning.pytorch.callbacks import Callback
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    class EpochBar(Callback):
+        def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+            columns = (TextColumn("  {task.description:<10}"), BarColumn(28), MofNCompleteColumn(), TextColumn("epochs"))
+            self.bar = Progress(*columns, TimeRemainingColumn(), TextColumn("[dim]{task.fields[figures]}"), console=err)
+            self.bar.start()
+            self.steps = trainer.num_training_batches
+            self.task = self.bar.add_task(name, total=trainer.max_epochs, completed=trainer.current_epoch, figures="")
+
+        def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+            self.bar.update(self.task, completed=round(trainer.current_epoch + (batch_idx + 1) / self.steps, 2))
+
+        def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
+            line = pl_module.history[-1]
+            figures = f"loss {line['train_loss']:.3f}  val accuracy {line['val_accuracy']:.3f}"
+            self.bar.update(self.task, completed=trainer.current_epoch + 1, figures=figures)
+
+        def on_train_end(self, trainer: Any, pl_module: Any) -> None:
+            self.bar.stop()
+
+        def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
+            self.bar.stop()
+
+    return EpochBar()
+
+
+def train(
+    recipe: Annotated[str, typer.Argument(help="A YAML file, or one of foveate's own: see 'foveate list recipes'.")],
+    change: Annotated[list[str] | None, typer.Option("--set", help="key=value, such as epochs=5 or augment.flip=true.")] = None,
+    out: Out = "run",
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the last finished epoch in the folder.")] = False,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Train a classifier with cross-entropy and any sum of losses on its maps."""
+    with sentences(debug):
+        import yaml
+
+        from foveate.recipe import read_recipe
+        from foveate.train import train as run
+
+        changes = {}
+        for item in change or []:
+            key, equals, value = item.partition("=")
+            if not equals or not key:
+                raise FoveateError(f"--set {item!r} is not of the form key=value")
+            changes[key] = yaml.safe_load(value)
+        settings = read_recipe(recipe, changes)
+        result = run(settings, out, callbacks=[] if as_json else [_epoch_bar(settings.name)], resume=resume)
+        accuracy = {split: result.accuracy(split) for split in result.data}
+        if as_json:
+            print(json.dumps({"name": settings.name, "accuracy": accuracy, "seconds": result.seconds, "out": out}, indent=2))
+            return
+        console = Console(highlight=False, soft_wrap=True)
+        console.print("accuracy: " + ", ".join(f"{split} [bold]{value:.3f}[/]" for split, value in accuracy.items()))
+        console.print(f"weights, recipe and curves in [bold]{escape(out)}[/]")
+        if settings.data == "scenes" and settings.model == "foveate:small_cnn":
+            weights = escape(str(Path(out) / "model.safetensors"))
+            console.print(f"look at it: foveate evaluate scenes --model {settings.model} --weights {weights}")
+
+
+def demo(
+    out: Out = "demo",
+    seed: Annotated[int, typer.Option(min=0, help="Of the scenes, the weights and the order of the images.")] = 0,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """The whole loop in a minute: train with and without the CAM loss, explain both, measure both, one page."""
+    with sentences(debug):
+        from foveate.demo import RUNS
+        from foveate.demo import demo as run
+
+        def say(text: str) -> None:
+            if not as_json:
+                err.print(f"[dim]{text}[/]")
+
+        bars: Callable[[str], list[Any]] = lambda name: [] if as_json else [_epoch_bar(name)]  # noqa: E731
+        document = run(out, seed, say, bars)
+        if as_json:
+            print(json.dumps(document, indent=2))
+            return
+        table = Table(box=None, padding=(0, 2), header_style="dim")
+        for column in ("", "train", "validation", "swapped test", "map on the animal"):
+            table.add_column(column, justify="right" if column else "left")
+        for key, values in document["runs"].items():
+            accuracy = values["accuracy"]
+            cells = [f"{accuracy[split]:.3f}" for split in ("train", "val", "test")]
+            table.add_row(RUNS[key][1], *cells, f"{values['mass_inside']:.3f}")
+        console = Console(highlight=False)
+        console.print(table)
+        console.print(f"the page: [bold]{escape(str(Path(document['report']).resolve()))}[/]", soft_wrap=True)

@@ -1,0 +1,151 @@
+"""Folders: images on disk with ``labels.csv``, or one folder a class."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from PIL import Image
+from torch.utils.data import Dataset
+
+from foveate import images
+from foveate.batch import Batch
+from foveate.errors import FoveateError, ImageError
+from foveate.images import Preprocess
+
+SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif", ".ppm", ".jpe")
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One image of a folder: its file, and what ``labels.csv`` says about it."""
+
+    path: Path
+    label: int | None = None
+    boxes: tuple[tuple[float, ...], ...] | None = None
+    mask: Path | None = None
+
+
+@dataclass(frozen=True)
+class Folder(Dataset[Batch]):
+    """Images on disk, read one at a time.
+
+    Attributes:
+        entries: one an image, in a stable order.
+        preprocess: from a file to what the network takes; boxes and masks follow.
+        class_names: in index order, or None where only indices are known.
+    """
+
+    entries: tuple[Entry, ...]
+    preprocess: Preprocess
+    class_names: tuple[str, ...] | None = None
+    root: Path = Path()
+
+    def __len__(self) -> int:
+        return len(self.entries)
+
+    def __getitem__(self, index: int) -> Batch:
+        """One image as a batch of one.
+
+        Raises:
+            ImageError: the file cannot be read.
+        """
+        entry = self.entries[index]
+        image = images.read(entry.path)
+        mask = None
+        if entry.mask is not None:
+            try:
+                with Image.open(entry.mask) as opened:
+                    mask = self.preprocess.mask(opened)[None]
+            except OSError:
+                raise ImageError(f"mask {entry.mask} of {entry.path} cannot be read") from None
+        return Batch(
+            x=self.preprocess(image)[None],
+            y=None if entry.label is None else torch.tensor([entry.label]),
+            mask=mask,
+            boxes=None if entry.boxes is None else (self.preprocess.boxes(entry.boxes, image.size),),
+            id=(str(entry.path.relative_to(self.root)) if self.root in entry.path.parents else str(entry.path),),
+        )
+
+    def __iter__(self) -> Iterator[Batch]:
+        return (self[index] for index in range(len(self)))
+
+
+def open_folder(root: str | Path, preprocess: Preprocess) -> Folder:
+    """A folder with ``labels.csv`` (``file,class_index[,boxes_xyxy][,mask]``), or one with a folder for each class.
+
+    Without ``class_index`` the column ``name`` is used, its values in alphabetical order.
+
+    Raises:
+        FoveateError: no such folder, no images in it, or a line of ``labels.csv`` that cannot be read.
+    """
+    root = Path(root)
+    if not root.is_dir():
+        raise FoveateError(f"data folder {str(root)!r} does not exist")
+    if (root / "labels.csv").is_file():
+        entries, names = read_labels(root / "labels.csv")
+        return Folder(tuple(entries), preprocess, names, root)
+    classes = sorted(folder for folder in root.iterdir() if folder.is_dir() and not folder.name.startswith("."))
+    entries = [
+        Entry(path, label)
+        for label, folder in enumerate(classes)
+        for path in sorted(folder.rglob("*"))
+        if path.suffix.lower() in SUFFIXES
+    ]
+    if not entries:
+        raise FoveateError(f"data folder {str(root)!r} has neither a labels.csv nor a folder of images for each class")
+    return Folder(tuple(entries), preprocess, tuple(folder.name for folder in classes), root)
+
+
+def read_labels(path: Path) -> tuple[list[Entry], tuple[str, ...] | None]:
+    """The lines of a ``labels.csv``, and class names where they are known.
+
+    Raises:
+        FoveateError: columns are missing, or a value cannot be read; the message has the line.
+    """
+    with path.open(newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    if not rows or "file" not in rows[0] or not ({"class_index", "name"} & set(rows[0])):
+        raise FoveateError(f"{path} needs a header with the columns file and class_index (or name), and at least one line")
+    by_name = "class_index" not in rows[0]
+    names = tuple(sorted({row["name"] for row in rows})) if by_name else None
+    entries = []
+    for number, row in enumerate(rows, 2):
+        try:
+            label = names.index(row["name"]) if names is not None else int(row["class_index"])
+            boxes = _boxes(row.get("boxes_xyxy") or "")
+        except ValueError as error:
+            raise FoveateError(f"{path}, line {number}: {error}") from None
+        mask = path.parent / row["mask"] if row.get("mask") else None
+        entries.append(Entry(path.parent / row["file"], label, boxes, mask))
+    return entries, names
+
+
+def _boxes(text: str) -> tuple[tuple[float, ...], ...] | None:
+    if not text.strip():
+        return None
+    boxes = tuple(tuple(float(value) for value in box.replace(",", " ").split()) for box in text.split(";") if box.strip())
+    if any(len(box) != 4 for box in boxes):
+        raise ValueError(f"a box is 'x0 y0 x1 y1', several are separated by ';', and this is {text!r}")
+    return boxes
+
+
+def labels_beside(paths: Sequence[Path]) -> list[int | None]:
+    """The label of each image from a ``labels.csv`` in its folder or in one of the two above; None where there is none."""
+    known: dict[Path, dict[Path, int | None]] = {}
+    found: list[int | None] = []
+    for path in paths:
+        label = None
+        for folder in list(path.resolve().parents)[:3]:
+            table = folder / "labels.csv"
+            if table not in known:
+                lines = read_labels(table)[0] if table.is_file() else []
+                known[table] = {entry.path.resolve(): entry.label for entry in lines}
+            if (value := known[table].get(path.resolve())) is not None:
+                label = value
+                break
+        found.append(label)
+    return found

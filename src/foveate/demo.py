@@ -1,0 +1,260 @@
+"""Demo: the whole loop on the drawn scenes, from two training runs to one page."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+import yaml
+from torch import Tensor
+
+import foveate
+from foveate import maps, train
+from foveate.batch import Batch
+from foveate.data import scenes
+from foveate.evaluate import evaluate, summarize
+from foveate.explain import Explanation, explain
+from foveate.recipe import read_recipe
+from foveate.registry import METHODS, METRICS
+from foveate.report import pictures
+from foveate.report.page import Look, render
+
+METHOD = "contrastive_cam"
+METHOD_NAMES = (METHOD, "grad_cam", "layer_cam", "fake_cam", "random", "centre")
+RUNS = {
+    "plain": ("scenes_plain", "Plain", "cross-entropy"),
+    "cam_loss": ("scenes_cam_loss", "With the CAM loss", "cross-entropy + CAM loss"),
+}
+WALL = 30
+Progress = Callable[[str], list[Any]]
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One trained model and what was measured on it."""
+
+    run: train.Run
+    accuracy: dict[str, float]
+    rows: pd.DataFrame
+    test: Explanation
+    val: Explanation
+    inside_test: Tensor
+    inside_val: Tensor
+    masked: tuple[float, str]
+
+
+def demo(
+    out: str | Path, seed: int = 0, say: Callable[[str], None] = lambda text: None, callbacks: Progress = lambda name: []
+) -> dict[str, Any]:
+    """Train with and without the CAM loss, explain both, measure both, and write ``report.html``.
+
+    Args:
+        out: folder for the page and both runs.
+        seed: of the scenes, the initial weights and the order of the images.
+        say: called with a line at each step.
+        callbacks: Lightning callbacks for the run of a name, such as a progress bar.
+
+    Returns:
+        The document of ``foveate demo --json``.
+    """
+    out = Path(out)
+    say("drawing the scenes")
+    recipes = {key: read_recipe(source, {"seed": seed}) for key, (source, *_) in RUNS.items()}
+    size = recipes["plain"].size
+    data: dict[str, scenes.Scenes] = {split: scenes.make(split, seed, size) for split in scenes.SPLITS}
+    measured: dict[str, Measured] = {}
+    for key, recipe in recipes.items():
+        say(f"training {RUNS[key][1].lower()}")
+        run = train.train(recipe, out / key, data=data, callbacks=callbacks(key))
+        say(f"explaining and measuring {RUNS[key][1].lower()}")
+        measured[key] = measure(run)
+    page = _page(out, seed, data, measured)
+    document: dict[str, Any] = {"runs": {}, "report": str(page), "seed": seed}
+    for key, one in measured.items():
+        table = summarize(one.rows)
+        document["runs"][key] = {
+            "accuracy": one.accuracy,
+            "mass_inside": float(one.inside_val.mean()),
+            "mass_inside_test": float(one.inside_test.mean()),
+            **{column: float(table.loc[(METHOD, column), "mean"]) for column in ("AD", "AG", "AI")},
+            "seconds": one.run.seconds,
+            "weights": str(out / key / "model.safetensors"),
+        }
+    return document
+
+
+def measure(run: train.Run) -> Measured:
+    """Accuracy on every split, maps of validation and swapped test, and the table of methods and controls."""
+    test, val = run.data["test"], run.data["val"]
+    assert isinstance(test, scenes.Scenes) and isinstance(val, scenes.Scenes)
+    on_test, on_val = (explain(run.classifier, split.batch().x, METHOD) for split in (test, val))
+    rows = evaluate(run.classifier, [test.batch()], METHOD_NAMES, "all", target="pred")
+    accuracy = {split: run.accuracy(split) for split in run.data}
+    through = on_test.capture.score(maps.apply_mask(test.batch().x, on_test[METHOD])).argmax(1)
+    counts = torch.bincount(through, minlength=len(scenes.CLASSES))
+    masked = (float(counts.max()) / len(test), scenes.CLASSES[int(counts.argmax())])
+    return Measured(
+        run=run,
+        accuracy=accuracy,
+        rows=rows,
+        test=on_test,
+        val=on_val,
+        inside_test=maps.mass_inside(on_test[METHOD], test.masks),
+        inside_val=maps.mass_inside(on_val[METHOD], val.masks),
+        masked=masked,
+    )
+
+
+def _look(explanation: Explanation, batch: Batch, inside: Tensor, index: int) -> Look:
+    capture = explanation.capture
+    said = int(capture.pred[index])
+    assert batch.y is not None
+    return Look(
+        image=pictures.data_uri(pictures.enlarge(batch.x[index], 2)),
+        overlay=pictures.data_uri(pictures.enlarge(pictures.overlay(batch.x[index], explanation[METHOD][index]), 2)),
+        said=scenes.CLASSES[said],
+        probability=float(capture.logits[index].detach().softmax(0)[said]),
+        right=said == int(batch.y[index]),
+        inside=float(inside[index]),
+    )
+
+
+def _page(out: Path, seed: int, data: dict[str, scenes.Scenes], measured: dict[str, Measured]) -> Path:
+    plain, cam = measured["plain"], measured["cam_loss"]
+    test, val = data["test"], data["val"]
+    content = {
+        "headline": _headline(plain, cam),
+        "epochs": plain.run.recipe.epochs,
+        "seed": seed,
+        "version": foveate.__version__,
+        "counts": {split: len(scenes_) for split, scenes_ in data.items()},
+        "runs": [
+            {
+                "title": RUNS[key][1],
+                "subtitle": RUNS[key][2],
+                "accuracy": one.accuracy,
+                "mass_inside_val": float(one.inside_val.mean()),
+            }
+            for key, one in measured.items()
+        ],
+        "samples": {split: [_thumbnail(data[split], i, 1) for i in _spread(data[split], 8)] for split in ("train", "test")},
+        "method_title": METHODS.get(METHOD).title,
+        "groups": [
+            _group("Validation, backgrounds as in training", val, plain.val, cam.val, plain.inside_val, cam.inside_val, 1),
+            _group("Test, backgrounds swapped", test, plain.test, cam.test, plain.inside_test, cam.inside_test, 3),
+        ],
+        "changed": _changed(test, plain.test, cam.test),
+        "columns": [
+            {"label": "on the animal" if name == "mass_inside" else name, "arrow": "↓" if way == "down" else "↑"}
+            for metric in METRICS.all().values()
+            for name, way in metric.columns.items()
+        ],
+        "tables": [{"title": RUNS[key][1], "lines": _lines(one.rows)} for key, one in measured.items()],
+        "area": float(test.masks.float().mean()),
+        "findings": _findings(measured),
+        "curves": pictures.curves(
+            {RUNS[key][1]: one.run.history for key, one in measured.items()},
+            [
+                ("train_loss", "cross-entropy, training"),
+                ("val_accuracy", "accuracy, validation"),
+                ("cam_loss", "CAM loss, training"),
+            ],
+        ),
+        "protocol": (
+            f"Seed {seed}; {plain.run.recipe.epochs} epochs of {plain.run.recipe.batch_size} images, SGD with momentum; "
+            f"{plain.run.seconds:.0f} and {cam.run.seconds:.0f} seconds of training. The network is the talk's small CNN with "
+            "average pooling and one linear layer, so that a map and the bias add up to the logit. Maps: ReLU, bilinear, "
+            "scaled to [0, 1]; masked in pixel space, black outside; predicted class."
+        ),
+        "recipes": "\n".join(
+            yaml.safe_dump(one.run.recipe.model_dump(mode="json"), sort_keys=False) for one in measured.values()
+        )
+        + f"torch {torch.__version__}",
+    }
+    return render("demo.html.j2", out / "report.html", content)
+
+
+def _headline(plain: Measured, cam: Measured) -> str:
+    if cam.accuracy["test"] - plain.accuracy["test"] > 0.05:
+        return "Both score the same in validation. One of them looks at the animal."
+    if cam.accuracy["test"] < plain.accuracy["test"]:
+        return "With this seed the CAM loss did not help."
+    return "With this seed the two networks hardly differ."
+
+
+def _spread(split: scenes.Scenes, count: int) -> list[int]:
+    """The first pictures of each class in turn."""
+    orders = [(split.labels == label).nonzero()[:, 0].tolist() for label in range(len(scenes.CLASSES))]
+    return [orders[i % len(orders)][i // len(orders)] for i in range(count)]
+
+
+def _thumbnail(split: scenes.Scenes, index: int, factor: int) -> str:
+    return pictures.data_uri(pictures.enlarge(split.images[index].float() / 255, factor), 82)
+
+
+def _group(
+    title: str, split: scenes.Scenes, plain: Explanation, cam: Explanation, inside_plain: Tensor, inside_cam: Tensor, each: int
+) -> dict[str, Any]:
+    batch = split.batch()
+    rows = []
+    for index in _spread(split, 2 * each):
+        truth = f"{scenes.CLASSES[int(split.labels[index])]} on {split.backgrounds[index]}"
+        rows.append((_look(plain, batch, inside_plain, index), _look(cam, batch, inside_cam, index), truth))
+    return {"title": title, "rows": rows}
+
+
+def _changed(test: scenes.Scenes, plain: Explanation, cam: Explanation) -> dict[str, Any]:
+    before, after = plain.capture.pred == test.labels, cam.capture.pred == test.labels
+    fixed, broken = (~before & after).nonzero()[:, 0].tolist(), (before & ~after).nonzero()[:, 0].tolist()
+    return {
+        "fixed": [_thumbnail(test, i, 1) for i in fixed[:: -(-len(fixed) // WALL) or 1]],
+        "broken": [_thumbnail(test, i, 1) for i in broken[:WALL]],
+        "fixed_count": len(fixed),
+        "broken_count": len(broken),
+        "both_right": int((before & after).sum()),
+        "both_wrong": int((~before & ~after).sum()),
+    }
+
+
+def _lines(rows: pd.DataFrame) -> list[dict[str, Any]]:
+    table = summarize(rows)
+    lines = []
+    for name in METHOD_NAMES:
+        record = METHODS.get(name)
+        cells = []
+        for metric in METRICS.all().values():
+            for column in metric.columns:
+                factor = 100 if column == "mass_inside" else 1
+                mean, low, high = (factor * float(table.loc[(record.name, column), part]) for part in ("mean", "low", "high"))
+                cells.append({"mean": f"{mean:.1f}", "low": f"{low:.1f}", "high": f"{high:.1f}"})
+        lines.append({"title": record.title, "control": record.control, "cells": cells})
+    return lines
+
+
+def _findings(measured: dict[str, Measured]) -> list[str]:
+    """What the table shows that a reader might pass over, in plain sentences."""
+    sentences = []
+    for key, one in measured.items():
+        title, table = RUNS[key][1], summarize(one.rows)["mean"]
+        own, prior = (float(table[(name, "mass_inside")]) for name in (METHOD, "centre"))
+        if own < prior:
+            sentences.append(f"{title}: less of its map lies on the animal than of a blob in the middle that knows nothing.")
+        for column, way in METRICS.get("recognition").columns.items():
+            sign = -1 if way == "down" else 1
+            best = max(METHOD_NAMES, key=lambda name: sign * float(table[(name, column)]))
+            if METHODS.get(best).control:
+                sentences.append(
+                    f"{title}: {column} is won by {METHODS.get(best).title}, a control: on this data it "
+                    "does not measure the explanation."
+                )
+        share, name = one.masked
+        if share > 0.9:
+            sentences.append(
+                f"{title}: through its maps, with black around them, the network calls {100 * share:.0f} % of the "
+                f"pictures {name}. Black is no neutral background for it, and AD, AG and AI say little here."
+            )
+    return sentences

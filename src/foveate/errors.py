@@ -1,0 +1,23 @@
+"""The exceptions and warnings that foveate raises: one sentence that quotes what was given and says what to do."""
+
+from __future__ import annotations
+
+
+class FoveateError(ValueError):
+    """Something that was asked for cannot be done; the message is one sentence with the remedy."""
+
+
+class LayerError(FoveateError):
+    """No layer, or not that layer, can carry a saliency map."""
+
+
+class ImageError(FoveateError):
+    """A file is not an image that can be read."""
+
+
+class DegenerateMapWarning(UserWarning):
+    """A saliency map is constant or zero: it carries no information, and is scaled to 0."""
+
+
+class SlowPathWarning(UserWarning):
+    """The result is right, but a faster way could not be taken."""

@@ -1,0 +1,157 @@
+"""Images: from files and pixels to tensors in [0, 1], and how boxes and masks follow."""
+
+from __future__ import annotations
+
+import math
+import re
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps, UnidentifiedImageError
+from torch import Tensor
+
+from foveate.errors import FoveateError, ImageError
+
+MOST_PIXELS = 200_000_000  # decoded, an image of this size takes 600 MB
+LEAST_SIDE = 8
+RESAMPLING = {
+    "nearest": Image.Resampling.NEAREST,
+    "bilinear": Image.Resampling.BILINEAR,
+    "bicubic": Image.Resampling.BICUBIC,
+    "lanczos": Image.Resampling.LANCZOS,
+}
+
+
+def read(path: str | Path) -> Image.Image:
+    """An image file as 8-bit RGB, upright as its EXIF says; transparency is laid on white, 16 bits are scaled to 8.
+
+    Raises:
+        ImageError: missing, not an image, cut off, below 8 pixels a side, or above 200 megapixels.
+    """
+    path = Path(path)
+    if path.is_dir():
+        raise ImageError(f"{path} is a folder, not an image")
+    if not path.exists():
+        raise ImageError(f"{path} does not exist")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            with Image.open(path) as image:
+                _check_size(path, image.size)
+                image.load()
+                return _to_rgb(ImageOps.exif_transpose(image))
+    except ImageError:
+        raise
+    except Image.DecompressionBombError as error:
+        pixels = max(map(int, re.findall(r"\d+", str(error))), default=0)
+        raise ImageError(
+            f"{path} has {pixels // 10**6} megapixels, more than the {MOST_PIXELS // 10**6} that are read: "
+            "make it smaller first"
+        ) from None
+    except UnidentifiedImageError:
+        raise ImageError(f"{path} is not an image in a format that can be read") from None
+    except PermissionError:
+        raise ImageError(f"{path} may not be read by this user") from None
+    except (OSError, SyntaxError, ValueError) as error:
+        raise ImageError(f"{path} is damaged or cut off: {str(error).rstrip('.')}") from None
+
+
+def _check_size(path: Path, size: tuple[int, int]) -> None:
+    width, height = size
+    if min(size) < LEAST_SIDE:
+        raise ImageError(f"{path} has {width}x{height} pixels: an image needs at least {LEAST_SIDE} on each side")
+    if width * height > MOST_PIXELS:
+        raise ImageError(
+            f"{path} has {width * height // 10**6} megapixels, more than the {MOST_PIXELS // 10**6} that are read: "
+            "make it smaller first"
+        )
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode in ("I;16", "I;16B", "I;16L", "I;16N", "I", "F"):
+        values = np.asarray(image, dtype=np.float64)
+        largest = 65535.0 if image.mode != "F" or values.max() > 255 else (255.0 if values.max() > 1 else 1.0)
+        return Image.fromarray(np.uint8(np.clip(values / largest * 255 + 0.5, 0, 255)), "L").convert("RGB")
+    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+    return image.convert("RGB")
+
+
+def to_tensor(image: Image.Image) -> Tensor:
+    """An RGB image as ``[3,H,W]``, float32 in [0, 1]."""
+    return torch.from_numpy(np.array(image, dtype=np.uint8)).permute(2, 0, 1).float().div(255)
+
+
+def to_image(x: Tensor) -> Image.Image:
+    """``[3,H,W]`` in [0, 1] as an RGB image."""
+    pixels = (x.detach().float().clamp(0, 1) * 255).round().to(torch.uint8)
+    return Image.fromarray(pixels.permute(1, 2, 0).cpu().numpy(), "RGB")
+
+
+@dataclass(frozen=True)
+class Preprocess:
+    """From an image of any size to the network's: shorter side to ``resize``, then the centre ``crop``.
+
+    Attributes:
+        crop: height and width that the network sees.
+        resize: length of the shorter side before the crop; None to squash the image to ``crop``.
+        interpolation: ``bilinear``, ``bicubic``, ``nearest`` or ``lanczos``.
+        mean, std: the normalisation that goes inside the model.
+    """
+
+    crop: tuple[int, int] = (224, 224)
+    resize: int | None = 256
+    interpolation: str = "bilinear"
+    mean: tuple[float, ...] = (0.485, 0.456, 0.406)
+    std: tuple[float, ...] = (0.229, 0.224, 0.225)
+
+    def sized(self, size: int) -> Preprocess:
+        """The same for another input size, the share that is cropped away kept."""
+        if size < LEAST_SIDE:
+            raise FoveateError(f"size {size} is too small for an image: use at least {LEAST_SIDE} pixels")
+        resize = None if self.resize is None else round(size * self.resize / min(self.crop))
+        return replace(self, crop=(size, size), resize=resize)
+
+    def _resized(self, size: tuple[int, int]) -> tuple[int, int]:
+        """Width and height after the resize, never smaller than the crop."""
+        width, height = size
+        if self.resize is None:
+            return self.crop[1], self.crop[0]
+        factor = max(self.resize / min(size), self.crop[1] / width, self.crop[0] / height)
+        return max(round(width * factor), self.crop[1]), max(round(height * factor), self.crop[0])
+
+    def image(self, image: Image.Image) -> Image.Image:
+        """The pixels that the network sees, as an image of size ``crop``."""
+        width, height = self._resized(image.size)
+        resized = image.resize((width, height), RESAMPLING[self.interpolation])
+        left, top = (width - self.crop[1]) // 2, (height - self.crop[0]) // 2
+        return resized.crop((left, top, left + self.crop[1], top + self.crop[0]))
+
+    def __call__(self, image: Image.Image) -> Tensor:
+        """``[3,H,W]`` in [0, 1]."""
+        return to_tensor(self.image(image))
+
+    def mask(self, mask: Image.Image) -> Tensor:
+        """A mask image as ``[H,W]`` bool: above half is the object; nearest neighbour, the same crop."""
+        return torch.from_numpy(np.array(replace(self, interpolation="nearest").image(mask.convert("L"))) > 127)
+
+    def boxes(self, boxes: Sequence[Sequence[float]], size: tuple[int, int]) -> Tensor:
+        """Boxes ``x0, y0, x1, y1`` in pixels of a file of ``size`` (width, height) as ``[n,4]`` in pixels of the crop.
+
+        Clipped to what is left; a box of which nothing is left has no area.
+        """
+        width, height = self._resized(size)
+        left, top = (width - self.crop[1]) // 2, (height - self.crop[0]) // 2
+        scaled = torch.tensor(boxes, dtype=torch.float32).reshape(-1, 4)
+        scaled = scaled * torch.tensor([width / size[0], height / size[1]]).repeat(2) - torch.tensor([left, top]).repeat(2)
+        return scaled.minimum(torch.tensor([self.crop[1], self.crop[0]]).repeat(2)).clamp(min=0)
+
+
+def floor_resize(crop: int, share: float) -> int:
+    """The shorter side before a centre crop that keeps ``share`` of it."""
+    return math.floor(crop / share)

@@ -1,0 +1,156 @@
+"""CAM loss: the map's mass away from the centre, where photographers do not put the thing itself."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from foveate.batch import Batch
+from foveate.capture import Capture
+from foveate.errors import FoveateError
+from foveate.maps import relu
+from foveate.registry import METHODS, loss
+from foveate.targets import Target
+
+Form = Literal["mass", "abs", "raw", "square", "talk_2023", "top_decile", "squared_kernel", "contrast_2024"]
+
+
+def gaussian(height: int, width: int, sigma: float = 0.25, centre: tuple[float, float] = (0.5, 0.5)) -> Tensor:
+    """``exp(-d^2 / (2 sigma^2))`` on a grid, ``[h,w]`` float64, 1 at the centre.
+
+    Args:
+        sigma: standard deviation as a share of each side.
+        centre: row and column as shares of the sides; (0.5, 0.5) lies between the four middle cells of an even grid.
+
+    Raises:
+        FoveateError: sigma is not above 0, or the centre is outside of the map.
+    """
+    if not sigma > 0:
+        raise FoveateError(f"sigma {sigma} is not above 0: it is a share of the map's side")
+    if not all(0 <= share <= 1 for share in centre):
+        raise FoveateError(f"centre {centre} is outside of the map: give row and column as shares in [0, 1]")
+    rows = (torch.arange(height, dtype=torch.float64) + 0.5) / height - centre[0]
+    columns = (torch.arange(width, dtype=torch.float64) + 0.5) / width - centre[1]
+    return torch.exp(-(rows[:, None] ** 2 + columns[None, :] ** 2) / (2 * sigma**2))
+
+
+def inverted_gaussian(height: int, width: int, sigma: float = 0.25, centre: tuple[float, float] = (0.5, 0.5)) -> Tensor:
+    """``K = 1 - exp(-d^2 / (2 sigma^2))``, ``[h,w]`` in [0, 1): the price of mass, 0 at the centre.
+
+    Deviation: the talk's kernel is ``max(G) - G`` of a Gaussian with sum 1, about 5e-5 at 224 pixels; this one does not
+    depend on the size of the map, so that a weight means the same on every network.
+    """
+    return 1 - gaussian(height, width, sigma, centre)
+
+
+def _historical_gaussian(height: int, width: int, sigma: float, centre: tuple[float, float]) -> Tensor:
+    kernel = gaussian(height, width, sigma, centre)
+    return kernel / kernel.sum()
+
+
+def _mass(saliency: Tensor, kernel: Tensor) -> Tensor:
+    positive = relu(saliency)
+    total = positive.sum((1, 2))
+    usable = total > 0
+    away = (positive * kernel).sum((1, 2))
+    return torch.where(usable, away / torch.where(usable, total, torch.ones_like(total)), torch.zeros_like(total))
+
+
+def _talk_2023(saliency: Tensor, kernel: Tensor) -> Tensor:
+    """A matrix product with the Gaussian itself, squared mean: January 2023, before the kernel was inverted."""
+    return (saliency @ kernel).mean((1, 2)) ** 2
+
+
+def _top_decile(saliency: Tensor, kernel: Tensor) -> Tensor:
+    """``log(1 + mean of the upper tenth of the min-max scaled map)``, no kernel: early January 2023."""
+    flat = saliency.flatten(1)
+    low, high = flat.amin(1, keepdim=True), flat.amax(1, keepdim=True)
+    width = high - low
+    scaled = (flat - low) / torch.where(width > 0, width, torch.ones_like(width))
+    count = max(1, flat.shape[1] // 10)
+    return torch.log1p(scaled.topk(count, 1).values.mean(1))
+
+
+def _squared_kernel(saliency: Tensor, kernel: Tensor) -> Tensor:
+    """``mean (S (G - max G)^2)^2``: the PyTorch port of September 2023."""
+    return (saliency * (kernel - kernel.amax()) ** 2).square().mean((1, 2))
+
+
+def _contrast_2024(saliency: Tensor, kernel: Tensor) -> Tensor:
+    """``mean(normalise(|S|) (G - max G)^2)``, columns of unit length: July 2024, on the contrast of the two classes."""
+    return (F.normalize(saliency.abs(), dim=1) * (kernel - kernel.amax()) ** 2).mean((1, 2))
+
+
+_FORMS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "mass": _mass,
+    "abs": lambda saliency, kernel: (saliency.abs() * kernel).mean((1, 2)),
+    "raw": lambda saliency, kernel: (saliency * kernel).mean((1, 2)),
+    "square": lambda saliency, kernel: (saliency**2 * kernel).mean((1, 2)),
+    "talk_2023": _talk_2023,
+    "top_decile": _top_decile,
+    "squared_kernel": _squared_kernel,
+    "contrast_2024": _contrast_2024,
+}
+_HISTORICAL = ("talk_2023", "top_decile", "squared_kernel", "contrast_2024")
+
+
+def cam_loss(saliency: Tensor, *, sigma: float = 0.25, centre: tuple[float, float] = (0.5, 0.5), form: Form = "mass") -> Tensor:
+    """CAM loss of raw maps ``S [B,h,w]``, ``[B]``: ``sum_ij K_ij phi(S)_ij`` with the inverted Gaussian ``K``.
+
+    Args:
+        sigma: width of the Gaussian as a share of the map's sides.
+        centre: where the mass is free, as shares of the sides.
+        form: ``mass`` (default): ``phi = relu(S) / sum relu(S)``, in [0, 1), does not depend on the map's scale; 0
+            with no gradient for a map without positive part. ``abs``, ``raw``, ``square``: mean of ``K |S|``, ``K S``,
+            ``K S^2``; they shrink the map as well, and ``raw`` rewards a negative border. As history has them, with
+            a Gaussian of sum 1 (weights of up to 1e18 went with it): ``talk_2023``, ``top_decile``, ``squared_kernel``,
+            ``contrast_2024``.
+
+    Raises:
+        FoveateError: an unknown form, sigma not above 0; ``talk_2023`` on a map that is not square.
+
+    Source: Setpal, "Interpretability tools as feedback loops", 2023, and the history of its code. Published evidence
+    is mixed: on Waterbirds its authors report a worst-group accuracy below plain training.
+    """
+    if form not in _FORMS:
+        raise FoveateError(f"form {form!r} is unknown: use {', '.join(map(repr, _FORMS))}")
+    height, width = saliency.shape[-2:]
+    if form == "talk_2023" and height != width:
+        raise FoveateError(f"form 'talk_2023' is a matrix product and needs a square map, not {height}x{width}")
+    make = _historical_gaussian if form in _HISTORICAL else inverted_gaussian
+    return _FORMS[form](saliency, make(height, width, sigma, centre).to(saliency))
+
+
+def _target(capture: Capture, batch: Batch) -> Target:
+    if batch.y is None:
+        raise FoveateError("this loss needs labels, and the batch has none")
+    return capture.target(batch.y)
+
+
+@loss("cam_loss", title="CAM loss", paper="Setpal, Interpretability tools as feedback loops, 2023")
+def cam_loss_of(
+    capture: Capture,
+    batch: Batch,
+    *,
+    method: str = "contrastive_cam",
+    sigma: float = 0.25,
+    centre: tuple[float, float] = (0.5, 0.5),
+    form: Form = "mass",
+) -> Tensor:
+    """:func:`cam_loss` on the map of each image's own class by any differentiable method, ``[B]``.
+
+    The default map is the contrast with the strongest other class. Its sum is what cross-entropy raises, so it has a
+    positive part to be moved. A single class's map has not: adding any map to all classes changes no probability, and
+    a network escapes this loss by making the maps of all classes negative (on the scenes it does, within ten epochs).
+
+    Raises:
+        FoveateError: the method's map has no gradient in the parameters; labels are missing.
+    """
+    record = METHODS.get(method)
+    if not record.differentiable:
+        raise FoveateError(f"method {method!r} cannot be trained through: use 'hires_cam', 'grad_cam' or 'cam'")
+    return cam_loss(record(capture, None, _target(capture, batch)), sigma=sigma, centre=(centre[0], centre[1]), form=form)

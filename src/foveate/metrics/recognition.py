@@ -1,0 +1,90 @@
+"""Recognition under the mask: Average Drop, Average Gain and Average Increase share one masked forward pass."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from foveate.batch import Batch
+from foveate.capture import Capture
+from foveate.errors import FoveateError
+from foveate.maps import apply_mask
+from foveate.registry import metric
+from foveate.targets import classes, log_probability
+
+NOISE = 1e-5  # of a log-probability: what two float32 passes in different batches differ by; no increase is counted below
+SURE = 1e-12  # a missing probability below this has no digits left to be gained
+
+
+def average_drop(log_p: Tensor, log_o: Tensor) -> Tensor:
+    """``AD = 100 max(0, p - o) / p = 100 max(0, 1 - exp(log o - log p))``, percent, lower is better.
+
+    Args:
+        log_p: log-probability of the class on the image, ``[B]``, float64.
+        log_o: the same on the image seen through the map.
+    """
+    return 100 * (-torch.expm1(log_o - log_p)).clamp(min=0)
+
+
+def average_gain(log_p: Tensor, log_o: Tensor) -> Tensor:
+    """``AG = 100 max(0, o - p) / (1 - p)``, percent, higher is better: the share of missing confidence recovered.
+
+    ``1 - p = -expm1(log p)``; where that is below 1e-12 the gain is 0.
+    """
+    missing = -torch.expm1(log_p)
+    sure = missing < SURE
+    gain = (log_o.exp() - log_p.exp()).clamp(min=0) / torch.where(sure, torch.ones_like(missing), missing)
+    return 100 * torch.where(sure, torch.zeros_like(gain), gain)
+
+
+def average_increase(log_p: Tensor, log_o: Tensor) -> Tensor:
+    """``AI = 100 [o > p]``, percent, higher is better.
+
+    Deviation: an increase counts from 1e-5 in log-probability. Two passes over the same pixels differ by less than
+    that and more than 0; without a tolerance a map of ones would score 50 and not 0.
+    """
+    return 100.0 * (log_o - log_p > NOISE).double()
+
+
+@metric(
+    "recognition",
+    title="Average Drop, Gain, Increase",
+    paper="Chattopadhay et al., WACV 2018 (AD, AI); Zhang et al., CVIU 2024 (AG)",
+    columns={"AD": "down", "AG": "up", "AI": "up"},
+)
+def recognition(
+    capture: Capture, M: Tensor, batch: Batch, *, target: str = "label", baseline: float = 0.0
+) -> dict[str, Tensor]:
+    """AD, AG and AI of maps ``M [B,H,W]`` in [0, 1], percent, one value an image; one forward pass for all three.
+
+    ``p`` and ``o`` are probabilities of the class on ``x`` and on ``x * M``: masked in pixel space, black outside,
+    computed in float64 from log-probabilities.
+
+    Args:
+        target: whose probability: ``label`` (the papers' choice), ``pred``, or ``second``.
+        baseline: grey value in [0, 1] of what the map hides.
+
+    Raises:
+        FoveateError: images or maps outside of [0, 1], labels missing.
+    """
+    if not (_within_unit(capture.x) and _within_unit(M)):
+        raise FoveateError(
+            "AD, AG and AI mask images and need x and maps in [0, 1]: put the normalisation into the model "
+            "(foveate.normalized) and scale the map (foveate.maps.prepare)"
+        )
+    y = classes(target, capture.logits, batch.y, capture.head)
+    log_p, log_o = capture.log_probability(y), masked_log_probability(capture, M, y, baseline)
+    return {
+        "AD": average_drop(log_p, log_o),
+        "AG": average_gain(log_p, log_o),
+        "AI": average_increase(log_p, log_o),
+    }
+
+
+def masked_log_probability(capture: Capture, M: Tensor, y: Tensor, baseline: float = 0.0) -> Tensor:
+    """Log-probability of class ``y`` on ``x * M``, ``[B]``, float64."""
+    return log_probability(capture.score(apply_mask(capture.x.detach(), M, baseline)), y, capture.head)
+
+
+def _within_unit(values: Tensor) -> bool:
+    return bool(values.min() >= -1e-4) and bool(values.max() <= 1 + 1e-4)

@@ -1,0 +1,329 @@
+"""Load: ``timm:NAME``, ``torchvision:NAME``, ``foveate:NAME`` or ``file.py:factory`` as a classifier of images in [0, 1]."""
+
+from __future__ import annotations
+
+import difflib
+import importlib.util
+import pickle
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from foveate._torchvision import timm, torchvision
+from foveate.classifier import IMAGENET_MEAN, IMAGENET_STD, Normalized
+from foveate.errors import FoveateError
+from foveate.images import Preprocess, floor_resize, read
+
+
+class Classifier(Normalized):
+    """A model with its normalisation inside, and what is known about it.
+
+    Attributes:
+        name: how it was asked for.
+        preprocess: from an image file to what it takes.
+        class_names: one name a class, or None.
+        notes: what was assumed while it was loaded, one sentence each.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        preprocess: Preprocess,
+        name: str = "",
+        class_names: Sequence[str] | None = None,
+        notes: Sequence[str] = (),
+    ) -> None:
+        super().__init__(model, preprocess.mean, preprocess.std)
+        self.name = name
+        self.preprocess = preprocess
+        self.class_names = list(class_names) if class_names is not None else None
+        self.notes = list(notes)
+
+    def read(self, *paths: str | Path) -> Tensor:
+        """Image files as this classifier takes them, ``[B,3,H,W]`` in [0, 1]."""
+        return torch.stack([self.preprocess(read(path)) for path in paths])
+
+    def class_name(self, index: int) -> str:
+        """The name of a class, or ``class 7`` where names are not known."""
+        if self.class_names is not None and index < len(self.class_names):
+            return self.class_names[index]
+        return f"class {index}"
+
+
+Built = tuple[nn.Module, Preprocess | None, Sequence[str] | None]
+
+
+def load(
+    spec: str,
+    *,
+    weights: str | Path | None = None,
+    pretrained: bool = False,
+    num_classes: int | None = None,
+    size: int | None = None,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+    class_names: Sequence[str] | None = None,
+) -> Classifier:
+    """A classifier by name, in evaluation mode, with its own preprocessing and its normalisation inside.
+
+    Args:
+        spec: ``timm:NAME``, ``torchvision:NAME``, ``foveate:small_cnn`` or ``file.py:factory``, where ``factory`` is a
+            function without arguments that returns a module in evaluation mode, or such a module.
+        weights: a state dict, ``.safetensors`` or ``.pt``/``.pth``; code inside it is never run.
+        pretrained: download the library's own weights.
+        num_classes: for a head other than the library's.
+        size: input size other than the model's own.
+        mean, std: normalisation, where the model does not say.
+        class_names: where they are not ImageNet's.
+
+    Raises:
+        FoveateError: an unknown source, model or factory; weights that cannot be read, do not fit or hold NaN; a
+            factory that returns a model in training mode.
+    """
+    kind, _, name = spec.rpartition(":")
+    if not kind or not name:
+        raise FoveateError(f"model {spec!r} is not of the form timm:NAME, torchvision:NAME, foveate:NAME or file.py:factory")
+    if weights is not None and pretrained:
+        raise FoveateError("weights from a file and pretrained weights were both asked for: choose one")
+    notes: list[str] = []
+    if kind in SOURCES:
+        model, preprocess, names = SOURCES[kind](name, pretrained, num_classes)
+        model.eval()
+        if weights is None and not pretrained:
+            notes.append("the weights are random: give a weights file or ask for the pretrained ones")
+    elif kind.endswith(".py"):
+        if pretrained or num_classes is not None:
+            raise FoveateError(f"{spec!r} is your own factory: let it choose its pretrained weights and number of classes")
+        model, preprocess, names = _from_file(Path(kind), name)
+    else:
+        raise FoveateError(f"model source {kind!r} is unknown: use timm, torchvision, foveate or a Python file")
+    if weights is not None:
+        load_weights(model, weights)
+    if preprocess is None:
+        preprocess = Preprocess()
+        if mean is None:
+            notes.append("the model does not say how its input is normalised: ImageNet's mean and std are assumed")
+    if mean is not None or std is not None:
+        if mean is None or std is None:
+            raise FoveateError("mean and std belong together: give both")
+        preprocess = Preprocess(preprocess.crop, preprocess.resize, preprocess.interpolation, _three(mean), _three(std))
+    if size is not None:
+        preprocess = preprocess.sized(size)
+    return Classifier(model, preprocess, spec, class_names if class_names is not None else names, notes)
+
+
+def _three(values: Sequence[float]) -> tuple[float, ...]:
+    return tuple(values) * 3 if len(values) == 1 else tuple(values)
+
+
+# -- sources -------------------------------------------------------------------------------------------------------
+
+
+def _unknown(source: str, name: str, known: Sequence[str]) -> FoveateError:
+    near = difflib.get_close_matches(name, known, 3, 0.5)
+    hint = f"did you mean {' or '.join(near)}?" if near else f"{source} has {len(known)} models"
+    return FoveateError(f"{source} has no model {name!r}: {hint}")
+
+
+def _from_timm(name: str, pretrained: bool, num_classes: int | None) -> Built:
+    library = timm()
+    base = name.split(".")[0]
+    if not library.is_model(base):
+        raise _unknown("timm", name, library.list_models())
+    try:
+        model = library.create_model(name, pretrained=pretrained, num_classes=num_classes)
+    except (OSError, RuntimeError, ValueError) as error:
+        raise _not_downloaded(name, error) if pretrained else FoveateError(f"timm could not build {name!r}: {error}") from None
+    config = library.data.resolve_model_data_config(model)
+    crop = config["input_size"][-2:]
+    preprocess = Preprocess(
+        crop=tuple(crop),
+        resize=None if config.get("crop_mode") == "squash" else floor_resize(min(crop), config["crop_pct"]),
+        interpolation=config["interpolation"] if config["interpolation"] in ("bilinear", "bicubic", "nearest") else "bicubic",
+        mean=tuple(config["mean"]),
+        std=tuple(config["std"]),
+    )
+    return model, preprocess, imagenet_names() if model.num_classes == 1000 else None
+
+
+def _from_torchvision(name: str, pretrained: bool, num_classes: int | None) -> Built:
+    models = torchvision().models
+    known = models.list_models(module=models)
+    if name not in known:
+        raise _unknown("torchvision", name, known)
+    weights = models.get_model_weights(name).DEFAULT
+    settings: dict[str, Any] = {} if num_classes is None else {"num_classes": num_classes}
+    if name in ("googlenet", "inception_v3") and not pretrained:
+        settings["init_weights"] = False
+    try:
+        model = models.get_model(name, weights=weights if pretrained else None, **settings)
+    except (OSError, RuntimeError, ValueError) as error:
+        raise (
+            _not_downloaded(name, error) if pretrained else FoveateError(f"torchvision could not build {name!r}: {error}")
+        ) from None
+    transforms = weights.transforms()
+    preprocess = Preprocess(
+        crop=(transforms.crop_size[0], transforms.crop_size[0]),
+        resize=transforms.resize_size[0],
+        interpolation=transforms.interpolation.value,
+        mean=tuple(transforms.mean),
+        std=tuple(transforms.std),
+    )
+    return model, preprocess, weights.meta["categories"] if num_classes in (None, 1000) else None
+
+
+def _from_foveate(name: str, pretrained: bool, num_classes: int | None) -> Built:
+    from foveate.models.small import small_cnn
+
+    if name != "small_cnn":
+        raise _unknown("foveate", name, ["small_cnn"])
+    if pretrained:
+        raise FoveateError("small_cnn has no pretrained weights: train it with 'foveate demo' or 'foveate train'")
+    names = ["leopard", "orca"] if num_classes in (None, 2) else None
+    return small_cnn(num_classes or 2), Preprocess((96, 96), 96, "bilinear", (0.5,) * 3, (0.25,) * 3), names
+
+
+SOURCES: dict[str, Callable[[str, bool, int | None], Built]] = {
+    "timm": _from_timm,
+    "torchvision": _from_torchvision,
+    "foveate": _from_foveate,
+}
+
+
+def _not_downloaded(name: str, error: Exception) -> FoveateError:
+    reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    return FoveateError(f"the pretrained weights of {name!r} could not be downloaded ({reason}): give a weights file instead")
+
+
+def imagenet_names() -> list[str]:
+    """The 1000 class names of ILSVRC-2012, in index order, as torchvision ships them."""
+    names: list[str] = torchvision().models.ResNet18_Weights.DEFAULT.meta["categories"]
+    return names
+
+
+def _from_file(path: Path, name: str) -> Built:
+    if not path.is_file():
+        raise FoveateError(f"model file {str(path)!r} does not exist")
+    module_spec = importlib.util.spec_from_file_location(f"foveate_model_{path.stem}", path)
+    assert module_spec is not None and module_spec.loader is not None  # a .py file always has a loader
+    module = importlib.util.module_from_spec(module_spec)
+    sys.modules[module_spec.name] = module
+    try:
+        module_spec.loader.exec_module(module)
+    except Exception as error:  # the user's own code may raise anything
+        raise FoveateError(f"{path} could not be imported: {type(error).__name__}: {error}") from error
+    factory = getattr(module, name, None)
+    if factory is None:
+        names = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
+        near = difflib.get_close_matches(name, names, 3, 0.4)
+        raise FoveateError(f"{path} has no {name!r}" + (f": did you mean {' or '.join(near)}?" if near else ""))
+    try:
+        model = factory if isinstance(factory, nn.Module) else factory()
+    except Exception as error:  # likewise
+        raise FoveateError(f"{path}:{name} raised {type(error).__name__}: {error}") from error
+    if not isinstance(model, nn.Module):
+        raise FoveateError(f"{path}:{name} returned a {type(model).__name__}, and a torch.nn.Module is needed")
+    if model.training:
+        raise FoveateError(f"the model of {path}:{name} is in training mode: return model.eval()")
+    return model, _stated_preprocess(model), _stated_names(model)
+
+
+def _stated_preprocess(model: nn.Module) -> Preprocess | None:
+    """What a model of somebody's own says about its input: a timm-like ``default_cfg``, or ``mean`` and ``std``."""
+    config = getattr(model, "pretrained_cfg", None) or getattr(model, "default_cfg", None)
+    if not isinstance(config, Mapping):
+        config = {key: getattr(model, key) for key in ("mean", "std", "input_size") if hasattr(model, key)}
+    if "mean" not in config or "std" not in config:
+        return None
+    size = config.get("input_size", (3, 224, 224))
+    height, width = (size, size) if isinstance(size, int) else tuple(size)[-2:]
+    mean, std = (torch.as_tensor(config[key]).flatten().tolist() for key in ("mean", "std"))
+    return Preprocess(
+        (height, width), floor_resize(min(height, width), config.get("crop_pct") or 0.875), mean=_three(mean), std=_three(std)
+    )
+
+
+def _stated_names(model: nn.Module) -> list[str] | None:
+    names = getattr(model, "class_names", None)
+    if names is not None:
+        return list(names)
+    labels = getattr(getattr(model, "config", None), "id2label", None)  # Hugging Face
+    if isinstance(labels, Mapping) and labels:
+        return [str(labels[key]) for key in sorted(labels, key=int)]
+    linear = [module for module in model.modules() if isinstance(module, nn.Linear)]
+    return imagenet_names() if linear and linear[-1].out_features == 1000 else None
+
+
+# -- weights -------------------------------------------------------------------------------------------------------
+
+
+def read_weights(path: str | Path) -> dict[str, Tensor]:
+    """A state dict from a file, ``.safetensors`` or PyTorch's own format with ``weights_only``: code is never run.
+
+    Raises:
+        FoveateError: missing, unreadable, not a state dict, or a pickle with more than tensors in it.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FoveateError(f"weights file {str(path)!r} does not exist")
+    try:
+        if path.suffix == ".safetensors":
+            from safetensors.torch import load_file
+
+            state: Any = load_file(path)
+        else:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError:
+        raise FoveateError(
+            f"weights file {str(path)!r} holds more than tensors, and code in it is not run: "
+            "save model.state_dict() alone, best as .safetensors"
+        ) from None
+    except Exception as error:  # safetensors and torch raise many kinds for a damaged file
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise FoveateError(f"weights file {str(path)!r} cannot be read: {reason}") from None
+    for key in ("state_dict", "model_state_dict", "model"):
+        if isinstance(state, Mapping) and isinstance(state.get(key), Mapping):
+            state = state[key]
+    if not isinstance(state, Mapping) or not state or not all(isinstance(value, Tensor) for value in state.values()):
+        raise FoveateError(f"weights file {str(path)!r} holds no state dict")
+    return dict(state)
+
+
+def load_weights(model: nn.Module, path: str | Path) -> None:
+    """Put a state dict into a model; prefixes of wrappers (``module.``, ``_orig_mod.``, ``model.``) are taken off.
+
+    Raises:
+        FoveateError: names or shapes that do not fit, or NaN and infinity in a tensor; the model is then unchanged.
+    """
+    state = read_weights(path)
+    own = model.state_dict()
+    for prefix in ("module.", "_orig_mod.", "model."):
+        if all(key.startswith(prefix) for key in state) and not all(key.startswith(prefix) for key in own):
+            state = {key.removeprefix(prefix): value for key, value in state.items()}
+    missing = [key for key in own if key not in state and not key.endswith("num_batches_tracked")]
+    surplus = [key for key in state if key not in own]
+    shapes = [key for key in own if key in state and own[key].shape != state[key].shape]
+    if missing or surplus or shapes:
+        parts = []
+        if missing:
+            parts.append(f"{len(missing)} of {len(own)} tensors are missing, such as {missing[0]!r}")
+        if surplus:
+            parts.append(f"{len(surplus)} have no place, such as {surplus[0]!r}")
+        if shapes:
+            key = shapes[0]
+            parts.append(
+                f"{len(shapes)} have another shape, such as {key!r}: {list(state[key].shape)} in the file, "
+                f"{list(own[key].shape)} in the model"
+            )
+        raise FoveateError(f"weights file {str(path)!r} does not fit the model: {'; '.join(parts)}")
+    for key, value in state.items():
+        if value.is_floating_point() and not torch.isfinite(value).all():
+            raise FoveateError(f"weights file {str(path)!r} holds NaN or infinity in {key!r}: it is not a usable model")
+    model.load_state_dict(state, strict=False)
+
+
+__all__ = ["IMAGENET_MEAN", "IMAGENET_STD", "Classifier", "imagenet_names", "load", "load_weights", "read_weights"]

@@ -1,0 +1,215 @@
+"""The registry: records of methods, metrics and losses, the decorators that make them, and look-up by name.
+
+A function with a decorator in a file of ``methods/``, ``metrics/`` or ``losses/`` is all that a new one needs: the
+folder is read on the first look-up, and the command line, the tables and the contract tests follow from the records.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import pkgutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Generic, Literal, TypeVar
+
+from foveate.errors import FoveateError
+
+Direction = Literal["up", "down"]
+
+
+@dataclass(frozen=True)
+class Method:
+    """A way to make saliency maps.
+
+    Attributes:
+        function: ``(capture, layer, target, **own settings) -> S [B,h,w]``, raw: no ReLU, no scaling beyond the paper's.
+        paper: where it comes from.
+        signed: its map has negative values with a meaning (evidence against).
+        differentiable: the map is a differentiable function of the model's parameters (``create_graph``).
+        complete: where the head is linear in the layer, the map plus the bias adds up to the score.
+        contrasts: it explains a class against another, the strongest other one where none is named.
+        needs: what the capture must offer: of ``gradient`` and ``linear_head``.
+        control: it ignores the model: every table must contain such rows, to show what a metric lets pass.
+        aliases: other names that people know.
+    """
+
+    name: str
+    title: str
+    function: Callable[..., Any]
+    paper: str
+    signed: bool = False
+    differentiable: bool = False
+    complete: bool = False
+    contrasts: bool = False
+    needs: tuple[str, ...] = ()
+    control: bool = False
+    aliases: tuple[str, ...] = ()
+
+    def __call__(self, *args: Any, **settings: Any) -> Any:
+        """The raw map: ``(capture, layer, target, **own settings) -> S [B,h,w]``."""
+        return self.function(*args, **settings)
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A number, or several that share their work, that says something about a map.
+
+    Attributes:
+        function: ``(capture, M [B,H,W], batch, **own settings) -> {column: [B]}``.
+        columns: each column with the direction that is better.
+        needs: what the batch must have: of ``mask`` and ``boxes``.
+    """
+
+    name: str
+    title: str
+    function: Callable[..., Any]
+    paper: str
+    columns: Mapping[str, Direction]
+    needs: tuple[str, ...] = ()
+    aliases: tuple[str, ...] = ()
+
+    def __call__(self, *args: Any, **settings: Any) -> Any:
+        """The values: ``(capture, M [B,H,W], batch, **own settings) -> {column: [B]}``."""
+        return self.function(*args, **settings)
+
+
+@dataclass(frozen=True)
+class Loss:
+    """What is added to cross-entropy: ``(capture, batch, **own settings) -> [B]``, differentiable in the parameters."""
+
+    name: str
+    title: str
+    function: Callable[..., Any]
+    paper: str
+    needs: tuple[str, ...] = ()
+    aliases: tuple[str, ...] = ()
+
+    def __call__(self, *args: Any, **settings: Any) -> Any:
+        """The loss of each image: ``(capture, batch, **own settings) -> [B]``."""
+        return self.function(*args, **settings)
+
+
+Record = TypeVar("Record", Method, Metric, Loss)
+
+
+class Register(Generic[Record]):
+    """Records of one kind by name; the files of its folder are imported on the first look-up."""
+
+    def __init__(self, kind: str, folder: str) -> None:
+        self.kind = kind
+        self.folder = folder
+        self._records: dict[str, Record] = {}
+        self._read = False
+
+    def add(self, record: Record) -> None:
+        """Put a record under its name and aliases.
+
+        Raises:
+            FoveateError: another function has one of the names already.
+        """
+        names: tuple[str, ...] = (record.name, *record.aliases)
+        for name in names:
+            known = self._find(name)
+            if known is not None and known.function.__qualname__ != record.function.__qualname__:
+                raise FoveateError(f"{self.kind} {name!r} is registered already, by {known.function.__module__}")
+        self._records[record.name] = record
+
+    def all(self) -> dict[str, Record]:
+        """Every record by name, in alphabetical order."""
+        self._read_folder()
+        return dict(sorted(self._records.items()))
+
+    def get(self, name: str) -> Record:
+        """The record of a name or alias; case, hyphens and underscores do not matter.
+
+        Raises:
+            FoveateError: no such name; the message has the nearest ones.
+        """
+        self._read_folder()
+        record: Record | None = self._find(name)
+        if record is None:
+            near = difflib.get_close_matches(name, self._records, 3, 0.5)
+            hint = f"did you mean {' or '.join(near)}?" if near else f"there are {', '.join(sorted(self._records))}"
+            raise FoveateError(f"{self.kind} {name!r} is unknown: {hint}")
+        return record
+
+    def _find(self, name: str) -> Record | None:
+        key = _plain(name)
+        known: Record
+        for known in self._records.values():
+            if key in map(_plain, (known.name, *known.aliases)):
+                return known
+        return None
+
+    def _read_folder(self) -> None:
+        if self._read:
+            return
+        self._read = True
+        package = importlib.import_module(self.folder)
+        for module in pkgutil.iter_modules(package.__path__):
+            importlib.import_module(f"{self.folder}.{module.name}")
+
+
+def _plain(name: str) -> str:
+    return name.lower().replace("+", "p").replace("_", "").replace("-", "").replace(" ", "")
+
+
+METHODS: Register[Method] = Register("method", "foveate.methods")
+METRICS: Register[Metric] = Register("metric", "foveate.metrics")
+LOSSES: Register[Loss] = Register("loss", "foveate.losses")
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+def method(
+    name: str,
+    *,
+    title: str,
+    paper: str,
+    signed: bool = False,
+    differentiable: bool = False,
+    complete: bool = False,
+    contrasts: bool = False,
+    needs: tuple[str, ...] = (),
+    control: bool = False,
+    aliases: tuple[str, ...] = (),
+) -> Callable[[Function], Function]:
+    """Register ``(capture, layer, target, **own settings) -> S [B,h,w]`` as a method; the function stays as it is."""
+
+    def add(function: Function) -> Function:
+        record = Method(name, title, function, paper, signed, differentiable, complete, contrasts, needs, control, aliases)
+        METHODS.add(record)
+        return function
+
+    return add
+
+
+def metric(
+    name: str,
+    *,
+    title: str,
+    paper: str,
+    columns: Mapping[str, Direction],
+    needs: tuple[str, ...] = (),
+    aliases: tuple[str, ...] = (),
+) -> Callable[[Function], Function]:
+    """Register ``(capture, M [B,H,W], batch, **own settings) -> {column: [B]}`` as a metric."""
+
+    def add(function: Function) -> Function:
+        METRICS.add(Metric(name, title, function, paper, dict(columns), needs, (*columns, *aliases)))
+        return function
+
+    return add
+
+
+def loss(
+    name: str, *, title: str, paper: str, needs: tuple[str, ...] = (), aliases: tuple[str, ...] = ()
+) -> Callable[[Function], Function]:
+    """Register ``(capture, batch, **own settings) -> [B]`` as a loss."""
+
+    def add(function: Function) -> Function:
+        LOSSES.add(Loss(name, title, function, paper, needs, aliases))
+        return function
+
+    return add

@@ -1,0 +1,1 @@
+"""Tables and pictures, and pages made of them."""

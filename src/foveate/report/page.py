@@ -1,0 +1,36 @@
+"""Page: the loop on one self-contained HTML file, from what each model scores to where it looks."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jinja2
+
+TEMPLATES = Path(__file__).parent / "templates"
+
+
+@dataclass(frozen=True)
+class Look:
+    """One image as a model sees it: pictures as data URIs, what was said, and whether that was right."""
+
+    image: str
+    overlay: str
+    said: str
+    probability: float
+    right: bool
+    inside: float
+
+
+def render(template: str, path: str | Path, content: Mapping[str, Any]) -> Path:
+    """Fill a template of this folder and write the page; nothing in it is loaded from elsewhere."""
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(TEMPLATES), autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True
+    )
+    environment.filters["percent"] = lambda value: f"{100 * value:.1f}"
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(environment.get_template(template).render(content), encoding="utf-8")
+    return path

@@ -1,0 +1,130 @@
+"""Pictures: maps in colour, on the image, beside it; curves; as images, files and data URIs."""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from foveate.images import to_image
+from foveate.maps import apply_mask, scale, upsample
+
+HEAT = "inferno"
+SIGNED = "RdBu_r"
+INK, MUTED, ACCENT, WRONG = "#1c2733", "#66727f", "#0b7285", "#c2410c"
+
+
+def heat(saliency: Tensor, colours: str = HEAT) -> Tensor:
+    """A map ``[H,W]`` in [0, 1] in colours, ``[3,H,W]`` in [0, 1]."""
+    from matplotlib import colormaps
+
+    values = colormaps[colours](saliency.detach().float().clamp(0, 1).cpu().numpy())[..., :3]
+    return torch.from_numpy(np.ascontiguousarray(values)).permute(2, 0, 1).float()
+
+
+def overlay(x: Tensor, saliency: Tensor, strength: float = 0.85) -> Tensor:
+    """The image ``[3,H,W]`` under its map ``[H,W]``: the more salient, the more of the heat, on a dimmed grey image."""
+    x, saliency = x.detach().float().cpu(), saliency.detach().float().clamp(0, 1).cpu()
+    grey = x.mean(0, keepdim=True)
+    quiet = (0.55 * x + 0.45 * grey) * 0.82
+    share = strength * saliency**0.8
+    lit = 0.74 * heat(saliency) + 0.26 * x
+    return (quiet * (1 - share) + (quiet * 0.25 + lit * 0.9) * share).clamp(0, 1)
+
+
+def signed(raw: Tensor, size: tuple[int, int]) -> Tensor:
+    """A raw map ``[h,w]`` in red for evidence for, blue for evidence against, white for none: ``[3,H,W]``."""
+    values = scale(upsample(raw[None].detach().float(), size), "max")[0]
+    return heat(values / 2 + 0.5, SIGNED)
+
+
+def enlarge(x: Tensor, factor: int) -> Image.Image:
+    """``[3,H,W]`` as an image, ``factor`` times as large."""
+    image = to_image(x)
+    return image.resize((image.width * factor, image.height * factor), Image.Resampling.LANCZOS)
+
+
+def data_uri(image: Image.Image, quality: int = 88) -> str:
+    """An image as the text of a ``src`` attribute."""
+    buffer = io.BytesIO()
+    image.save(buffer, "JPEG", quality=quality, optimize=True)
+    return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
+
+
+def side_by_side(
+    path: str | Path, x: Tensor, saliency: Tensor, raw: Tensor, *, title: str, before: float, after: float, note: str = ""
+) -> None:
+    """Write a picture of four panels: the input, its map, the overlay, and what remains when the map is the mask.
+
+    The second panel shows the map before scaling, with its sign and a colour bar.
+
+    Args:
+        x: ``[3,H,W]``; saliency: ``[H,W]`` in [0, 1]; raw: ``[h,w]``.
+        before, after: probability of the target on the image and on what remains.
+    """
+    from matplotlib.figure import Figure
+
+    height, width = x.shape[-2:]
+    figure = Figure(figsize=(12.4, 3.1 * height / width + 0.75), dpi=110, layout="constrained")
+    figure.suptitle(title, x=0.008, ha="left", fontsize=12.5, color=INK, weight="bold")
+    axes: Any = figure.subplots(1, 4)
+    raw = raw.detach().float().cpu()
+    limit = float(raw.abs().max()) or 1.0
+    negative = bool((raw < 0).any())
+    panels = (to_image(x), raw.numpy(), to_image(overlay(x, saliency)), to_image(apply_mask(x[None], saliency[None])[0]))
+    captions = ("input", f"map, {raw.shape[0]} x {raw.shape[1]}", "overlay", "what remains")
+    for axis, panel, caption in zip(axes, panels, captions, strict=True):
+        if caption.startswith("map"):
+            colours, low = (SIGNED, -limit) if negative else (HEAT, 0.0)
+            drawn = axis.imshow(
+                panel, cmap=colours, vmin=low, vmax=limit, extent=(0, width, height, 0), interpolation="nearest"
+            )
+            bar = figure.colorbar(drawn, ax=axis, fraction=0.046, pad=0.025)
+            bar.ax.tick_params(labelsize=7, colors=MUTED, length=2)
+            bar.outline.set_visible(False)
+        else:
+            axis.imshow(panel)
+        axis.set_title(caption, fontsize=9.5, color=MUTED, loc="left", pad=4)
+        axis.set_xticks([])
+        axis.set_yticks([])
+        for spine in axis.spines.values():
+            spine.set_visible(False)
+    axes[0].set_xlabel(f"p = {before:.3f}", fontsize=9.5, color=INK, loc="left")
+    axes[1].set_xlabel("red: for, blue: against" if negative else "", fontsize=9.5, color=MUTED, loc="left")
+    axes[2].set_xlabel(note, fontsize=9.5, color=MUTED, loc="left")
+    axes[3].set_xlabel(f"p = {after:.3f}", fontsize=9.5, color=INK, loc="left")
+    figure.savefig(path, facecolor="white")
+
+
+def curves(runs: Mapping[str, Sequence[Mapping[str, float]]], panels: Sequence[tuple[str, str]]) -> str:
+    """Training curves of several runs as one SVG: a panel for each ``(figure, title)`` that any run has."""
+    from matplotlib.figure import Figure
+
+    shown = [(key, title) for key, title in panels if any(key in line for history in runs.values() for line in history)]
+    figure = Figure(figsize=(3.6 * len(shown), 2.7), layout="constrained")
+    axes: Any = np.atleast_1d(figure.subplots(1, len(shown)))
+    colours = (WRONG, ACCENT, "#7048e8", "#5c940d", "#1c7ed6", "#a61e4d")
+    for axis, (key, title) in zip(axes, shown, strict=True):
+        for (name, history), colour in zip(runs.items(), colours, strict=False):
+            points = [(line["epoch"], line[key]) for line in history if key in line]
+            if points:
+                axis.plot(*zip(*points, strict=True), color=colour, linewidth=1.8, label=name.replace("_", " "))
+        axis.set_title(title, fontsize=10, color=INK, loc="left")
+        axis.set_xlabel("epoch", fontsize=8.5, color=MUTED)
+        axis.tick_params(labelsize=8, colors=MUTED)
+        axis.grid(alpha=0.25, linewidth=0.6)
+        axis.xaxis.get_major_locator().set_params(integer=True)
+        for side in ("top", "right"):
+            axis.spines[side].set_visible(False)
+    axes[0].legend(fontsize=8.5, frameon=False)
+    buffer = io.StringIO()
+    figure.savefig(buffer, format="svg", transparent=False, facecolor="white", metadata={"Date": None})
+    text = buffer.getvalue()
+    return text[text.index("<svg") :]

@@ -1,0 +1,528 @@
+"""Capture: what it gives, what it costs, and that nothing is left on the model."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import warnings
+from collections import OrderedDict
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from foveate import Capture, FoveateError, LayerError, SlowPathWarning, explain, maps, normalized
+from foveate.registry import METHODS
+from foveate.testing import CLASSES, SHAPE, assert_untouched, example, fingerprint, networks
+
+KINDS = ("gap", "flat", "inplace", "tokens")
+
+
+class Wrapped(nn.Module):
+    """A network with another form of output."""
+
+    def __init__(self, network: nn.Module, form: str) -> None:
+        super().__init__()
+        self.network, self.form = network, form
+
+    def forward(self, x: Tensor) -> object:
+        logits = self.network(x)
+        if self.form == "tuple":
+            return logits, "more"
+        if self.form == "dict":
+            return OrderedDict(loss=None, logits=logits)
+        if self.form == "object":
+            return SimpleNamespace(logits=logits)
+        if self.form == "trailing":
+            return logits[:, :, None, None]
+        return logits
+
+
+def grad_cam(model: nn.Module, x: Tensor, layer: str = "features", **options: object) -> Tensor:
+    capture = Capture(model, x, layer, **options)
+    return METHODS.get("grad_cam")(capture, None, capture.target(1))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("frozen", [True, False])
+def test_nothing_is_left_on_the_model(kind: str, frozen: bool) -> None:
+    network, batch = networks()[kind], example()
+    for parameter in network.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    before = fingerprint(network)
+    capture = Capture(network, batch.x, "features", frozen=frozen)
+    capture.grad(None, capture.target(1))
+    capture.class_maps()
+    capture.tail(capture.activations().detach())
+    capture.score(batch.x)
+    assert_untouched(before, network)
+    assert not batch.x.requires_grad
+
+
+@pytest.mark.parametrize("where", ["layer", "behind", "target"])
+def test_nothing_is_left_after_a_crash(where: str) -> None:
+    network, batch = networks()["inplace"], example()
+
+    class Crash(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            raise RuntimeError("on purpose")
+
+    if where == "layer":
+        network.features.append(Crash().eval())
+    elif where == "behind":
+        network.more = Crash().eval()
+    before = fingerprint(network)
+
+    def broken(logits: Tensor) -> Tensor:
+        raise RuntimeError("on purpose")
+
+    with pytest.raises(RuntimeError, match="on purpose"):
+        explain(network, batch.x, "grad_cam", layer="features", target=broken if where == "target" else None)
+    assert_untouched(before, network)
+
+
+def test_finding_a_layer_leaves_a_model_in_training_as_it_is() -> None:
+    network = networks()["inplace"].train()
+    before = fingerprint(network)
+    state = {name: buffer.clone() for name, buffer in network.named_buffers()}
+    from foveate.layers import find
+
+    find(network, example().x)
+    assert_untouched(before, network)
+    assert all(torch.equal(state[name], buffer) for name, buffer in network.named_buffers())
+
+
+def test_a_thousand_calls_keep_no_memory() -> None:
+    network, x = networks()["gap"], example().x
+    grad_cam(network, x)
+    gc.collect()
+    before = sum(isinstance(thing, Tensor) for thing in gc.get_objects())
+    for _ in range(1000):
+        grad_cam(network, x)
+    gc.collect()
+    assert sum(isinstance(thing, Tensor) for thing in gc.get_objects()) <= before + 2
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_closed_form_equals_autograd_in_value_and_gradient(kind: str) -> None:
+    network, batch = networks()[kind], example()
+    results = []
+    for closed in (True, False):
+        capture = Capture(network, batch.x, "features", frozen=False, closed_form=closed)
+        for score in ("logit", "probability", "loss"):
+            target = capture.target(batch.y, score=score)
+            G = capture.grad(None, target)
+            parameters = [p for p in network.parameters() if p.requires_grad]
+            weight = torch.linspace(-1, 1, G.numel(), dtype=G.dtype).view_as(G)
+            scalar = (capture.activations() * G * weight).sum()
+            gradients = torch.autograd.grad(scalar, parameters, retain_graph=True, allow_unused=True)
+            results.append([G.detach(), *(g if g is not None else torch.zeros(()) for g in gradients)])
+        results.append([capture.class_maps().detach()])
+    half = len(results) // 2
+    for one, other in zip(results[:half], results[half:], strict=True):
+        for a, b in zip(one, other, strict=True):
+            torch.testing.assert_close(a, b.expand_as(a), rtol=1e-8, atol=1e-12)
+
+
+def test_the_closed_form_needs_no_backward_and_no_double_backward() -> None:
+    capture = Capture(networks()["gap"], example().x, "features", frozen=False)
+    assert capture.linear_head() is not None
+    capture.grad(None, capture.target(0))
+    assert capture.passes.backward == 0
+
+
+def test_a_head_that_pools_something_else_is_not_taken_for_linear() -> None:
+    network = nn.Sequential(OrderedDict(features=nn.Conv2d(3, 4, 3), relu=nn.ReLU(), pool=nn.AdaptiveAvgPool2d(1)))
+    network.add_module("flatten", nn.Flatten())
+    network.add_module("classifier", nn.Linear(4, 3))
+    network.eval()
+    assert Capture(network, torch.rand(2, 3, 9, 9), "features").linear_head() is None
+    assert Capture(network, torch.rand(2, 3, 9, 9), "relu").linear_head().pooled
+
+
+def test_dropout_in_training_is_not_taken_for_a_linear_head() -> None:
+    network = networks()["gap"].float()
+    network.classifier = nn.Sequential(nn.Dropout(0.5), nn.Linear(6, CLASSES))
+    network.train()
+    assert Capture(network, torch.rand(4, 3, 17, 23), "features", frozen=False).linear_head() is None
+    network.eval()
+    assert Capture(network, torch.rand(4, 3, 17, 23), "features").linear_head() is not None
+
+
+def test_the_body_in_front_of_the_layer_has_no_graph() -> None:
+    network = networks()["inplace"]
+    capture = Capture(network, example().x, "features")
+    assert capture._feature(None).raw.is_leaf
+    live = Capture(network, example().x, "features", frozen=False)
+    assert not live._feature(None).raw.is_leaf
+
+
+def test_an_inplace_relu_behind_the_layer_does_not_reach_the_features() -> None:
+    network, x = networks()["inplace"], example().x
+    expected = network.features(x).detach()
+    assert (expected < 0).any()
+    torch.testing.assert_close(Capture(network, x, "features").activations().detach(), expected)
+
+
+def test_several_layers_share_one_backward_and_agree_with_single_ones() -> None:
+    network, x = networks()["inplace"], example().x
+    both = Capture(network, x, ["features.0", "more"])
+    target = both.target(1)
+    for layer in both.layers:
+        alone = Capture(network, x, layer)
+        torch.testing.assert_close(both.grad(layer, target), alone.grad(layer, alone.target(1)))
+    assert both.passes.backward == len(x)
+
+
+def test_gradients_at_the_input_are_the_plain_ones() -> None:
+    network, x = networks()["inplace"], example().x
+    capture = Capture(network, x, "input")
+    leaf = x.clone().requires_grad_(True)
+    (expected,) = torch.autograd.grad(network(leaf)[:, 1].sum(), leaf)
+    torch.testing.assert_close(capture.grad("input", capture.target(1)), expected)
+
+
+@pytest.mark.parametrize("form", ["tuple", "dict", "object", "trailing"])
+def test_outputs_of_every_form(form: str) -> None:
+    network, x = networks()["gap"], example().x
+    torch.testing.assert_close(grad_cam(Wrapped(network, form).eval(), x, "network.features"), grad_cam(network, x))
+
+
+def test_outputs_without_logits_are_refused() -> None:
+    class Strange(nn.Module):
+        def __init__(self, value: object) -> None:
+            super().__init__()
+            self.value, self.features = value, nn.Conv2d(3, 2, 3)
+
+        def forward(self, x: Tensor) -> object:
+            self.features(x)
+            return self.value
+
+    for value, match in (
+        ({"loss": 1}, "dict without a tensor"),
+        ("logits", "returned a str"),
+        (torch.rand(2, 3, 4), "shape \\[2, 3, 4\\]"),
+    ):
+        with pytest.raises(FoveateError, match=match):
+            Capture(Strange(value).eval(), torch.rand(2, 3, 9, 9), "features")
+
+
+class TestModelsPeopleHave:
+    """Frozen, without gradients, wrapped, compiled, in half precision: the same map."""
+
+    def setup_method(self) -> None:
+        self.network, self.x = networks()["inplace"].float(), example().x.float()
+        self.expected = grad_cam(self.network, self.x)
+
+    def test_frozen_parameters(self) -> None:
+        self.network.requires_grad_(False)
+        torch.testing.assert_close(grad_cam(self.network, self.x), self.expected)
+
+    def test_under_no_grad(self) -> None:
+        with torch.no_grad():
+            torch.testing.assert_close(grad_cam(self.network, self.x), self.expected)
+
+    def test_under_inference_mode(self) -> None:
+        with torch.inference_mode():
+            torch.testing.assert_close(grad_cam(self.network, self.x.clone()), self.expected)
+
+    def test_parameters_made_in_inference_mode(self) -> None:
+        with torch.inference_mode():
+            network = copy.deepcopy(self.network)
+            torch.testing.assert_close(grad_cam(network, self.x), self.expected)
+
+    def test_data_parallel(self) -> None:
+        torch.testing.assert_close(grad_cam(nn.DataParallel(self.network), self.x), self.expected)
+
+    def test_compiled(self) -> None:
+        torch.testing.assert_close(grad_cam(torch.compile(self.network), self.x), self.expected)
+
+    def test_compiled_in_place(self) -> None:
+        self.network.compile()
+        torch.testing.assert_close(grad_cam(self.network, self.x), self.expected)
+
+    def test_compiled_part(self) -> None:
+        self.network.features = torch.compile(self.network.features)
+        torch.testing.assert_close(grad_cam(self.network, self.x), self.expected)
+
+    def test_double_precision_images(self) -> None:
+        torch.testing.assert_close(grad_cam(self.network, self.x.double()), self.expected)
+
+    def test_bfloat16(self) -> None:
+        saliency = grad_cam(self.network.bfloat16(), self.x)
+        assert saliency.dtype == torch.float32
+        assert torch.corrcoef(torch.stack([saliency.flatten(), self.expected.flatten()]))[0, 1] > 0.99
+
+    def test_under_autocast(self) -> None:
+        with torch.autocast("cpu", torch.bfloat16):
+            saliency = grad_cam(self.network, self.x)
+        assert torch.corrcoef(torch.stack([saliency.flatten(), self.expected.flatten()]))[0, 1] > 0.99
+
+    def test_channels_last(self) -> None:
+        model = self.network.to(memory_format=torch.channels_last)
+        saliency = grad_cam(model, self.x.contiguous(memory_format=torch.channels_last))
+        torch.testing.assert_close(saliency, self.expected, rtol=1e-4, atol=1e-6)
+
+    def test_normalized(self) -> None:
+        model = normalized(self.network, (0.5, 0.4, 0.3), (0.2, 0.3, 0.4))
+        mean, std = torch.tensor([0.5, 0.4, 0.3]).view(1, 3, 1, 1), torch.tensor([0.2, 0.3, 0.4]).view(1, 3, 1, 1)
+        torch.testing.assert_close(grad_cam(model, self.x * std + mean), self.expected, rtol=1e-4, atol=1e-6)
+
+    def test_torchscript_is_refused_with_advice(self) -> None:
+        with pytest.raises(FoveateError, match="TorchScript"):
+            Capture(torch.jit.trace(self.network, self.x), self.x, "features")
+
+
+class TestBinaryHead:
+    def setup_method(self) -> None:
+        self.network, self.batch = networks()["gap"], example()
+        self.network.classifier = nn.Linear(6, 1).double().eval()
+
+    def test_it_has_two_classes_with_opposite_maps(self) -> None:
+        capture = Capture(self.network, self.batch.x, "features")
+        assert (capture.head, capture.classes) == ("binary", 2)
+        assert torch.equal(capture.pred, (self.network(self.batch.x)[:, 0] > 0).long())
+        method = METHODS.get("hires_cam")
+        one, zero = (method(capture, None, capture.target(y)) for y in (1, 0))
+        torch.testing.assert_close(one, -zero)
+        torch.testing.assert_close(one.sum((1, 2)) + self.network.classifier.bias, capture.logits[:, 0])
+
+    def test_a_flat_output_is_one_logit(self) -> None:
+        class Squeezed(nn.Module):
+            def __init__(self, network: nn.Module) -> None:
+                super().__init__()
+                self.network = network
+
+            def forward(self, x: Tensor) -> Tensor:
+                return self.network(x)[:, 0]
+
+        model = Squeezed(self.network).eval()
+        torch.testing.assert_close(grad_cam(model, self.batch.x, "network.features"), grad_cam(self.network, self.batch.x))
+
+    def test_a_contrast_is_the_log_odds(self) -> None:
+        explanation = explain(self.network, self.batch.x, ("hires_cam", "contrastive_cam"), layer="features", target=1)
+        torch.testing.assert_close(explanation.raw["hires_cam"], explanation.raw["contrastive_cam"])
+        assert explanation.completeness_error["contrastive_cam"].max() < 1e-12
+
+
+class TestScoreAndTail:
+    @pytest.mark.parametrize("kind", KINDS)
+    def test_the_tail_is_the_rest_of_the_model(self, kind: str) -> None:
+        network, batch = networks()[kind], example()
+        capture = Capture(network, batch.x, "features")
+        A = capture.activations().detach()
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", SlowPathWarning)
+            torch.testing.assert_close(capture.tail(A), network(batch.x))
+            if kind != "tokens":
+                torch.testing.assert_close(capture.tail(0.5 * A), network.tail(0.5 * network.features(batch.x)))
+        assert capture.passes.forward == len(batch)
+
+    def test_the_tail_reads_what_went_around_the_layer(self) -> None:
+        class Residual(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.stem, self.features, self.classifier = nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3, padding=1), nn.Linear(4, 3)
+
+            def forward(self, x: Tensor) -> Tensor:
+                x = self.stem(x)
+                return self.classifier((x + self.features(x)).mean((2, 3)))
+
+        model, x = Residual().double().eval(), example().x
+        capture = Capture(model, x, "features")
+        A = torch.rand_like(capture.activations()).repeat(3, 1, 1, 1)
+        rows = torch.tensor([0, 1, 0, 1, 0, 1])
+        stem = model.stem(x)
+        torch.testing.assert_close(capture.tail(A, rows=rows), model.classifier((stem[rows] + A).mean((2, 3))))
+
+    def test_a_model_that_cannot_be_traced_runs_whole_and_says_so(self) -> None:
+        class Branching(nn.Module):
+            def __init__(self, network: nn.Module) -> None:
+                super().__init__()
+                self.network = network
+
+            def forward(self, x: Tensor) -> Tensor:
+                return self.network(x) if x.sum() > 0 else -self.network(x)
+
+        model, x = Branching(networks()["gap"]).eval(), example().x
+        capture = Capture(model, x, "network.features")
+        with pytest.warns(SlowPathWarning, match="could not be cut off"):
+            logits = capture.tail(0.5 * capture.activations().detach())
+        torch.testing.assert_close(logits, model.network.tail(0.5 * model.network.features(x)))
+
+    def test_the_tail_is_differentiable_where_it_should_be(self) -> None:
+        network, batch = networks()["inplace"], example()
+        capture = Capture(network, batch.x, "features")
+        A = capture.activations().detach().requires_grad_(True)
+        target = capture.target(batch.y)
+        (gradient,) = torch.autograd.grad(capture.tail(A, target=target).sum(), A)
+        torch.testing.assert_close(gradient, capture.grad(None, target))
+        assert not capture.tail(A.detach()).requires_grad
+
+    @pytest.mark.parametrize("chunk", [1, 2, 3, 7])
+    def test_results_do_not_depend_on_the_chunk(self, chunk: int) -> None:
+        network, x = networks()["inplace"], torch.rand(7, *SHAPE[1:], dtype=torch.float64)
+        capture, small = Capture(network, x, "features"), Capture(network, x, "features", chunk=chunk)
+        torch.testing.assert_close(small.score(x), capture.score(x))
+        A = capture.activations().detach()
+        torch.testing.assert_close(small.tail(A), capture.tail(A))
+        assert small.score(iter([x[:3], x[3:]])).shape == (7, CLASSES)
+
+    def test_rows_say_which_image_is_scored(self) -> None:
+        network, batch = networks()["gap"], example()
+        capture = Capture(network, batch.x, "features")
+        rows = torch.tensor([1, 0, 1])
+        scores = capture.score(batch.x[rows], capture.target(batch.y), rows)
+        torch.testing.assert_close(scores, network(batch.x[rows]).gather(1, batch.y[rows][:, None])[:, 0])
+        contrast = capture.target(0, against=[1, 2])
+        logits = network(batch.x[rows])
+        torch.testing.assert_close(capture.score(batch.x[rows], contrast, rows), logits[:, 0] - logits[[0, 1, 2], [2, 1, 2]])
+
+    def test_a_chunk_that_does_not_fit_is_halved(self) -> None:
+        network, x = networks()["gap"], torch.rand(8, *SHAPE[1:], dtype=torch.float64)
+        capture = Capture(network, x, "features")
+        sizes = []
+
+        def small(images: Tensor) -> Tensor:
+            if len(images) > 3:
+                raise torch.OutOfMemoryError("too much")
+            sizes.append(len(images))
+            return network(images)
+
+        result = torch.cat(list(capture._chunks(x, small)))
+        torch.testing.assert_close(result, network(x))
+        assert sizes == [2, 2, 2, 2]
+
+    def test_bf16_is_near_and_float32(self) -> None:
+        network, x = networks()["gap"].float(), example().x.float()
+        logits = Capture(network, x, "features", precision="bf16").score(x)
+        assert logits.dtype == torch.float32
+        torch.testing.assert_close(logits, network(x), rtol=0.05, atol=0.02)
+
+    def test_scores_can_take_part_in_a_graph(self) -> None:
+        network, x = networks()["gap"], example().x
+        weight = torch.ones(CLASSES, dtype=torch.float64, requires_grad=True)
+        (Capture(network, x, "features").score(x) * weight).sum().backward()
+        assert weight.grad is not None
+
+
+class TestRefusals:
+    def setup_method(self) -> None:
+        self.network, self.x = networks()["gap"], example().x
+
+    def test_training_mode(self) -> None:
+        self.network.features.train()
+        with pytest.raises(FoveateError, match=r"training mode \('features' is\): call model.eval"):
+            Capture(self.network, self.x, "features")
+
+    def test_an_unknown_layer_lists_near_ones(self) -> None:
+        with pytest.raises(LayerError, match=r"'feature' is not in the model: did you mean features"):
+            Capture(self.network, self.x, "feature")
+
+    def test_a_layer_without_a_grid_names_one_that_has(self) -> None:
+        with pytest.raises(LayerError, match=r"'classifier' has no spatial grid.*\[2, 4\]; try 'features'"):
+            Capture(self.network, self.x, "classifier")
+
+    def test_a_module_of_another_model(self) -> None:
+        with pytest.raises(LayerError, match="not a module of this model"):
+            Capture(self.network, self.x, nn.Conv2d(3, 3, 1))
+
+    def test_a_layer_that_does_not_run(self) -> None:
+        self.network.spare = nn.Conv2d(3, 3, 1).eval()
+        with pytest.raises(LayerError, match="'spare' did not run"):
+            Capture(self.network, self.x, "spare")
+
+    def test_a_layer_that_the_score_does_not_depend_on(self) -> None:
+        class Aside(nn.Module):
+            def __init__(self, network: nn.Module) -> None:
+                super().__init__()
+                self.network, self.aside = network, nn.Conv2d(3, 4, 3).double()
+
+            def forward(self, x: Tensor) -> Tensor:
+                self.aside(x)
+                return self.network(x)
+
+        capture = Capture(Aside(self.network).eval(), self.x, "aside")
+        with pytest.raises(LayerError, match=r"do(es)? not depend on layer 'aside': try 'network.features'"):
+            capture.grad(None, capture.target(0))
+
+    def test_patches_behind_the_last_attention(self) -> None:
+        class Late(nn.Module):
+            def __init__(self, network: nn.Module) -> None:
+                super().__init__()
+                self.network, self.late = network, nn.LayerNorm(8).double()
+                self.num_prefix_tokens = 1
+
+            def forward(self, x: Tensor) -> Tensor:
+                network = self.network
+                patches = network.patch(x).flatten(2).transpose(1, 2)
+                tokens = network.features(torch.cat([network.token.expand(len(x), -1, -1), patches], 1))
+                attention = (network.query(tokens) @ network.key(tokens).transpose(1, 2)).softmax(-1)
+                return network.classifier(self.late(attention @ network.value(tokens))[:, 0])
+
+        model = Late(networks()["tokens"]).eval()
+        capture = Capture(model, self.x, "late")
+        with pytest.raises(LayerError, match=r"exactly 0 on every patch.*try 'network.features'"):
+            capture.grad(None, capture.target(0))
+
+    def test_nan_weights(self) -> None:
+        with torch.no_grad():
+            self.network.classifier.weight[0, 0] = float("nan")
+        with pytest.raises(FoveateError, match="NaN or infinity for image 0"):
+            Capture(self.network, self.x, "features")
+
+    @pytest.mark.parametrize(
+        ("x", "match"),
+        [
+            (torch.rand(3, 17, 23), r"shape \[3, 17, 23\]"),
+            (torch.zeros(1, 3, 17, 23, dtype=torch.uint8), "divide by 255"),
+            (torch.rand(0, 3, 17, 23), "no image"),
+            ("image.jpg", "this is a str"),
+        ],
+    )
+    def test_images(self, x: object, match: str) -> None:
+        with pytest.raises(FoveateError, match=match):
+            Capture(self.network, x, "features")
+
+    def test_options(self) -> None:
+        for options, match in (
+            ({"chunk": 0}, "chunk 0"),
+            ({"precision": "fp8"}, "precision 'fp8'"),
+            ({"head": "sigmoid"}, "head 'sigmoid'"),
+        ):
+            with pytest.raises(FoveateError, match=match):
+                Capture(self.network, self.x, "features", **options)
+
+    def test_a_layer_that_was_not_captured(self) -> None:
+        capture = Capture(self.network, self.x, "features")
+        with pytest.raises(LayerError, match=r"'features.0' was not captured: this run has features"):
+            capture.activations("features.0")
+
+    def test_a_layer_that_runs_twice_says_which_run_is_used(self) -> None:
+        class Twice(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.first, self.relu = nn.Conv2d(3, 4, 3), nn.ReLU()
+                self.second, self.classifier = nn.Conv2d(4, 4, 3), nn.Linear(4, 3)
+
+            def forward(self, x: Tensor) -> Tensor:
+                return self.classifier(self.relu(self.second(self.relu(self.first(x)))).mean((2, 3)))
+
+        model = Twice().double().eval()
+        with pytest.warns(UserWarning, match="runs 2 times"):
+            capture = Capture(model, self.x, "relu")
+        torch.testing.assert_close(
+            capture.activations().detach(), model.relu(model.second(model.relu(model.first(self.x)))).detach()
+        )
+
+
+def test_a_map_is_prepared_without_nan_where_it_says_nothing() -> None:
+    network, x = networks()["gap"], example().x
+    with torch.no_grad():
+        network.classifier.weight.copy_(-network.classifier.weight.abs())
+    with pytest.warns(UserWarning, match="2 of 2 maps are constant"):
+        explanation = explain(network, x, "hires_cam", layer="features", target=0)
+    assert explanation.degenerate["hires_cam"].all()
+    assert torch.equal(explanation["hires_cam"], torch.zeros(2, 17, 23, dtype=torch.float64))
+    assert maps.is_constant(explanation["hires_cam"]).all()

@@ -1,0 +1,363 @@
+"""The command line: what it writes and prints, and a sentence for everything that people get wrong."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+from typer.testing import CliRunner, Result
+
+from foveate.cli import app
+from foveate.data import scenes
+from foveate.models.small import small_cnn
+
+FACTORY = """
+import torch
+from torch import nn
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.mean, self.std, self.input_size = (0.5,) * 3, (0.25,) * 3, (3, 64, 64)
+        self.features = nn.Sequential(nn.Conv2d(3, 8, 3, 2, 1), nn.ReLU())
+        self.classifier = nn.Linear(8, 3)
+        self.class_names = ["tabby, tabby cat", "Persian cat", "orca"]
+
+    def forward(self, x):
+        return self.classifier(self.features(x).mean((2, 3)))
+
+def net():
+    torch.manual_seed(0)
+    return Net().eval()
+
+def training():
+    return Net()
+
+def broken():
+    raise KeyError("weights")
+
+def number():
+    return 3
+"""
+
+
+@pytest.fixture
+def place(tmp_path: Path) -> Path:
+    """A folder with a factory, images and a labels.csv."""
+    (tmp_path / "nets.py").write_text(FACTORY)
+    rng = np.random.default_rng(0)
+    for name in ("a", "b"):
+        Image.fromarray(rng.integers(0, 255, (70, 90, 3), dtype=np.uint8)).save(tmp_path / f"{name}.png")
+    (tmp_path / "labels.csv").write_text("file,class_index\na.png,2\nb.png,1\n")
+    (tmp_path / "text.jpg").write_text("this is not an image")
+    return tmp_path
+
+
+def call(*arguments: object) -> Result:
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+def explain(place: Path, *arguments: object, images: tuple[str, ...] = ("a.png",), model: str = "net") -> Result:
+    paths = [place / name for name in images]
+    return call("explain", *paths, "--model", f"{place / 'nets.py'}:{model}", "--out", place / "out", *arguments)
+
+
+def sentence(result: Result) -> str:
+    """The error of a wrong call: one line, no traceback, nothing on standard output."""
+    assert result.exit_code == 2, result.output
+    assert result.stdout == ""
+    lines = [line for line in result.stderr.splitlines() if line.startswith("foveate:")]
+    assert len(lines) == 1
+    assert "Traceback" not in result.stderr
+    return lines[0]
+
+
+class TestExplain:
+    def test_pictures_and_document(self, place: Path) -> None:
+        result = explain(place, "--method", "grad_cam", "--method", "hires_cam", "--json", images=("a.png", "b.png"))
+        assert result.exit_code == 0, result.output
+        document = json.loads(result.stdout)
+        assert [Path(item["file"]).name for item in document["images"]] == ["a.png", "b.png"]
+        for item in document["images"]:
+            assert item["target"] == item["top"][0][0]
+            assert [p for _, _, p in item["top"]] == sorted((p for _, _, p in item["top"]), reverse=True)
+            assert set(item["maps"]) == {"grad_cam", "hires_cam"}
+            assert item["maps"]["grad_cam"]["completeness_error"] is None
+            assert item["maps"]["hires_cam"]["completeness_error"] < 1e-4
+            for values in item["maps"].values():
+                assert values["p_before"] == pytest.approx(item["top"][0][2], abs=1e-5)
+                assert 0 <= values["p_after"] <= 1
+                assert values["seconds"] >= 0
+                assert Image.open(values["picture"]).width > 1000
+                assert Image.open(values["overlay"]).size == (64, 64)
+
+    def test_the_table(self, place: Path) -> None:
+        result = explain(place)
+        assert result.exit_code == 0
+        for word in (
+            "tabby",
+            "Persian cat",
+            "orca",
+            "grad_cam",
+            "hires_cam",
+            "completeness error",
+            "at layer features (32x32)",
+        ):
+            assert word in result.stdout
+
+    def test_p_after_is_the_masked_probability(self, place: Path) -> None:
+        document = json.loads(explain(place, "--method", "grad_cam", "--json").stdout)
+        from foveate import load, saliency
+
+        model = load(f"{place / 'nets.py'}:net")
+        x = model.read(place / "a.png")
+        p = model(x * saliency(model, x)[:, None]).softmax(1)[0, document["images"][0]["target"]]
+        assert document["images"][0]["maps"]["grad_cam"]["p_after"] == pytest.approx(float(p), rel=1e-4)
+
+    @pytest.mark.parametrize(("target", "index"), [("orca", 2), ("1", 1), ("tabby", 0), ("persian", 1), ("label", 2)])
+    def test_targets(self, place: Path, target: str, index: int) -> None:
+        document = json.loads(explain(place, "--target", target, "--json").stdout)
+        assert document["images"][0]["target"] == index
+
+    def test_against(self, place: Path) -> None:
+        arguments = ("--target", "orca", "--against", "tabby", "--method", "contrastive_cam", "--method", "grad_cam", "--json")
+        maps = json.loads(explain(place, *arguments).stdout)["images"][0]["maps"]
+        assert {values["against"] for values in maps.values()} == {0}
+        assert maps["contrastive_cam"]["completeness_error"] < 1e-4
+        assert "against_0" in maps["grad_cam"]["picture"]
+
+    def test_files_of_the_same_name_do_not_overwrite_each_other(self, place: Path) -> None:
+        (place / "more").mkdir()
+        (place / "more" / "a.png").write_bytes((place / "b.png").read_bytes())
+        explain(place, images=("a.png", "more/a.png"))
+        assert (place / "out" / "a.grad_cam.png").exists()
+        assert (place / "out" / "a_2.grad_cam.png").exists()
+
+    def test_failures_are_listed_and_the_rest_is_done(self, place: Path) -> None:
+        result = explain(place, "--json", images=("text.jpg", "a.png", "none.png"))
+        assert result.exit_code == 1
+        document = json.loads(result.stdout)
+        assert len(document["images"]) == 1
+        assert [Path(failure["file"]).name for failure in document["failures"]] == ["text.jpg", "none.png"]
+        assert "not an image in a format" in result.stderr
+
+    def test_sixteen_bit_and_other_modes(self, place: Path) -> None:
+        names = []
+        for mode in ("L", "P", "CMYK"):
+            names.append(f"{mode}.{'tif' if mode == 'CMYK' else 'png'}")
+            Image.open(place / "a.png").convert(mode).save(place / names[-1])
+        Image.fromarray(np.uint16(np.random.default_rng(0).integers(0, 65535, (70, 90)))).save(place / "deep.png")
+        result = explain(place, "--json", images=(*names, "deep.png"))
+        assert result.exit_code == 0, result.output
+        assert len(json.loads(result.stdout)["images"]) == 4
+
+    @pytest.mark.parametrize(
+        ("images", "arguments", "match"),
+        [
+            (("none.png",), (), "none.png does not exist"),
+            (("text.jpg",), (), "text.jpg is not an image"),
+            (("a.png",), ("--layer", "feature"), "layer 'feature' is not in the model: did you mean features"),
+            (("a.png",), ("--layer", "classifier"), "layer 'classifier' has no spatial grid"),
+            (("a.png",), ("--target", "3"), "target 3 is out of range: the model has 3 classes, 0 to 2"),
+            (("a.png",), ("--target", "cat"), "class 'cat' may be any of 2 classes"),
+            (("a.png",), ("--target", "orka"), "no class is called 'orka': did you mean orca?"),
+            (("a.png",), ("--target", "1", "--against", "1"), "class 1 is asked against itself"),
+            (("a.png",), ("--method", "gradcamm"), "method 'gradcamm' is unknown: did you mean grad_cam"),
+            (("a.png",), ("--weights", "none.pt"), "weights file 'none.pt' does not exist"),
+            (("a.png",), ("--size", "2"), "size 2 is too small"),
+            (("a.png",), ("--mean", "x"), "--mean 'x' is not one number or three"),
+            (("a.png",), ("--mean", "0.5"), "mean and std belong together"),
+            (("a.png",), ("--classes", "none.txt"), "class file 'none.txt' cannot be read"),
+            (("a.png",), ("--pretrained",), "your own factory"),
+        ],
+    )
+    def test_wrong_calls(self, place: Path, images: tuple[str, ...], arguments: tuple[str, ...], match: str) -> None:
+        assert match in sentence(explain(place, *arguments, images=images))
+
+    @pytest.mark.parametrize(
+        ("factory", "match"),
+        [
+            ("training", "is in training mode: return model.eval()"),
+            ("broken", "raised KeyError: 'weights'"),
+            ("number", "returned a int, and a torch.nn.Module is needed"),
+            ("nett", "has no 'nett': did you mean net or"),
+        ],
+    )
+    def test_wrong_factories(self, place: Path, factory: str, match: str) -> None:
+        assert match in sentence(explain(place, model=factory))
+
+    @pytest.mark.parametrize(
+        ("model", "match"),
+        [
+            ("timm:resnet5", "timm has no model 'resnet5': did you mean"),
+            ("torchvision:resnet19", "torchvision has no model 'resnet19': did you mean"),
+            ("resnet18", "not of the form timm:NAME"),
+            ("keras:resnet", "model source 'keras' is unknown"),
+            ("none.py:net", "model file 'none.py' does not exist"),
+        ],
+    )
+    def test_unknown_models(self, place: Path, model: str, match: str) -> None:
+        assert match in sentence(call("explain", place / "a.png", "--model", model))
+
+    def test_weights(self, place: Path) -> None:
+        model = small_cnn()
+        state = model.state_dict()
+        save_file(state, place / "good.safetensors")
+        torch.save({"state_dict": {f"module.{key}": value for key, value in state.items()}}, place / "good.pt")
+        torch.save(model, place / "pickled.pt")
+        save_file({**state, "classifier.bias": torch.tensor([float("nan"), 0.0])}, place / "nan.safetensors")
+        save_file({**state, "classifier.bias": torch.zeros(3)}, place / "shape.safetensors")
+        save_file({key: value for key, value in state.items() if "stem" not in key}, place / "missing.safetensors")
+        (place / "broken.safetensors").write_bytes(b"\x00" * 20)
+        torch.save([1, 2], place / "list.pt")
+
+        def run(name: str) -> Result:
+            return call(
+                "explain",
+                place / "a.png",
+                "--model",
+                "foveate:small_cnn",
+                "--weights",
+                place / name,
+                "--out",
+                place / "out",
+                "--json",
+            )
+
+        for name in ("good.safetensors", "good.pt"):
+            assert run(name).exit_code == 0
+        for name, match in (
+            ("pickled.pt", "holds more than tensors, and code in it is not run"),
+            ("nan.safetensors", "holds NaN or infinity in 'classifier.bias'"),
+            ("shape.safetensors", "1 have another shape, such as 'classifier.bias': [3] in the file, [2] in the model"),
+            ("missing.safetensors", "2 of"),
+            ("broken.safetensors", "cannot be read"),
+            ("list.pt", "holds no state dict"),
+        ):
+            assert match in sentence(run(name)), name
+
+    def test_random_weights_are_mentioned(self, place: Path) -> None:
+        result = call("explain", place / "a.png", "--model", "foveate:small_cnn", "--out", place / "out")
+        assert "the weights are random" in result.stderr
+
+    def test_debug_shows_the_traceback(self, place: Path) -> None:
+        result = explain(place, "--target", "9", "--debug")
+        assert "out of range" in str(result.exception)
+
+
+class TestEvaluate:
+    def test_a_folder(self, place: Path) -> None:
+        arguments = ("--model", f"{place / 'nets.py'}:net", "--methods", "grad_cam,fake_cam", "--out", place / "out", "--json")
+        result = call("evaluate", place, *arguments)
+        assert result.exit_code == 0, result.output
+        table = json.loads(result.stdout)["table"]
+        assert set(table) == {"grad_cam", "fake_cam"}
+        assert table["grad_cam"]["AD"]["n"] == 2
+        assert table["grad_cam"]["AD"]["low"] <= table["grad_cam"]["AD"]["mean"] <= table["grad_cam"]["AD"]["high"]
+        written = {str(path.relative_to(place / "out")) for path in (place / "out").rglob("*") if path.is_file()}
+        assert written == {"rows/rows.parquet", "table.csv", "table.md", "run.json"}
+
+    def test_unreadable_images_are_left_out_and_listed(self, place: Path) -> None:
+        (place / "labels.csv").write_text("file,class_index\na.png,2\ntext.jpg,1\nb.png,1\n")
+        result = call(
+            "evaluate", place, "--model", f"{place / 'nets.py'}:net", "--methods", "grad_cam", "--out", place / "out", "--json"
+        )
+        assert result.exit_code == 1
+        document = json.loads(result.stdout)
+        assert document["table"]["grad_cam"]["AD"]["n"] == 2
+        assert "text.jpg" in document["failures"][0]["reason"]
+
+    def test_wrong_calls(self, place: Path) -> None:
+        model = f"{place / 'nets.py'}:net"
+        for arguments, match in (
+            ((place / "none",), "does not exist"),
+            ((place, "--methods", "grad"), "method 'grad' is unknown"),
+            ((place, "--metrics", "XX"), "metric 'XX' is unknown"),
+            ((place, "--metrics", "mass_inside"), "needs mask, and this data has none"),
+            ((place, "--precision", "fp8"), "--precision 'fp8'"),
+        ):
+            assert match in sentence(call("evaluate", *arguments, "--model", model, "--out", place / "out"))
+
+
+class TestList:
+    @pytest.mark.parametrize(
+        ("kind", "name"),
+        [
+            ("methods", "grad_cam"),
+            ("metrics", "AD"),
+            ("losses", "cam_loss"),
+            ("recipes", "scenes_cam_loss"),
+            ("models", "timm:resnet50"),
+        ],
+    )
+    def test_json(self, kind: str, name: str) -> None:
+        result = call("list", kind, "--json")
+        lines = json.loads(result.stdout)
+        assert name in [line["name"] for line in lines]
+        assert all("paper" in line for line in lines)
+
+    def test_unknown(self) -> None:
+        assert "no list of 'weights'" in sentence(call("list", "weights"))
+
+
+class TestTrain:
+    RECIPE = "model: foveate:small_cnn\ndata: scenes\nsize: 32\nepochs: 2\nlosses:\n  - name: cam_loss\n"
+
+    @pytest.fixture(autouse=True)
+    def few_images(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(scenes, "COUNTS", {split: {"leopard": 12, "orca": 8} for split in scenes.SPLITS})
+
+    def test_a_run_and_its_resumption(self, place: Path) -> None:
+        (place / "recipe.yaml").write_text(self.RECIPE)
+        result = call("train", place / "recipe.yaml", "--out", place / "run", "--json")
+        assert result.exit_code == 0, result.output
+        document = json.loads(result.stdout)
+        assert set(document["accuracy"]) == {"train", "val", "test"}
+        written = {path.name for path in (place / "run").iterdir()}
+        assert written == {"model.safetensors", "recipe.yaml", "history.csv", "run.json", "checkpoints"}
+        again = call("train", place / "run" / "recipe.yaml", "--out", place / "again", "--json")
+        assert json.loads(again.stdout)["accuracy"] == document["accuracy"]
+
+    @pytest.mark.parametrize(
+        ("recipe", "arguments", "match"),
+        [
+            ("epochs: 0\n", (), "epochs: input should be greater than or equal to 1, and it is 0"),
+            ("epoch: 3\n", (), "epoch: extra inputs are not permitted"),
+            ("losses: [{name: camloss2}]\n", (), "loss 'camloss2' is unknown"),
+            ("- a\n", (), "is not a list of 'key: value' lines"),
+            ("a: [\n", (), "is not YAML"),
+            ("epochs: 1\n", ("--set", "epochs"), "--set 'epochs' is not of the form key=value"),
+            ("epochs: 1\n", ("--set", "augment.flop=true"), "augment.flop"),
+            ("epochs: 1\n", ("--resume",), "no run to resume"),
+            ("epochs: 1\nmodel: timm:resnet5\n", (), "timm has no model"),
+        ],
+    )
+    def test_wrong_recipes(self, place: Path, recipe: str, arguments: tuple[str, ...], match: str) -> None:
+        (place / "recipe.yaml").write_text(recipe)
+        assert match in sentence(call("train", place / "recipe.yaml", "--out", place / "run", *arguments))
+
+    def test_an_unknown_recipe_lists_the_known(self) -> None:
+        assert "scenes_cam_loss" in sentence(call("train", "scenes_camloss"))
+
+
+def test_a_call_without_model_says_so() -> None:
+    result = call("explain", "a.png")
+    assert result.exit_code == 2
+    assert "--model" in result.stderr
+
+
+def test_the_installed_command(place: Path) -> None:
+    """Through a new process: the entry point, the exit status, and no traceback."""
+    command = [sys.executable, "-m", "foveate", "explain", str(place / "none.png"), "--model", f"{place / 'nets.py'}:net"]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert result.returncode == 2
+    assert result.stdout == ""
+    assert result.stderr.startswith("foveate: ")
+    assert "Traceback" not in result.stderr

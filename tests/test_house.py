@@ -1,0 +1,149 @@
+"""The house: what imports what, what is loaded when, and that the lists follow from the registry."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import foveate
+
+SOURCE = Path(foveate.__file__).parent
+# Imports point up this list, within a line and to lines above it.
+FLOORS = [
+    {"_version", "_torchvision", "errors"},
+    {"batch", "classifier", "images", "targets", "maps", "linear_head", "schedules"},
+    {"layers", "cut"},
+    {"capture"},
+    {"registry"},
+    {"methods"},
+    {"metrics", "losses", "explain"},
+    {"models"},
+    {"data"},
+    {"evaluate", "testing", "recipe"},
+    {"train"},
+    {"report"},
+    {"demo"},
+    {"cli"},
+]
+FLOOR = {name: number for number, names in enumerate(FLOORS) for name in names}
+FILES = [path for path in sorted(SOURCE.rglob("*.py")) if path.name not in ("__main__.py",) and path != SOURCE / "__init__.py"]
+
+
+def imports(path: Path) -> set[str]:
+    """The parts of foveate that a file imports, also inside functions."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        names = []
+        if isinstance(node, ast.ImportFrom) and node.module:
+            names = [node.module] if node.module != "foveate" else [f"foveate.{alias.name}" for alias in node.names]
+        elif isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        found |= {name.split(".")[1] for name in names if name.startswith("foveate.")}
+    return found - {"__version__"}
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(SOURCE)))
+def test_imports_point_one_way(path: Path) -> None:
+    part = path.relative_to(SOURCE).parts[0].removesuffix(".py")
+    for other in imports(path) & set(FLOOR):
+        assert FLOOR[other] <= FLOOR[part], f"{part} imports {other}, which stands below it"
+    assert part in FLOOR, f"{part} has no floor: put it into the list"
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(SOURCE)))
+def test_a_file_says_what_lives_there(path: Path) -> None:
+    text = path.read_text(encoding="utf-8")
+    assert ast.get_docstring(ast.parse(text)), "no docstring"
+    assert len(text.splitlines()) <= 500, "too long: look for the second thing it does"
+
+
+def test_public_names_are_explicit_sorted_and_there() -> None:
+    assert sorted(foveate.__all__) == foveate.__all__
+    for name in foveate.__all__:
+        value = getattr(foveate, name)
+        assert name.startswith("_") or value.__doc__, name
+    with pytest.raises(AttributeError, match="has no attribute 'explode'"):
+        _ = foveate.explode
+    assert callable(foveate.evaluate)
+    assert callable(foveate.explain)
+
+
+def run(code: str) -> str:
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stderr
+    return result.stdout.strip()
+
+
+def test_importing_foveate_loads_nothing_heavy() -> None:
+    heavy = {
+        "lightning",
+        "pandas",
+        "matplotlib",
+        "timm",
+        "torchvision",
+        "jinja2",
+        "pydantic",
+        "typer",
+        "rich",
+        "pyarrow",
+        "PIL",
+    }
+    assert run(f"import sys, foveate; print(sorted({heavy} & set(sys.modules)))") == "[]"
+
+
+def test_torchvision_can_be_imported_beside_any_torch() -> None:
+    """In a new process, twice, and timm after it; where torchvision's own operators load, nothing is declared."""
+    code = """
+from foveate._torchvision import timm, torchvision
+first = torchvision()
+assert torchvision() is first
+print(timm().is_model("resnet18"), first.models.resnet18(weights=None).fc.out_features)
+"""
+    assert run(code) == "True 1000"
+
+
+def test_other_errors_of_torchvision_are_not_hidden(tmp_path: Path) -> None:
+    (tmp_path / "torchvision.py").write_text("raise RuntimeError('something else')")
+    code = f"""
+import sys
+sys.path.insert(0, {str(tmp_path)!r})
+from foveate._torchvision import torchvision
+try:
+    torchvision()
+except RuntimeError as error:
+    print(error)
+"""
+    assert run(code) == "something else"
+
+
+def test_every_registered_thing_says_where_it_comes_from() -> None:
+    from foveate.registry import LOSSES, METHODS, METRICS
+
+    for register in (METHODS, METRICS, LOSSES):
+        for name, record in register.all().items():
+            assert record.paper, name
+            assert record.title, name
+            assert record.function.__doc__, name
+
+
+def test_a_new_method_is_one_decorated_function() -> None:
+    from foveate.registry import METHODS, method
+
+    @method("activation_sum", title="Sum of activations", paper="none")
+    def activation_sum(capture, layer, target):  # type: ignore[no-untyped-def]
+        """The sum of all channels."""
+        return capture.activations(layer).sum(1)
+
+    try:
+        from foveate.testing import check_method
+
+        check_method("activation_sum")
+        assert METHODS.get("Activation-Sum").function is activation_sum
+        with pytest.raises(foveate.FoveateError, match="'grad_cam' is registered already"):
+            method("grad_cam", title="x", paper="x")(activation_sum)
+    finally:
+        METHODS._records.pop("activation_sum")

@@ -1,0 +1,193 @@
+"""Images: every kind of file that people have, and every kind of broken one."""
+
+from __future__ import annotations
+
+import io
+import struct
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from foveate import FoveateError, ImageError, images
+from foveate.data.folder import labels_beside, open_folder
+from foveate.images import Preprocess
+
+RAMP = np.linspace(0, 255, 32 * 40).reshape(32, 40)
+
+
+def rgb() -> Image.Image:
+    return Image.fromarray(np.uint8(np.stack([RAMP, RAMP[::-1], RAMP[:, ::-1]], -1)), "RGB")
+
+
+@pytest.mark.parametrize(
+    ("mode", "suffix"),
+    [("L", "png"), ("P", "gif"), ("P", "png"), ("CMYK", "jpg"), ("RGBA", "png"), ("1", "png"), ("LA", "png"), ("RGB", "webp")],
+)
+def test_modes_simply_work(tmp_path: Path, mode: str, suffix: str) -> None:
+    path = tmp_path / f"image.{suffix}"
+    rgb().convert(mode).save(path)
+    image = images.read(path)
+    assert (image.mode, image.size) == ("RGB", (40, 32))
+
+
+def test_sixteen_bits_are_scaled_not_clipped(tmp_path: Path) -> None:
+    path = tmp_path / "image.png"
+    Image.fromarray(np.uint16(RAMP * 257)).save(path)
+    values = np.asarray(images.read(path))[..., 0].astype(float)
+    assert np.abs(values - RAMP).max() <= 1
+
+
+def test_transparency_is_laid_on_white(tmp_path: Path) -> None:
+    path = tmp_path / "image.png"
+    Image.new("RGBA", (16, 16), (0, 0, 0, 0)).save(path)
+    assert np.asarray(images.read(path)).min() == 255
+
+
+def test_exif_orientation_is_followed(tmp_path: Path) -> None:
+    path = tmp_path / "image.jpg"
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    rgb().save(path, exif=exif)
+    assert images.read(path).size == (32, 40)
+
+
+def png_header(width: int, height: int) -> bytes:
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    return (
+        b"\x89PNG\r\n\x1a\n"
+        + chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
+        + chunk(b"IDAT", zlib.compress(b""))
+        + chunk(b"IEND", b"")
+    )
+
+
+def truncated() -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(np.uint8(np.random.default_rng(0).integers(0, 255, (64, 64, 3)))).save(buffer, "JPEG")
+    return buffer.getvalue()[:600]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "match"),
+    [
+        ("text.jpg", b"this is not an image", "not an image in a format"),
+        ("empty.png", b"", "not an image in a format"),
+        ("cut.jpg", truncated(), "damaged or cut off"),
+        ("tiny.png", png_header(1, 1), "1x1 pixels: an image needs at least 8"),
+        ("huge.png", png_header(20000, 20000), "has 400 megapixels, more than the 200"),
+        ("vast.png", png_header(60000, 60000), "has 3600 megapixels, more than the 200"),
+    ],
+)
+def test_broken_files_get_a_sentence(tmp_path: Path, name: str, content: bytes, match: str) -> None:
+    path = tmp_path / name
+    path.write_bytes(content)
+    with pytest.raises(ImageError, match=match) as error:
+        images.read(path)
+    assert name in str(error.value)
+
+
+def test_missing_files_and_folders(tmp_path: Path) -> None:
+    with pytest.raises(ImageError, match="does not exist"):
+        images.read(tmp_path / "none.png")
+    with pytest.raises(ImageError, match="is a folder"):
+        images.read(tmp_path)
+
+
+def test_the_centre_crop_is_torchvisions() -> None:
+    from foveate._torchvision import torchvision
+
+    torchvision()
+    from torchvision.transforms import CenterCrop, Compose, InterpolationMode, Resize, ToTensor
+
+    for size in ((300, 200), (200, 301), (64, 64)):
+        image = rgb().resize(size)
+        theirs = Compose([Resize(128, InterpolationMode.BILINEAR, antialias=True), CenterCrop(112), ToTensor()])(image)
+        ours = Preprocess((112, 112), 128)(image)
+        assert ours.shape == theirs.shape
+        assert (ours - theirs).abs().mean() < 0.01  # at odd sizes their crop and resize round the other way
+
+
+def test_squash_and_size() -> None:
+    assert Preprocess((20, 30), None)(rgb()).shape == (3, 20, 30)
+    assert Preprocess((224, 224), 256).sized(112) == Preprocess((112, 112), 128)
+    with pytest.raises(FoveateError, match="size 4 is too small"):
+        Preprocess().sized(4)
+
+
+def test_boxes_and_masks_follow_the_image() -> None:
+    """A white rectangle on black: where its box goes, its mask goes and its pixels go."""
+    pixels = np.zeros((60, 100, 3), np.uint8)
+    pixels[10:30, 40:90] = 255
+    image = Image.fromarray(pixels)
+    preprocess = Preprocess((48, 48), 60)
+    x0, y0, x1, y1 = preprocess.boxes([[40, 10, 90, 30]], image.size)[0].round().int().tolist()
+    assert (x0, y0, x1, y1) == (14, 4, 48, 24)  # clipped at the right edge of the crop
+    mask = preprocess.mask(image)
+    assert mask[y0:y1, x0:x1].all()
+    assert int(mask.sum()) == (x1 - x0) * (y1 - y0)
+    torch.testing.assert_close(preprocess(image)[0] > 0.5, mask)
+
+
+def test_a_box_outside_of_the_crop_has_no_area() -> None:
+    x0, y0, x1, y1 = Preprocess((48, 48), 60).boxes([[0, 0, 10, 10]], (100, 60))[0].tolist()
+    assert (x1 - x0) * (y1 - y0) == 0
+
+
+class TestFolders:
+    def make(self, root: Path) -> None:
+        for name in ("a/1.png", "a/2.png", "b/1.png"):
+            (root / name).parent.mkdir(exist_ok=True)
+            rgb().save(root / name)
+
+    def test_one_folder_a_class(self, tmp_path: Path) -> None:
+        self.make(tmp_path)
+        data = open_folder(tmp_path, Preprocess((24, 24), 24))
+        assert data.class_names == ("a", "b")
+        assert [int(batch.y) for batch in data] == [0, 0, 1]
+        assert data[2].id == ("b/1.png",)
+        assert data[0].x.shape == (1, 3, 24, 24)
+
+    def test_labels_csv_with_boxes_and_masks(self, tmp_path: Path) -> None:
+        self.make(tmp_path)
+        Image.new("L", (40, 32), 255).save(tmp_path / "mask.png")
+        (tmp_path / "labels.csv").write_text(
+            "file,class_index,boxes_xyxy,mask\na/1.png,7,0 0 20 16;20 16 40 32,mask.png\nb/1.png,3,1 2 3 4,mask.png\n"
+        )
+        data = open_folder(tmp_path, Preprocess((32, 32), 32))
+        assert [int(batch.y) for batch in data] == [7, 3]
+        assert data[0].boxes[0].tolist() == [[0, 0, 16, 16], [16, 16, 32, 32]]
+        assert data[0].mask.all()
+        assert labels_beside([tmp_path / "a" / "1.png", tmp_path / "a" / "2.png"]) == [7, None]
+
+    def test_names_without_indices(self, tmp_path: Path) -> None:
+        self.make(tmp_path)
+        (tmp_path / "labels.csv").write_text("file,name\na/1.png,orca\nb/1.png,leopard\n")
+        data = open_folder(tmp_path, Preprocess())
+        assert data.class_names == ("leopard", "orca")
+        assert [entry.label for entry in data.entries] == [1, 0]
+
+    @pytest.mark.parametrize(
+        ("text", "match"),
+        [
+            ("name\nx\n", "columns file and class_index"),
+            ("file,class_index\n", "at least one line"),
+            ("file,class_index\na/1.png,cat\n", "line 2: invalid literal"),
+            ("file,class_index,boxes_xyxy\na/1.png,1,1 2 3\n", "line 2: a box is"),
+        ],
+    )
+    def test_broken_labels(self, tmp_path: Path, text: str, match: str) -> None:
+        (tmp_path / "labels.csv").write_text(text)
+        with pytest.raises(FoveateError, match=match):
+            open_folder(tmp_path, Preprocess())
+
+    def test_no_folder_and_no_images(self, tmp_path: Path) -> None:
+        with pytest.raises(FoveateError, match="does not exist"):
+            open_folder(tmp_path / "none", Preprocess())
+        with pytest.raises(FoveateError, match=r"neither a labels\.csv nor a folder of images"):
+            open_folder(tmp_path, Preprocess())

@@ -1,0 +1,310 @@
+"""Methods: the contract for each, replicas from the papers, identities, and what other people's code says."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+import reference
+from foveate import Capture, FoveateError, contrastive_maps, explain
+from foveate.methods.cam import completeness, grad_cam_pp, xgrad_cam
+from foveate.registry import METHODS, Method
+from foveate.testing import CLASSES, check_method, example, networks
+
+NAMES = list(METHODS.all())
+CAMS = ("cam", "grad_cam", "grad_cam_pp", "xgrad_cam", "layer_cam", "hires_cam")
+
+
+def raw(name: str, network: nn.Module, x: torch.Tensor, y: object, **options: object) -> torch.Tensor:
+    capture = Capture(network, x, "features", **options)
+    return METHODS.get(name)(capture, "features", capture.target(y))
+
+
+def test_every_method_has_a_replica() -> None:
+    assert set(reference.METHODS) == set(NAMES)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_contract(name: str) -> None:
+    check_method(name)
+
+
+def test_contract_catches_a_method_that_mixes_images() -> None:
+    def mixing(capture: Capture, layer: str, target: object) -> torch.Tensor:
+        return capture.activations(layer).sum(1) - capture.activations(layer).mean()
+
+    with pytest.raises(AssertionError, match="single images"):
+        check_method(Method("mixing", "Mixing", mixing, "none"))
+
+
+def test_contract_catches_a_method_that_leaves_a_hook() -> None:
+    def leaving(capture: Capture, layer: str, target: object) -> torch.Tensor:
+        capture.model.features.register_forward_hook(lambda *args: None)
+        return capture.activations(layer).sum(1)
+
+    with pytest.raises(AssertionError, match="module features has changed"):
+        check_method(Method("leaving", "Leaving", leaving, "none"))
+
+
+def test_contract_catches_a_false_claim_of_differentiability() -> None:
+    def detached(capture: Capture, layer: str, target: object) -> torch.Tensor:
+        return (
+            capture.activations(layer).sum(1)
+            + 0 * capture.activations(layer).sum(1).detach() ** 2
+            + (capture.activations(layer).detach() ** 2).sum(1)
+        )
+
+    with pytest.raises(AssertionError, match="finite differences"):
+        check_method(Method("detached", "Detached", detached, "none", differentiable=True))
+
+
+# CAM is defined behind average pooling and one linear layer alone; its refusal elsewhere is tested below.
+PAIRS = [
+    (name, kind)
+    for name in NAMES
+    for kind in (("gap",) if name == "cam" else ("gap", "flat", "inplace", "tokens"))
+    if reference.METHODS[name] is not None
+]
+
+
+@pytest.mark.parametrize(("name", "kind"), PAIRS)
+def test_equals_its_replica(name: str, kind: str) -> None:
+    network, batch = networks()[kind], example(seed=3)
+    saliency = raw(name, network, batch.x, batch.y)
+    for i in range(len(batch)):
+        expected = reference.METHODS[name](network, batch.x[i], int(batch.y[i]))
+        torch.testing.assert_close(saliency[i], expected, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("size", [(17, 23), (9, 31), (32, 32)])
+def test_cams_agree_behind_average_pooling(size: tuple[int, int]) -> None:
+    network = networks()["gap"]
+    x = torch.rand(3, 3, *size, dtype=torch.float64)
+    grad, hires, xgrad, cam = (raw(name, network, x, 1) for name in ("grad_cam", "hires_cam", "xgrad_cam", "cam"))
+    cells = grad.shape[1] * grad.shape[2]
+    for other in (hires, xgrad, cam / cells):
+        torch.testing.assert_close(grad, other, rtol=1e-6, atol=1e-12)
+
+
+@pytest.mark.parametrize("kind", ["gap", "flat"])
+def test_hires_cam_is_complete_behind_a_linear_head(kind: str) -> None:
+    network, batch = networks()[kind], example(seed=4)
+    saliency = raw("hires_cam", network, batch.x, batch.y)
+    logits = network(batch.x).gather(1, batch.y[:, None])[:, 0]
+    bias = network.classifier.bias[batch.y]
+    torch.testing.assert_close(saliency.sum((1, 2)) + bias, logits, rtol=1e-12, atol=1e-12)
+
+
+def test_completeness_is_not_claimed_behind_a_hidden_layer() -> None:
+    network, batch = networks()["inplace"], example()
+    capture = Capture(network, batch.x, "features")
+    target = capture.target(batch.y)
+    assert completeness(capture, "features", target, METHODS.get("hires_cam")(capture, "features", target)) is None
+    saliency = raw("hires_cam", network, batch.x, batch.y)
+    logits = network(batch.x).gather(1, batch.y[:, None])[:, 0]
+    assert ((saliency.sum((1, 2)) + network.classifier.bias[batch.y] - logits).abs() > 1e-3).all()
+
+
+def test_completeness_notices_a_map_that_misses() -> None:
+    network, batch = networks()["gap"], example()
+    capture = Capture(network, batch.x, "features")
+    target = capture.target(batch.y)
+    saliency = METHODS.get("hires_cam")(capture, "features", target)
+    error = completeness(capture, "features", target, saliency + 0.5)
+    assert (error > 1).all()
+
+
+def test_probabilities_are_not_complete() -> None:
+    network, batch = networks()["gap"], example()
+    capture = Capture(network, batch.x, "features")
+    assert completeness(capture, "features", capture.target(batch.y, score="probability"), torch.zeros(2, 9, 12)) is None
+
+
+@pytest.mark.parametrize("kind", ["gap", "flat", "inplace", "tokens"])
+def test_contrastive_maps(kind: str) -> None:
+    network, batch = networks()[kind], example(seed=5)
+    capture = Capture(network, batch.x, "features")
+    maps = {t: contrastive_maps(capture, "features", capture.target(t)) for t in range(CLASSES)}
+    assert maps[0].shape == (2, CLASSES, *capture.activations().shape[2:])
+    for t in range(CLASSES):
+        torch.testing.assert_close(maps[t][:, t], torch.zeros_like(maps[t][:, t]))
+        for c in range(CLASSES):
+            torch.testing.assert_close(maps[t][:, c], -maps[c][:, t], rtol=1e-10, atol=1e-14)
+            for d in range(CLASSES):
+                torch.testing.assert_close(maps[t][:, c] + maps[c][:, d], maps[t][:, d], rtol=1e-9, atol=1e-12)
+            if c != t:
+                target = capture.target(t, against=c)
+                torch.testing.assert_close(METHODS.get("contrastive_cam")(capture, "features", target), maps[t][:, c])
+
+
+@pytest.mark.parametrize("kind", ["gap", "flat"])
+def test_contrastive_maps_add_up_and_give_the_cross_entropy(kind: str) -> None:
+    network, batch = networks()[kind], example(seed=6)
+    with torch.no_grad():
+        network.classifier.bias.zero_()
+    capture = Capture(network, batch.x, "features")
+    sums = contrastive_maps(capture, "features", capture.target(batch.y)).sum((2, 3))  # [B,C]
+    logits = network(batch.x)
+    torch.testing.assert_close(sums, logits.gather(1, batch.y[:, None]) - logits, rtol=1e-12, atol=1e-12)
+    cross_entropy = nn.functional.cross_entropy(logits, batch.y, reduction="none")
+    torch.testing.assert_close((-sums).logsumexp(1), cross_entropy, rtol=1e-12, atol=1e-12)
+
+
+def test_contrastive_maps_do_not_see_a_common_shift() -> None:
+    network, batch = networks()["flat"], example()
+    capture = Capture(network, batch.x, "features")
+    before = contrastive_maps(capture, "features", capture.target(1))
+    with torch.no_grad():
+        network.classifier.weight += torch.randn(1, network.classifier.in_features, dtype=torch.float64)
+    capture = Capture(network, batch.x, "features")
+    torch.testing.assert_close(before, contrastive_maps(capture, "features", capture.target(1)), rtol=1e-8, atol=1e-10)
+
+
+def test_any_method_answers_a_contrast() -> None:
+    network, batch = networks()["gap"], example()
+    for name in ("grad_cam", "hires_cam", "cam"):
+        capture = Capture(network, batch.x, "features")
+        contrast = METHODS.get(name)(capture, "features", capture.target(0, against=2))
+        difference = raw(name, network, batch.x, 0) - raw(name, network, batch.x, 2)
+        torch.testing.assert_close(contrast, difference, rtol=1e-10, atol=1e-13)
+
+
+def test_contrastive_cam_picks_the_strongest_other_class_and_says_so() -> None:
+    network, batch = networks()["gap"], example()
+    explanation = explain(network, batch.x, "contrastive_cam", layer="features", target=2)
+    logits = network(batch.x).detach()
+    logits[:, 2] = float("-inf")
+    assert torch.equal(explanation.targets["contrastive_cam"].other, logits.argmax(1))
+
+
+def test_cam_refuses_other_heads() -> None:
+    for kind in ("flat", "inplace", "tokens"):
+        with pytest.raises(FoveateError, match="global average pooling and one linear layer"):
+            raw("cam", networks()[kind], example().x, 0)
+
+
+def test_a_contrast_with_itself_is_refused() -> None:
+    capture = Capture(networks()["gap"], example().x, "features")
+    with pytest.raises(FoveateError, match="asked against itself"):
+        capture.target(1, against=1)
+
+
+def test_six_cams_take_one_forward_and_no_backward_behind_a_linear_head() -> None:
+    explanation = explain(networks()["gap"], example().x, CAMS, layer="features")
+    assert (explanation.capture.passes.forward, explanation.capture.passes.backward) == (2, 0)
+
+
+def test_six_cams_share_one_backward_elsewhere() -> None:
+    explanation = explain(networks()["inplace"], example().x, CAMS[1:], layer="features")
+    assert (explanation.capture.passes.forward, explanation.capture.passes.backward) == (2, 2)
+
+
+def test_axiom_cam_is_xgrad_cam() -> None:
+    assert METHODS.get("axiom_cam") is METHODS.get("xgrad_cam")
+
+
+@pytest.mark.parametrize("alias", ["GradCAM", "gradcam++", "Grad-CAM", "grad_cam", "HiResCAM", "LayerCAM", "XGradCAM"])
+def test_names_that_people_use_are_understood(alias: str) -> None:
+    assert METHODS.get(alias).name in NAMES
+
+
+def test_grad_cam_pp_survives_signed_features_and_zero_gradients() -> None:
+    A = torch.randn(2, 4, 5, 6)
+    weights = grad_cam_pp.weights
+    assert torch.isfinite(weights(A, torch.randn(2, 4, 5, 6) * 100)).all()
+    assert (weights(A, torch.zeros(2, 4, 5, 6)) == 0).all()
+    assert (weights(A, -torch.rand(2, 4, 5, 6)) == 0).all()
+
+
+def test_grad_cam_pp_does_not_underflow() -> None:
+    A, G = torch.rand(1, 3, 4, 4), torch.full((1, 3, 4, 4), 1e-30)
+    torch.testing.assert_close(grad_cam_pp.weights(A, G) / 1e-30, torch.full((1, 3, 1, 1), 8.0), rtol=1e-5, atol=0)
+
+
+def test_xgrad_cam_survives_dead_and_cancelling_channels() -> None:
+    A = torch.zeros(1, 2, 2, 2)
+    A[0, 1] = torch.tensor([[1.0, -1.0], [2.0, -2.0]])
+    assert (xgrad_cam.weights(A, torch.rand(1, 2, 2, 2)) == 0).all()
+
+
+class TestControls:
+    def test_fake_cam_resolutions(self) -> None:
+        capture = Capture(networks()["gap"], example().x, "features")
+        for resolution, shape in (("feature", (9, 12)), ("pixel", (17, 23))):
+            saliency = METHODS.get("fake_cam")(capture, "features", capture.target(), resolution=resolution)
+            assert saliency.shape == (2, *shape)
+            assert float(saliency.sum()) == 2 * (shape[0] * shape[1] - 1)
+            assert (saliency[:, 0, 0] == 0).all()
+        with pytest.raises(FoveateError, match="resolution 'cell'"):
+            METHODS.get("fake_cam")(capture, "features", capture.target(), resolution="cell")
+
+    def test_random_follows_seed_and_image(self) -> None:
+        capture = Capture(networks()["gap"], example().x, "features")
+        method, target = METHODS.get("random"), capture.target()
+        one, again, other = (method(capture, "features", target, seed=seed) for seed in (0, 0, 1))
+        assert torch.equal(one, again)
+        assert not torch.equal(one, other)
+        assert not torch.equal(one[0], one[1])
+        assert one.min() >= 0
+        assert one.max() <= 1
+        state = torch.random.get_rng_state()
+        method(capture, "features", target)
+        assert torch.equal(state, torch.random.get_rng_state())
+
+    def test_centre_is_symmetric_and_largest_in_the_middle(self) -> None:
+        capture = Capture(networks()["gap"], example().x, "features")
+        saliency = METHODS.get("centre")(capture, "features", capture.target())
+        torch.testing.assert_close(saliency, saliency.flip(1))
+        torch.testing.assert_close(saliency, saliency.flip(2))
+        assert saliency[0].argmax() in (4 * 12 + 5, 4 * 12 + 6)
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.integers(0, 10_000), st.floats(0.1, 50))
+def test_scaling_the_classifier_scales_the_linear_maps(seed: int, factor: float) -> None:
+    network, batch = networks()["gap"], example(seed)
+    before = {name: raw(name, network, batch.x, batch.y) for name in ("grad_cam", "hires_cam", "layer_cam", "cam")}
+    with torch.no_grad():
+        network.classifier.weight *= factor
+    for name, saliency in before.items():
+        torch.testing.assert_close(raw(name, network, batch.x, batch.y), factor * saliency, rtol=1e-8, atol=1e-12)
+
+
+# Not their Grad-CAM++ on signed features: it uses alpha where 2 + G sum A is negative, where it has no meaning.
+THEIRS = {"grad_cam": "GradCAM", "hires_cam": "HiResCAM", "xgrad_cam": "XGradCAM", "layer_cam": "LayerCAM"}
+PEERS = [(name, theirs, kind) for name, theirs in THEIRS.items() for kind in ("gap", "inplace")]
+
+
+@pytest.mark.parametrize(("name", "theirs", "kind"), [*PEERS, ("grad_cam_pp", "GradCAMPlusPlus", "gap")])
+def test_pytorch_grad_cam_agrees(name: str, theirs: str, kind: str) -> None:
+    """Before ReLU and scaling. An in-place ReLU behind the layer overwrites what their hook keeps, so theirs runs without."""
+    library = pytest.importorskip("pytorch_grad_cam")
+    targets = pytest.importorskip("pytorch_grad_cam.utils.model_targets")
+    network, batch = networks()[kind].float(), example(seed=7)
+    if kind == "inplace":
+        network.relu.inplace = False
+    if name == "grad_cam_pp":
+        # They add 1e-6 to a denominator of the size of G^2, which changes their map wherever G is below 0.01.
+        network.classifier.weight.data *= 1000
+    x = batch.x.float()
+    cam = getattr(library, theirs)(network, [network.features])
+    output = cam.activations_and_grads(x)
+    sum(targets.ClassifierOutputTarget(int(y))(row) for y, row in zip(batch.y, output, strict=True)).backward()
+    A, G = (
+        values[0].detach().numpy() for values in (cam.activations_and_grads.activations, cam.activations_and_grads.gradients)
+    )
+    expected = torch.from_numpy(cam.get_cam_image(x, network.features, None, A, G, False))
+    cam.activations_and_grads.release()
+    network.zero_grad()
+    saliency = raw(name, network, x, batch.y)
+    torch.testing.assert_close(saliency, expected, rtol=2e-4, atol=1e-5 * float(saliency.detach().abs().max()))
+
+
+def test_captum_agrees() -> None:
+    attr = pytest.importorskip("captum.attr")
+    network, batch = networks()["gap"], example(seed=8)
+    expected = attr.LayerGradCam(network, network.features).attribute(batch.x, target=batch.y)[:, 0]
+    torch.testing.assert_close(raw("grad_cam", network, batch.x, batch.y), expected.detach(), rtol=1e-9, atol=1e-12)

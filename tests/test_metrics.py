@@ -1,0 +1,163 @@
+"""Metrics: the contract, replicas, extremes, and the protocol around them."""
+
+from __future__ import annotations
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import reference
+from foveate import Batch, Capture, FoveateError, evaluate, summarize
+from foveate.evaluate import interval
+from foveate.metrics.recognition import average_drop, average_gain, average_increase, recognition
+from foveate.registry import METRICS
+from foveate.testing import SHAPE, check_metric, example, networks
+
+LOG_P = st.floats(-30, -1e-9)
+
+
+def test_every_metric_has_a_replica() -> None:
+    assert set(reference.METRICS) == set(METRICS.all())
+
+
+@pytest.mark.parametrize("name", list(METRICS.all()))
+def test_contract(name: str) -> None:
+    check_metric(name)
+
+
+@pytest.mark.parametrize("kind", ["gap", "inplace", "tokens"])
+@pytest.mark.parametrize("name", list(METRICS.all()))
+def test_equals_its_replica(name: str, kind: str) -> None:
+    network, batch = networks()[kind], example(seed=9, count=4)
+    M = torch.rand(4, *SHAPE[2:], generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    values = METRICS.get(name)(Capture(network, batch.x, "features"), M, batch)
+    for i in range(4):
+        expected = reference.METRICS[name](network, batch.x[i], M[i], int(batch.y[i]), batch.mask[i])
+        for column, value in expected.items():
+            assert float(values[column][i]) == pytest.approx(value, rel=1e-9, abs=1e-9)
+
+
+def test_a_map_of_ones_changes_nothing() -> None:
+    network, batch = networks()["inplace"].float(), example(count=6)
+    batch = Batch(batch.x.float(), batch.y)
+    for chunk in (1, 4, None):
+        values = recognition(Capture(network, batch.x, "features", chunk=chunk), torch.ones(6, *SHAPE[2:]), batch)
+        assert values["AD"].max() < 1e-3
+        assert values["AG"].max() < 1e-3
+        assert (values["AI"] == 0).all()
+
+
+def test_a_map_of_zeros_shows_every_image_as_black() -> None:
+    network, batch = networks()["gap"], example(count=3)
+    capture = Capture(network, batch.x, "features")
+    values = recognition(capture, torch.zeros(3, *SHAPE[2:], dtype=torch.float64), batch)
+    black = network(torch.zeros(1, *SHAPE[1:], dtype=torch.float64)).softmax(1)[0, batch.y]
+    p = network(batch.x).softmax(1).gather(1, batch.y[:, None])[:, 0]
+    torch.testing.assert_close(values["AD"], 100 * ((p - black) / p).clamp(min=0).detach())
+
+
+@settings(max_examples=100, deadline=None)
+@given(LOG_P, LOG_P)
+def test_bounds_and_exclusions(p: float, o: float) -> None:
+    log_p, log_o = torch.tensor([p], dtype=torch.float64), torch.tensor([o], dtype=torch.float64)
+    drop, gain, increase = (float(f(log_p, log_o)) for f in (average_drop, average_gain, average_increase))
+    assert 0 <= drop <= 100
+    assert 0 <= gain <= 100
+    assert increase in (0, 100)
+    assert not (drop > 0 and gain > 0)
+    assert gain <= increase or o - p <= 1e-5
+
+
+def test_a_sure_class_keeps_its_digits() -> None:
+    """1 - p of a logit of 40 is 4e-18: nothing of it is left in float32, nor in 1 - exp(log p)."""
+    logits = torch.tensor([[20.0, 0.0], [40.0, 0.0]])
+    from foveate.targets import log_probability
+
+    y = torch.zeros(2, dtype=torch.long)
+    log_p = log_probability(logits, y, "softmax")
+    gain = average_gain(log_p, torch.zeros(2, dtype=torch.float64))
+    assert float(gain[0]) == pytest.approx(100, rel=1e-6)
+    assert float(gain[1]) == 0
+
+
+def test_the_class_is_a_choice() -> None:
+    network, batch = networks()["gap"], example(count=5)
+    capture = Capture(network, batch.x, "features")
+    M = torch.rand(5, *SHAPE[2:], dtype=torch.float64)
+    wrong = Batch(batch.x, (capture.pred + 1) % 4)
+    label, pred = (recognition(capture, M, wrong, target=target) for target in ("label", "pred"))
+    assert not all(torch.equal(label[column], pred[column]) for column in pred)
+    same = recognition(capture, M, Batch(batch.x, capture.pred))
+    assert all(torch.equal(same[column], pred[column]) for column in pred)
+
+
+@pytest.mark.parametrize(
+    ("x", "M"),
+    [(torch.rand(1, *SHAPE[1:]) * 3 - 1, torch.rand(1, *SHAPE[2:])), (torch.rand(1, *SHAPE[1:]), -torch.rand(1, *SHAPE[2:]))],
+)
+def test_values_outside_of_the_unit_interval_are_refused(x: torch.Tensor, M: torch.Tensor) -> None:
+    capture = Capture(networks()["gap"], x.double(), "features")
+    with pytest.raises(FoveateError, match=r"need x and maps in \[0, 1\]"):
+        recognition(capture, M.double(), Batch(x, torch.tensor([0])))
+
+
+def test_masks_are_needed_where_they_are_needed() -> None:
+    capture = Capture(networks()["gap"], example().x, "features")
+    with pytest.raises(FoveateError, match="needs a mask"):
+        METRICS.get("mass_inside")(capture, torch.rand(2, *SHAPE[2:]), Batch(example().x))
+    with pytest.raises(FoveateError, match=r"masks of shape \[2, 3, 3\]"):
+        METRICS.get("mass_inside")(capture, torch.rand(2, *SHAPE[2:]), Batch(example().x, mask=torch.ones(2, 3, 3) > 0))
+
+
+class TestEvaluate:
+    def test_rows_and_table(self) -> None:
+        network, data = networks()["gap"], [example(seed=i, count=4) for i in range(3)]
+        data = [Batch(b.x, b.y, b.mask, id=tuple(f"{i}-{name}" for name in b.id)) for i, b in enumerate(data)]
+        rows = evaluate(network, data, ["grad_cam", "random"], layer="features")
+        assert list(rows.columns) == ["id", "method", "column", "value"]
+        assert len(rows) == 12 * 2 * 4
+        assert not rows.duplicated(["id", "method", "column"]).any()
+        table = summarize(rows)
+        by_hand = rows[(rows.method == "random") & (rows.column == "AD")].value.mean()
+        line = table.loc[("random", "AD")]
+        assert line["mean"] == pytest.approx(by_hand)
+        assert line["low"] < line["mean"] < line["high"]
+        assert line["n"] == 12
+
+    def test_batches_of_any_size_give_the_same_rows(self) -> None:
+        network, whole = networks()["inplace"], example(count=6)
+        singles = [Batch(whole.x[i : i + 1], whole.y[i : i + 1], whole.mask[i : i + 1], id=(str(i),)) for i in range(6)]
+        tables = [evaluate(network, data, "hires_cam", layer="features", batch_size=4) for data in ([whole], singles)]
+        pd.testing.assert_frame_equal(*(table.sort_values(["id", "column"], ignore_index=True) for table in tables))
+
+    def test_pairs_of_a_loader(self) -> None:
+        whole = example(count=4)
+        rows = evaluate(networks()["gap"], [(whole.x[:2], whole.y[:2]), (whole.x[2:], whole.y[2:])], layer="features")
+        assert sorted(rows.id.unique()) == ["0", "1", "2", "3"]
+        assert set(rows.column) == {"AD", "AG", "AI"}
+
+    def test_columns_can_be_named(self) -> None:
+        rows = evaluate(networks()["gap"], [example()], "grad_cam", ["AG", "mass_inside"], layer="features")
+        assert set(rows.column) == {"AG", "mass_inside"}
+        with pytest.raises(FoveateError, match="metric 'AF' is unknown"):
+            evaluate(networks()["gap"], [example()], "grad_cam", "AF", layer="features")
+        with pytest.raises(FoveateError, match="'mass_inside' needs mask, and this data has none"):
+            evaluate(
+                networks()["gap"], [Batch(example().x, example().y, id=("a", "b"))], "grad_cam", "mass_inside", layer="features"
+            )
+
+    def test_methods_share_one_forward_beside_the_masked_ones(self) -> None:
+        network, calls = networks()["inplace"], []
+        network.register_forward_hook(lambda module, inputs, output: calls.append(len(inputs[0])))
+        evaluate(network, [example(count=4)], ["grad_cam", "hires_cam", "layer_cam"], "all", layer="features")
+        assert sum(calls) == 4 + 3 * 4
+
+    def test_the_interval_covers(self) -> None:
+        """A 95 % interval of 40 normal values covers the true mean in about 95 of 100 draws; below 85 is one in 10^4."""
+        rng = np.random.default_rng(0)
+        covered = sum(low < 0 < high for low, high in (interval(rng.normal(size=40), 500) for _ in range(200)))
+        assert 170 <= covered <= 200
+        assert all(np.isnan(interval(np.array([]))))
