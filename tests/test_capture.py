@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from foveate import Capture, FoveateError, LayerError, SlowPathWarning, explain, maps, normalized
+from foveate._torchvision import timm
 from foveate.registry import METHODS
 from foveate.testing import CLASSES, SHAPE, assert_untouched, example, fingerprint, networks
 
@@ -335,6 +336,17 @@ class TestScoreAndTail:
         rows = torch.tensor([0, 1, 0, 1, 0, 1])
         stem = model.stem(x)
         torch.testing.assert_close(capture.tail(A, rows=rows), model.classifier((stem[rows] + A).mean((2, 3))))
+
+    @pytest.mark.parametrize("name", ["resnet18", "vit_tiny_patch16_224", "swin_tiny_patch4_window7_224", "convnext_atto"])
+    def test_the_tail_of_timms_models_is_cut(self, name: str) -> None:
+        model, x = timm().create_model(name).eval(), torch.rand(2, 3, 224, 224)
+        capture = Capture(model, x)
+        A = capture.activations().detach()
+        rows = torch.tensor([1, 0, 1])
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", SlowPathWarning)
+            torch.testing.assert_close(capture.tail(A[rows], rows=rows), model(x[rows]), rtol=1e-3, atol=1e-5)
+        assert capture.passes.forward == 2
 
     def test_a_model_that_cannot_be_traced_runs_whole_and_says_so(self) -> None:
         class Branching(nn.Module):

@@ -86,6 +86,13 @@ def test_scores() -> None:
     torch.testing.assert_close(resolve(Y, LOGITS, score="probability", head="multilabel")(LOGITS), LOGITS.sigmoid()[rows, Y])
 
 
+def test_the_strongest_other_class() -> None:
+    assert resolve(Y, LOGITS, against="strongest").other.tolist() == [1, 0]
+    assert resolve("pred", LOGITS, against="strongest").other.tolist() == [0, 2]
+    with pytest.raises(FoveateError, match="at least 2 classes"):
+        resolve(0, torch.rand(2, 1), against="strongest", head="multilabel")
+
+
 def test_the_gradient_of_a_contrast_is_the_difference_of_gradients() -> None:
     logits = LOGITS.clone().requires_grad_(True)
     (gradient,) = torch.autograd.grad(resolve(1, logits, against=2)(logits).sum(), logits)

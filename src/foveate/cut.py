@@ -100,16 +100,22 @@ def make_tail(
         return None
     with torch.no_grad():
         outer = cut.front(x) if cut.front is not None else ()
-    if not all(isinstance(value, Tensor) and len(value) == len(x) for value in outer):
+    # A number may be the size of the batch, which is another one when the tail runs.
+    if not all(value is None or isinstance(value, bool) or _one_an_image(value, len(x)) for value in outer):
         return None
 
     # Cloned, so that an in-place layer at the start of the tail cannot overwrite what the caller gave.
     def run(native: Tensor, rows: Tensor) -> Tensor:
         detached = {name: parameter.detach() for name, parameter in cut.back.named_parameters()}
-        return read_logits(functional_call(cut.back, detached, (native.clone(), *(value[rows] for value in outer))))
+        inputs = [value[rows] if isinstance(value, Tensor) else value for value in outer]
+        return read_logits(functional_call(cut.back, detached, (native.clone(), *inputs)))
 
     with torch.no_grad():
         again = run(raw, torch.arange(len(raw), device=raw.device))
     scale = logits.abs().amax().clamp(min=1e-12)
     same = again.shape == logits.shape and bool((again.to(logits.dtype) - logits).abs().amax() <= 1e-3 * scale)
     return run if same else None
+
+
+def _one_an_image(value: object, count: int) -> bool:
+    return isinstance(value, Tensor) and value.ndim > 0 and len(value) == count

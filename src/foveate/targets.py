@@ -175,6 +175,19 @@ def classes(
     return indices
 
 
+def strongest_other(logits: Tensor, y: Tensor, head: Head) -> Tensor:
+    """The class with the largest logit other than ``y``, one an image, ``[B]``.
+
+    Raises:
+        FoveateError: there is no other class.
+    """
+    if num_classes(logits, head) < 2:
+        raise FoveateError("a contrast needs a model with at least 2 classes, and this one has 1")
+    if head == "binary":
+        return 1 - y
+    return logits.detach().scatter(1, y[:, None], float("-inf")).argmax(1)
+
+
 def resolve(
     target: object,
     logits: Tensor,
@@ -190,7 +203,8 @@ def resolve(
         target: as in :func:`classes`; or a callable of the logits ``[B,C]`` that returns ``[B]``; or a sequence of
             callables, one an image, each of its image's logits ``[C]``; or a ready Target.
         score: ``logit``, ``probability`` or ``loss``.
-        against: the class of a contrast, in the forms of :func:`classes`; None for no contrast.
+        against: the class of a contrast, in the forms of :func:`classes`, or ``"strongest"``: the likeliest class other
+            than the target; None for no contrast.
 
     Raises:
         FoveateError: a wrong count, a class out of range, an unknown word or score.
@@ -211,7 +225,9 @@ def resolve(
     if against is not None:
         if score != "logit":
             raise FoveateError(f"a contrast is a difference of logits: score {score!r} cannot be joined with 'against'")
-        other = classes(against, logits, labels, head, what="against")
+        other = (
+            strongest_other(logits, y, head) if against == "strongest" else classes(against, logits, labels, head, "against")
+        )
         if (same := other == y).any():
             raise FoveateError(
                 f"class {int(y[same][0])} is asked against itself: 'against' must name another class than the target"

@@ -56,7 +56,7 @@ def explain(
     layer: Layer = "auto",
     target: Annotated[str, typer.Option(help="pred, label, second, a class index or a class name.")] = "pred",
     against: Annotated[
-        str | None, typer.Option(help="Why the target and not this class: index, name, second or label.")
+        str | None, typer.Option(help="Why the target and not this class: index, name, strongest, second or label.")
     ] = None,
     out: Out = "explained",
     num_classes: NumClasses = None,

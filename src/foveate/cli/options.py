@@ -117,7 +117,7 @@ def class_index(text: str, classifier: Classifier) -> str | int:
     Raises:
         FoveateError: no class, or several, of that name.
     """
-    if text in ("pred", "label", "second"):
+    if text in ("pred", "label", "second", "strongest"):
         return text
     if text.lstrip("-").isdigit():
         return int(text)

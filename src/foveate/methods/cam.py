@@ -190,12 +190,7 @@ def contrast_of(capture: Capture, target: Target, against: object = None) -> Tar
         return target
     if target.name != "logit":
         raise FoveateError(f"a contrast is a difference of logits, and the score asked for is {target.name!r}")
-    if against is None:
-        if capture.classes < 2:
-            raise FoveateError("a contrast needs a model with at least 2 classes, and this one has 1")
-        logits = capture.logits.detach().clone()
-        against = logits.scatter(1, target.y[:, None], float("-inf")).argmax(1)
-    return capture.target(target.y, against=against)
+    return capture.target(target.y, against="strongest" if against is None else against)
 
 
 def contrastive_maps(capture: Capture, layer: str | None, target: Target) -> Tensor:
