@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -324,6 +325,30 @@ class TestTrain:
         assert written == {"model.safetensors", "recipe.yaml", "history.csv", "run.json", "checkpoints"}
         again = call("train", place / "run" / "recipe.yaml", "--out", place / "again", "--json")
         assert json.loads(again.stdout)["accuracy"] == document["accuracy"]
+
+    def test_with_its_progress_bar(self, place: Path) -> None:
+        (place / "recipe.yaml").write_text(self.RECIPE)
+        result = call("train", place / "recipe.yaml", "--out", place / "run")
+        assert result.exit_code == 0, result.output
+        assert "accuracy: train" in result.stdout
+        assert "2/2" in result.stderr
+
+    def test_the_demo(self, place: Path) -> None:
+        """The whole loop on few images: every number of the document, and a page that loads nothing from elsewhere."""
+        result = call("demo", "--out", place / "demo", "--seed", 3)
+        assert result.exit_code == 0, result.output
+        page = (place / "demo" / "report.html").read_text(encoding="utf-8")
+        for word in ("swapped", "ContrastiveCAM", "Fake-CAM (control)", "From wrong to right", "foveate demo --seed 3", "<svg"):
+            assert word in page
+        sources = re.findall(r"""(?:src|href)=["']([^"']*)""", page) + re.findall(r"url\(([^)]*)\)", page)
+        assert sources
+        assert all(source.startswith(("data:", "#")) for source in sources)
+        document = json.loads(call("demo", "--out", place / "demo", "--seed", 3, "--json").stdout)
+        assert set(document["runs"]) == {"plain", "cam_loss"}
+        for run in document["runs"].values():
+            assert set(run["accuracy"]) == {"train", "val", "test"}
+            assert 0 <= run["mass_inside"] <= 1
+        assert Path(document["report"]).is_file()
 
     @pytest.mark.parametrize(
         ("recipe", "arguments", "match"),

@@ -181,7 +181,8 @@ class Training(L.LightningModule):
     def on_train_epoch_start(self) -> None:
         self._sums, self._started = {}, time.perf_counter()
 
-    def on_train_epoch_end(self) -> None:
+    def on_validation_epoch_end(self) -> None:
+        # Here and not at the end of the training epoch: callbacks of that hook read the history.
         train, val = self._sums.pop("images"), self._sums.pop("val_images", 1.0)
         figures = {name: value / (val if name.startswith("val") else train) for name, value in self._sums.items()}
         figures["learning_rate"] = self.trainer.optimizers[0].param_groups[0]["lr"]
