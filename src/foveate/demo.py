@@ -30,7 +30,7 @@ RUNS = {
     "cam_loss": ("scenes_cam_loss", "With the CAM loss", "cross-entropy + CAM loss"),
 }
 WALL = 30
-Progress = Callable[[str], list[Any]]
+PICTURES = sum(sum(counts.values()) for counts in scenes.COUNTS.values())
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,11 @@ class Measured:
 
 
 def demo(
-    out: str | Path, seed: int = 0, say: Callable[[str], None] = lambda text: None, callbacks: Progress = lambda name: []
+    out: str | Path,
+    seed: int = 0,
+    say: Callable[[str], None] = lambda text: None,
+    callbacks: Callable[[str], list[Any]] = lambda name: [],
+    tick: Callable[[], object] = lambda: None,
 ) -> dict[str, Any]:
     """Train with and without the CAM loss, explain both, measure both, and write ``report.html``.
 
@@ -57,6 +61,7 @@ def demo(
         seed: of the scenes, the initial weights and the order of the images.
         say: called with a line at each step.
         callbacks: Lightning callbacks for the run of a name, such as a progress bar.
+        tick: called after each of the :data:`PICTURES` that are drawn.
 
     Returns:
         The document of ``foveate demo --json``.
@@ -65,7 +70,7 @@ def demo(
     say("drawing the scenes")
     recipes = {key: read_recipe(source, {"seed": seed}) for key, (source, *_) in RUNS.items()}
     size = recipes["plain"].size
-    data: dict[str, scenes.Scenes] = {split: scenes.make(split, seed, size) for split in scenes.SPLITS}
+    data: dict[str, scenes.Scenes] = {split: scenes.make(split, seed, size, tick) for split in scenes.SPLITS}
     measured: dict[str, Measured] = {}
     for key, recipe in recipes.items():
         say(f"training {RUNS[key][1].lower()}")

@@ -98,7 +98,9 @@ def demo(
 ) -> None:
     """The whole loop in a minute: train with and without the CAM loss, explain both, measure both, one page."""
     with sentences(debug):
-        from foveate.demo import RUNS
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+
+        from foveate.demo import PICTURES, RUNS
         from foveate.demo import demo as run
 
         def say(text: str) -> None:
@@ -106,12 +108,27 @@ def demo(
                 err.print(f"[dim]{text}[/]")
 
         bars: Callable[[str], list[Any]] = lambda name: [] if as_json else [_epoch_bar(name)]  # noqa: E731
-        document = run(out, seed, say, bars)
+        with Progress(
+            TextColumn("  {task.description:<10}"),
+            BarColumn(28),
+            MofNCompleteColumn(),
+            TextColumn("pictures"),
+            console=err,
+            disable=as_json,
+        ) as drawing:
+            task = drawing.add_task("scenes", total=PICTURES)
+
+            def tick() -> None:
+                drawing.advance(task)
+                if drawing.finished:
+                    drawing.stop()  # the bars of the training runs come below it
+
+            document = run(out, seed, say, bars, tick)
         if as_json:
             print(json.dumps(document, indent=2))
             return
         table = Table(box=None, padding=(0, 2), header_style="dim")
-        for column in ("", "train", "validation", "swapped test", "map on the animal"):
+        for column in ("", "train", "validation", "swapped", "on animal"):
             table.add_column(column, justify="right" if column else "left")
         for key, values in document["runs"].items():
             accuracy = values["accuracy"]
@@ -119,4 +136,5 @@ def demo(
             table.add_row(RUNS[key][1], *cells, f"{values['mass_inside']:.3f}")
         console = Console(highlight=False)
         console.print(table)
+        console.print("[dim]accuracy; share of the map's mass on the animal in validation[/]")
         console.print(f"the page: [bold]{escape(str(Path(document['report']).resolve()))}[/]", soft_wrap=True)

@@ -6,7 +6,7 @@ that a classifier can score 1.0 by looking at the background, and fails where th
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -71,12 +71,13 @@ class Scenes(Dataset[Batch]):
         return Batch(self.images.float() / 255, self.labels, self.masks, id=self.ids)
 
 
-def make(split: Split, seed: int = 0, size: int = 96) -> Scenes:
+def make(split: Split, seed: int = 0, size: int = 96, tick: Callable[[], object] = lambda: None) -> Scenes:
     """One split of the scenes; the same seed and size give the same bytes.
 
     Args:
         split: ``train`` and ``val`` have each animal in its habitat; ``test`` has the backgrounds swapped.
         size: side of the images in pixels.
+        tick: called after each image, for a progress bar.
 
     Raises:
         FoveateError: an unknown split, or a size below 32 pixels, at which nobody can tell the animals apart.
@@ -97,5 +98,6 @@ def make(split: Split, seed: int = 0, size: int = 96) -> Scenes:
             masks.append(torch.from_numpy(mask))
             labels.append(CLASSES.index(name))
             backgrounds.append(ground)
+            tick()
             ids.append(f"{split}/{name}_on_{ground}_{number:03d}")
     return Scenes(torch.stack(images).contiguous(), torch.stack(masks), torch.tensor(labels), tuple(backgrounds), tuple(ids))
