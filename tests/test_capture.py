@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from foveate import Capture, FoveateError, LayerError, SlowPathWarning, explain, maps, normalized
 from foveate._torchvision import timm
+from foveate.chunks import in_chunks
 from foveate.registry import METHODS
 from foveate.testing import CLASSES, SHAPE, assert_untouched, example, fingerprint, networks
 
@@ -78,7 +79,7 @@ def test_nothing_is_left_after_a_crash(where: str) -> None:
     def broken(logits: Tensor) -> Tensor:
         raise RuntimeError("on purpose")
 
-    with pytest.raises(RuntimeError, match="on purpose"):
+    with pytest.raises((RuntimeError, FoveateError), match="on purpose"):
         explain(network, batch.x, "grad_cam", layer="features", target=broken if where == "target" else None)
     assert_untouched(before, network)
 
@@ -142,6 +143,66 @@ def test_a_head_that_pools_something_else_is_not_taken_for_linear() -> None:
     assert Capture(network, torch.rand(2, 3, 9, 9), "relu").linear_head().pooled
 
 
+class Cosine(nn.Linear):
+    """A linear layer by name, a cosine classifier by nature."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.linear(nn.functional.normalize(x), nn.functional.normalize(self.weight))
+
+
+class Adapted(nn.Linear):
+    """A linear layer with a low-rank adapter, as fine-tuning libraries make them."""
+
+    def __init__(self, *sizes: int) -> None:
+        super().__init__(*sizes)
+        self.down, self.up = nn.Parameter(torch.randn(2, sizes[0])), nn.Parameter(torch.randn(sizes[1], 2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) + x @ self.down.T @ self.up.T
+
+
+class Head(nn.Module):
+    """Average pooling and one linear layer, with something in between or behind."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.features, self.kind = nn.Sequential(nn.Conv2d(3, 6, 3), nn.ReLU()), kind
+        self.scale = nn.Parameter(torch.ones(1))
+        self.classifier = {"cosine": Cosine, "adapter": Adapted}.get(kind, nn.Linear)(6, CLASSES)
+        if kind == "hook":
+            self.classifier.register_forward_hook(lambda module, inputs, output: output * 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        A = self.features(x)
+        if self.kind == "relu":
+            A = nn.functional.relu(A)
+        pooled = A.mean((2, 3))
+        if self.kind == "scale":
+            pooled = pooled * self.scale
+        logits = self.classifier(pooled)
+        if self.kind == "inplace":
+            logits.mul_(10)
+        return logits * 1.0 if self.kind == "behind" else logits
+
+
+@pytest.mark.parametrize("kind", ["cosine", "adapter", "hook", "inplace", "relu", "scale", "behind", "linear"])
+def test_a_linear_head_is_what_the_graph_says_and_not_what_it_looks_like(kind: str) -> None:
+    torch.manual_seed(0)
+    network, x = Head(kind).double().eval(), example().x
+    capture = Capture(network, x, "features")
+    assert (capture.linear_head() is not None) == (kind == "linear")
+    target = capture.target(1)
+    without = Capture(network, x, "features", closed_form=False)
+    torch.testing.assert_close(capture.grad(None, target), without.grad(None, without.target(1)))
+
+
+def test_dead_features_do_not_make_a_head_linear() -> None:
+    network = Head("relu").double().eval()
+    with torch.no_grad():
+        network.features[0].bias.fill_(-100)
+    assert Capture(network, example().x, "features").linear_head() is None
+
+
 def test_dropout_in_training_is_not_taken_for_a_linear_head() -> None:
     network = networks()["gap"].float()
     network.classifier = nn.Sequential(nn.Dropout(0.5), nn.Linear(6, CLASSES))
@@ -159,11 +220,28 @@ def test_the_body_in_front_of_the_layer_has_no_graph() -> None:
     assert not live._feature(None).raw.is_leaf
 
 
+def test_a_live_capture_of_a_frozen_body_still_has_gradients_at_its_layer() -> None:
+    network, x = networks()["inplace"], example().x
+    network.features.requires_grad_(False)
+    torch.testing.assert_close(grad_cam(network, x, frozen=False).detach(), grad_cam(network, x))
+
+
 def test_an_inplace_relu_behind_the_layer_does_not_reach_the_features() -> None:
     network, x = networks()["inplace"], example().x
     expected = network.features(x).detach()
     assert (expected < 0).any()
     torch.testing.assert_close(Capture(network, x, "features").activations().detach(), expected)
+
+
+def test_images_that_need_a_gradient_do_not_thaw_the_body() -> None:
+    network, x = networks()["inplace"], example().x.requires_grad_(True)
+    assert Capture(network, x, "features")._feature(None).raw.is_leaf
+
+
+def test_outputs_that_are_probabilities_are_noticed() -> None:
+    model = nn.Sequential(OrderedDict(network=networks()["gap"], softmax=nn.Softmax(1))).eval()
+    with pytest.warns(UserWarning, match="add up to 1"):
+        Capture(model, example().x, "network.features")
 
 
 def test_several_layers_share_one_backward_and_agree_with_single_ones() -> None:
@@ -242,6 +320,17 @@ class TestModelsPeopleHave:
     def test_compiled_in_place(self) -> None:
         self.network.compile()
         torch.testing.assert_close(grad_cam(self.network, self.x), self.expected)
+
+    def test_compiled_scores(self) -> None:
+        model = torch.compile(self.network, backend="eager")
+        capture = Capture(model, self.x, "features")
+        torch.testing.assert_close(capture.score(self.x), self.network(self.x))
+
+    def test_inference_mode_from_end_to_end(self) -> None:
+        with torch.inference_mode():
+            methods = ["grad_cam", "contrastive_cam"]
+            explanation = explain(self.network, self.x.clone(), methods, layer="features", target=torch.tensor([1, 1]))
+        torch.testing.assert_close(explanation.raw["grad_cam"], self.expected)
 
     def test_compiled_part(self) -> None:
         self.network.features = torch.compile(self.network.features)
@@ -393,7 +482,6 @@ class TestScoreAndTail:
 
     def test_a_chunk_that_does_not_fit_is_halved(self) -> None:
         network, x = networks()["gap"], torch.rand(8, *SHAPE[1:], dtype=torch.float64)
-        capture = Capture(network, x, "features")
         sizes = []
 
         def small(images: Tensor) -> Tensor:
@@ -402,7 +490,7 @@ class TestScoreAndTail:
             sizes.append(len(images))
             return network(images)
 
-        result = torch.cat(list(capture._chunks(x, small)))
+        result = torch.cat(list(in_chunks(small, 8, x)))
         torch.testing.assert_close(result, network(x))
         assert sizes == [2, 2, 2, 2]
 
@@ -433,7 +521,7 @@ class TestRefusals:
             Capture(self.network, self.x, "feature")
 
     def test_a_layer_without_a_grid_names_one_that_has(self) -> None:
-        with pytest.raises(LayerError, match=r"'classifier' has no spatial grid.*\[2, 4\]; try 'features'"):
+        with pytest.raises(LayerError, match=r"'classifier' has no spatial grid.*\[2, 4\]: try 'features'"):
             Capture(self.network, self.x, "classifier")
 
     def test_a_module_of_another_model(self) -> None:
@@ -505,6 +593,29 @@ class TestRefusals:
         ):
             with pytest.raises(FoveateError, match=match):
                 Capture(self.network, self.x, "features", **options)
+
+    def test_class_maps_notice_what_gradients_notice(self) -> None:
+        model = timm().create_model("vit_tiny_patch16_224").eval()
+        with pytest.raises(LayerError, match=r"exactly 0 on every patch.*try 'blocks.11.norm1'"):
+            Capture(model, torch.rand(1, 3, 224, 224), "blocks.11").class_maps(classes=[0])
+
+    def test_windows_are_not_images(self) -> None:
+        model = timm().create_model("swin_tiny_patch4_window7_224").eval()
+        with pytest.raises(LayerError, match=r"gives 64 rows for 1 image"):
+            Capture(model, torch.rand(1, 3, 224, 224), "layers.0.blocks.0.attn")
+
+    def test_a_size_that_the_model_cannot_take(self) -> None:
+        model = timm().create_model("vit_tiny_patch16_224").eval()
+        with pytest.raises(FoveateError, match=r"cannot take images of shape \[1, 3, 160, 160\]"):
+            Capture(model, torch.rand(1, 3, 160, 160))
+        with pytest.raises(FoveateError, match=r"cannot take images of shape \[1, 4, 32, 32\]"):
+            Capture(self.network, torch.rand(1, 4, 32, 32), "features")
+
+    def test_the_tail_of_a_model_in_training(self) -> None:
+        network = networks()["inplace"].train()
+        capture = Capture(network, self.x, "features", frozen=False)
+        with pytest.raises(FoveateError, match="training mode"):
+            capture.tail(capture.activations().detach())
 
     def test_a_layer_that_was_not_captured(self) -> None:
         capture = Capture(self.network, self.x, "features")

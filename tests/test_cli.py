@@ -141,6 +141,21 @@ class TestExplain:
         assert (place / "out" / "a.grad_cam.png").exists()
         assert (place / "out" / "a_2.grad_cam.png").exists()
 
+    def test_a_method_that_the_model_cannot_have_is_left_out(self, place: Path) -> None:
+        result = explain(place, "--method", "cam", "--method", "grad_cam", "--layer", "features.0", "--json")
+        assert result.exit_code == 1
+        assert list(json.loads(result.stdout)["images"][0]["maps"]) == ["grad_cam"]
+        assert "cam needs a head of global average pooling" in result.stderr
+
+    def test_other_heads(self, place: Path) -> None:
+        top = json.loads(explain(place, "--head", "multilabel", "--json").stdout)["images"][0]["top"]
+        assert abs(sum(p for *_, p in top) - 1) > 0.05
+
+    def test_labels_by_name_are_the_models_classes(self, place: Path) -> None:
+        (place / "labels.csv").write_text("file,name\na.png,orca\nb.png,tabby\n")
+        document = json.loads(explain(place, "--target", "label", "--json", images=("a.png", "b.png")).stdout)
+        assert [item["target"] for item in document["images"]] == [2, 0]
+
     def test_failures_are_listed_and_the_rest_is_done(self, place: Path) -> None:
         result = explain(place, "--json", images=("text.jpg", "a.png", "none.png"))
         assert result.exit_code == 1
@@ -177,6 +192,9 @@ class TestExplain:
             (("a.png",), ("--mean", "0.5"), "mean and std belong together"),
             (("a.png",), ("--classes", "none.txt"), "class file 'none.txt' cannot be read"),
             (("a.png",), ("--pretrained",), "your own factory"),
+            (("a.png",), ("--target=--5",), "no class is called '--5'"),
+            (("a.png",), ("--head", "sigmoid"), "head 'sigmoid' is unknown"),
+            (("a.png",), ("--method", "cam", "--layer", "features.0"), "cam needs a head"),
         ],
     )
     def test_wrong_calls(self, place: Path, images: tuple[str, ...], arguments: tuple[str, ...], match: str) -> None:
@@ -274,6 +292,35 @@ class TestEvaluate:
         document = json.loads(result.stdout)
         assert document["table"]["grad_cam"]["AD"]["n"] == 2
         assert "text.jpg" in document["failures"][0]["reason"]
+        assert Path(document["failures"][0]["file"]).name == "text.jpg"
+
+    def test_classes_by_name(self, place: Path) -> None:
+        """Folders and names are the model's classes of these names, and unknown ones are an error."""
+        model = f"{place / 'nets.py'}:net"
+        for text, match in (
+            ("file,name\na.png,orca\nb.png,dolphin\n", "no class is called 'dolphin'"),
+            ("file,name\na.png,cat\n", "may be any of 2"),
+        ):
+            (place / "labels.csv").write_text(text)
+            assert match in sentence(call("evaluate", place, "--model", model, "--out", place / "out"))
+        tables = []
+        for text in ("file,name\na.png,orca\nb.png,tabby\n", "file,class_index\na.png,2\nb.png,0\n"):
+            (place / "labels.csv").write_text(text)
+            tables.append(
+                json.loads(call("evaluate", place, "--model", model, "--out", place / "out", "--json").stdout)["table"]
+            )
+        assert tables[0] == tables[1]
+
+    def test_the_scenes_are_not_for_any_model(self, place: Path) -> None:
+        match = "the classes of scenes are not the model's: no class is called 'leopard'"
+        assert match in sentence(call("evaluate", "scenes", "--model", f"{place / 'nets.py'}:net", "--out", place / "out"))
+
+    def test_a_file_as_folder(self, place: Path) -> None:
+        model = f"{place / 'nets.py'}:net"
+        assert "is a file, or in one" in sentence(call("evaluate", place, "--model", model, "--out", place / "a.png"))
+        assert "is a file, or in one" in sentence(
+            call("explain", place / "b.png", "--model", model, "--out", place / "a.png" / "x")
+        )
 
     def test_wrong_calls(self, place: Path) -> None:
         model = f"{place / 'nets.py'}:net"
@@ -325,6 +372,14 @@ class TestTrain:
         assert written == {"model.safetensors", "recipe.yaml", "history.csv", "run.json", "checkpoints"}
         again = call("train", place / "run" / "recipe.yaml", "--out", place / "again", "--json")
         assert json.loads(again.stdout)["accuracy"] == document["accuracy"]
+        recipe = place / "run" / "recipe.yaml"
+        assert "holds a run already" in sentence(call("train", recipe, "--out", place / "run"))
+        assert call("train", recipe, "--out", place / "run", "--overwrite", "--json").exit_code == 0
+        for change in ("losses=[]", "seed=1", "epochs=3"):
+            refusal = sentence(call("train", recipe, "--out", place / "run", "--resume", "--set", change))
+            assert f"was started with {change.split('=')[0]}" in refusal
+        finished = call("train", recipe, "--out", place / "run", "--resume", "--json")
+        assert json.loads(finished.stdout)["accuracy"] == document["accuracy"]
 
     def test_with_its_progress_bar(self, place: Path) -> None:
         (place / "recipe.yaml").write_text(self.RECIPE)
@@ -356,6 +411,11 @@ class TestTrain:
             ("epochs: 0\n", (), "epochs: input should be greater than or equal to 1, and it is 0"),
             ("epoch: 3\n", (), "epoch: extra inputs are not permitted"),
             ("losses: [{name: camloss2}]\n", (), "loss 'camloss2' is unknown"),
+            (
+                "losses: [{name: cam_loss, settings: {sigmaa: 1}}]\n",
+                (),
+                "cam_loss has no setting 'sigmaa': it has method, sigma",
+            ),
             ("- a\n", (), "is not a list of 'key: value' lines"),
             ("a: [\n", (), "is not YAML"),
             ("epochs: 1\n", ("--set", "epochs"), "--set 'epochs' is not of the form key=value"),

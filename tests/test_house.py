@@ -15,8 +15,9 @@ SOURCE = Path(foveate.__file__).parent
 # Imports point up this list, within a line and to lines above it.
 FLOORS = [
     {"_version", "_torchvision", "errors"},
-    {"batch", "classifier", "images", "targets", "maps", "linear_head", "schedules"},
+    {"batch", "chunks", "classifier", "images", "targets", "maps", "linear_head", "schedules"},
     {"layers", "cut"},
+    {"feature"},
     {"capture"},
     {"registry"},
     {"methods"},
@@ -145,5 +146,11 @@ def test_a_new_method_is_one_decorated_function() -> None:
         assert METHODS.get("Activation-Sum").function is activation_sum
         with pytest.raises(foveate.FoveateError, match="'grad_cam' is registered already"):
             method("grad_cam", title="x", paper="x")(activation_sum)
+
+        def layer_cam(capture, layer, target):  # type: ignore[no-untyped-def]
+            """Another function of that name."""
+
+        with pytest.raises(foveate.FoveateError, match="'layer_cam' is registered already"):
+            method("layer_cam", title="x", paper="x")(layer_cam)
     finally:
         METHODS._records.pop("activation_sum")

@@ -105,12 +105,11 @@ def test_the_centre_crop_is_torchvisions() -> None:
     torchvision()
     from torchvision.transforms import CenterCrop, Compose, InterpolationMode, Resize, ToTensor
 
-    for size in ((300, 200), (200, 301), (64, 64)):
-        image = rgb().resize(size)
-        theirs = Compose([Resize(128, InterpolationMode.BILINEAR, antialias=True), CenterCrop(112), ToTensor()])(image)
-        ours = Preprocess((112, 112), 128)(image)
-        assert ours.shape == theirs.shape
-        assert (ours - theirs).abs().mean() < 0.01  # at odd sizes their crop and resize round the other way
+    rng = np.random.default_rng(0)
+    theirs = Compose([Resize(256, InterpolationMode.BILINEAR, antialias=True), CenterCrop(224), ToTensor()])
+    for height, width in ((375, 500), (334, 500), (500, 337), (427, 640), (224, 224), (301, 299)):
+        image = Image.fromarray(rng.integers(0, 255, (height, width, 3), dtype=np.uint8))
+        assert torch.equal(Preprocess()(image), theirs(image))
 
 
 def test_squash_and_size() -> None:
@@ -132,6 +131,18 @@ def test_boxes_and_masks_follow_the_image() -> None:
     assert mask[y0:y1, x0:x1].all()
     assert int(mask.sum()) == (x1 - x0) * (y1 - y0)
     torch.testing.assert_close(preprocess(image)[0] > 0.5, mask)
+
+
+@pytest.mark.parametrize("high", [1, 2, 255])
+def test_masks_of_zeros_and_ones_are_masks(tmp_path: Path, high: int) -> None:
+    values = np.zeros((32, 40), np.uint8)
+    values[8:16, 10:30] = high
+    assert int(Preprocess((32, 40), None).mask(Image.fromarray(values)).sum()) == 8 * 20
+    Image.fromarray(values).resize((20, 16)).save(tmp_path / "small.png")
+    rgb().save(tmp_path / "a.png")
+    (tmp_path / "labels.csv").write_text("file,class_index,mask\na.png,1,small.png\n")
+    with pytest.raises(ImageError, match="has 20x16 pixels, and its image has 40x32"):
+        _ = open_folder(tmp_path, Preprocess((32, 32), 32))[0]
 
 
 def test_a_box_outside_of_the_crop_has_no_area() -> None:
@@ -177,7 +188,7 @@ class TestFolders:
         [
             ("name\nx\n", "columns file and class_index"),
             ("file,class_index\n", "at least one line"),
-            ("file,class_index\na/1.png,cat\n", "line 2: invalid literal"),
+            ("file,class_index\na/1.png,cat\n", "line 2: class_index 'cat' is not a number"),
             ("file,class_index,boxes_xyxy\na/1.png,1,1 2 3\n", "line 2: a box is"),
         ],
     )

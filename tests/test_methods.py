@@ -202,6 +202,43 @@ def test_six_cams_share_one_backward_elsewhere() -> None:
     assert (explanation.capture.passes.forward, explanation.capture.passes.backward) == (2, 2)
 
 
+def test_the_score_is_what_is_explained() -> None:
+    network, x = networks()["inplace"], example().x
+    logit, probability = (
+        explain(network, x, "grad_cam", layer="features", target=1, score=s).raw["grad_cam"] for s in ("logit", "probability")
+    )
+    assert not torch.allclose(logit, probability)
+
+
+def test_a_contrast_named_in_the_settings() -> None:
+    network, x = networks()["gap"], example().x
+    chosen = {"contrastive_cam": {"against": 2}}
+    explanation = explain(network, x, "contrastive_cam", layer="features", target=0, settings=chosen)
+    assert explanation.targets["contrastive_cam"].other.tolist() == [2, 2]
+    torch.testing.assert_close(
+        explanation.raw["contrastive_cam"], raw("hires_cam", network, x, 0) - raw("hires_cam", network, x, 2)
+    )
+
+
+def test_a_method_that_is_refused_does_not_stop_the_others() -> None:
+    refused: dict[str, str] = {}
+    explanation = explain(networks()["flat"], example().x, ["cam", "grad_cam"], layer="features", refused=refused)
+    assert list(explanation.maps) == ["grad_cam"]
+    assert "global average pooling" in refused["cam"]
+
+
+def test_settings_of_methods() -> None:
+    network, x = networks()["gap"], example().x
+    explanation = explain(network, x, ["fake_cam", "grad_cam"], layer="features", settings={"FakeCAM": {"resolution": "pixel"}})
+    assert explanation.raw["fake_cam"].shape == (2, 17, 23)
+    with pytest.raises(FoveateError, match="fake_cam has no setting 'size': it has resolution"):
+        explain(network, x, "fake_cam", layer="features", settings={"fake_cam": {"size": 1}})
+    with pytest.raises(FoveateError, match="grad_cam has no setting 'size': it has none at all"):
+        explain(network, x, "grad_cam", layer="features", settings={"grad_cam": {"size": 1}})
+    with pytest.raises(FoveateError, match="settings for 'random', but it is not among the methods: grad_cam"):
+        explain(network, x, "grad_cam", layer="features", settings={"random": {"seed": 1}})
+
+
 def test_axiom_cam_is_xgrad_cam() -> None:
     assert METHODS.get("axiom_cam") is METHODS.get("xgrad_cam")
 

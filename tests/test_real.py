@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from foveate import Batch, evaluate, explain, load, summarize
+from foveate import Batch, Capture, evaluate, explain, load, summarize
+from foveate.metrics.recognition import recognition
 from foveate.models.load import Classifier
 
 CAMS = ("cam", "grad_cam", "grad_cam_pp", "xgrad_cam", "layer_cam", "hires_cam")
@@ -46,6 +47,15 @@ def test_completeness_on_mobilenet(real_data: Path) -> None:
     explanation = explain(model, photographs(real_data, model, 16).x, ["hires_cam", "contrastive_cam"])
     for name in ("hires_cam", "contrastive_cam"):
         assert explanation.completeness_error[name].max() < 1e-4
+
+
+def test_a_map_of_ones_changes_nothing_on_mobilenet(real_data: Path) -> None:
+    model = open_model(real_data, "mobilenet")
+    batch = photographs(real_data, model, 32)
+    capture = Capture(model, batch.x)
+    for target in ("label", "second"):
+        values = recognition(capture, torch.ones(32, 224, 224), batch, target=target)
+        assert all((column == 0).all() for column in values.values())
 
 
 def test_cams_agree_on_mobilenet(real_data: Path) -> None:

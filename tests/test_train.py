@@ -131,8 +131,43 @@ class TestTrain:
         assert held < 0.8 * free
 
     def test_three_phases(self, few_images: None) -> None:
-        history = train(tiny(**{"losses.0.schedule": "three_phase"})).history
-        assert len(history) == 3
+        """In the first third the added loss does not train: its weight makes no difference there, and later it does."""
+        runs = [train(tiny(**{"losses.0.schedule": "three_phase", "losses.0.weight": w})).history for w in (0, 5)]
+        assert runs[0][0]["val_loss"] == runs[1][0]["val_loss"]
+        assert runs[0][1]["val_loss"] != runs[1][1]["val_loss"]
+        constant = train(tiny()).history
+        assert constant[0]["val_loss"] != runs[0][0]["val_loss"]
+
+    @pytest.mark.parametrize("change", [{"augment.flip": True}, {"augment.color_jitter": 0.5}, {"rebalance": True}])
+    def test_the_first_remedy_reaches_the_training(self, few_images: None, change: dict[str, object]) -> None:
+        plain, changed = (train(tiny(losses=[], epochs=1, **extra)).history[0]["train_loss"] for extra in ({}, change))
+        assert plain != changed
+
+    def test_ctrl_c_says_how_to_go_on(self, few_images: None, tmp_path: Path) -> None:
+        from lightning.pytorch.callbacks import Callback
+
+        class Stop(Callback):
+            def on_train_epoch_start(self, trainer: object, pl_module: object) -> None:
+                if trainer.current_epoch == 1:
+                    raise KeyboardInterrupt
+
+        with pytest.raises(KeyboardInterrupt, match="interrupted after 1 of 3 epochs; go on with --resume"):
+            train(tiny(), tmp_path, callbacks=[Stop()])
+        assert len(train(tiny(), tmp_path, resume=True).history) == 3
+
+    def test_data_of_ones_own_kind(self, few_images: None) -> None:
+        class Own(torch.utils.data.Dataset):
+            def __init__(self, split: str) -> None:
+                self.inner = scenes.make(split, 0, 32)
+
+            def __len__(self) -> int:
+                return len(self.inner)
+
+            def __getitem__(self, index: int) -> Batch:
+                return self.inner[index]
+
+        run = train(tiny(epochs=1), data={split: Own(split) for split in ("train", "val")})
+        assert 0 <= run.accuracy("val") <= 1
 
     def test_a_loss_that_explodes_ends_with_a_sentence(self, few_images: None) -> None:
         with pytest.raises(FoveateError, match="the loss became"):
@@ -148,7 +183,14 @@ class TestTrain:
                 folder.mkdir(parents=True, exist_ok=True)
                 to_image(batch.x[0]).save(folder / f"{i}.png")
         recipe = Recipe(data={"train": tmp_path / "train", "val": tmp_path / "val"}, size=32, epochs=1)
+        for file in (tmp_path / "val" / "leopard").iterdir():
+            file.unlink()
+        (tmp_path / "val" / "leopard").rmdir()  # orca is class 1 all the same
         run = train(recipe)
+        assert {int(batch.y) for batch in run.data["val"]} == {1}
+        (tmp_path / "val" / "orca").rename(tmp_path / "val" / "whale")
+        with pytest.raises(FoveateError, match="has the class 'whale', and the training data has not"):
+            train(recipe)
         assert set(run.data) == {"train", "val"}
         assert run.classifier.class_names == ["leopard", "orca"]
 

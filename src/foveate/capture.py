@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack, nullcontext
-from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
@@ -14,50 +13,15 @@ from torch.func import functional_call
 
 from foveate import layers as L
 from foveate import targets as T
+from foveate.chunks import in_chunks
 from foveate.classifier import check_eval, check_images, eager, hooked, read_logits, unwrap
 from foveate.cut import make_tail
 from foveate.errors import FoveateError, LayerError, SlowPathWarning
+from foveate.feature import Feature, Passes
 from foveate.linear_head import LinearHead, at_least_float32, recognise
 
 Precision = Literal["fp32", "bf16"]
 PIXELS_AT_ONCE = 32 * 224 * 224  # of changed images in one forward pass: about 1.5 GB of activations in a ResNet-50
-
-
-@dataclass
-class Passes:
-    """Images that went through the model: forward, backward, and through the tail behind a layer only."""
-
-    forward: int = 0
-    backward: int = 0
-    tail: int = 0
-
-
-@dataclass
-class _Feature:
-    """One captured layer: its module, its raw output as a node of the graph, how it lies, how often it ran."""
-
-    name: str
-    module: nn.Module | None
-    kept: Tensor | None = None
-    read_as: L.Layout | None = None
-    runs: int = 0
-    gradients: dict[int, Tensor] = field(default_factory=dict)
-
-    @property
-    def raw(self) -> Tensor:
-        if self.kept is None:
-            raise LayerError(f"layer {self.name!r} did not run for this input")
-        return self.kept
-
-    @property
-    def layout(self) -> L.Layout:
-        if self.read_as is None:
-            raise LayerError(f"layer {self.name!r} has no spatial grid")
-        return self.read_as
-
-    def grid(self, tensor: Tensor) -> Tensor:
-        """A tensor that lies like the layer's output as ``[B,K,h,w]``, float32 or better."""
-        return at_least_float32(L.to_grid(tensor, self.layout))
 
 
 class Capture:
@@ -103,6 +67,8 @@ class Capture:
         closed_form: bool = True,
     ) -> None:
         self.model = unwrap(model)
+        # Training on several processes goes through the wrapper, which averages their gradients.
+        self._live = model if isinstance(model, nn.parallel.DistributedDataParallel) else self.model
         self.frozen = frozen
         self.passes = Passes()
         self.precision: Precision = precision
@@ -110,7 +76,8 @@ class Capture:
         self._closed_form = closed_form
         self._heads: dict[str, LinearHead | None] = {}
         self._tails: dict[str, Callable[[Tensor, Tensor], Tensor]] = {}
-        self._linear: tuple[Tensor, Tensor | None, Tensor, Tensor] | None = None
+        self._linear: tuple[Tensor, Tensor | None, Tensor] | None = None
+        self._base: Tensor | None = None
         self._kept: list[T.Target] = []
         check_images(x)
         if precision not in ("fp32", "bf16"):
@@ -123,18 +90,15 @@ class Capture:
             first = next((p for p in self.model.parameters() if p.is_floating_point()), None)
             if first is not None:
                 x = x.to(first.device, first.dtype)
-            self.x = x.clone() if x.is_inference() else x
+            x = x.clone() if x.is_inference() else x
+            self.x = x.detach() if frozen else x
             self._features = {}
             for name, module in self._resolve(layers):
-                self._features[name] = _Feature(name, module)
+                self._features[name] = Feature(name, module)
             self._forward()
         given = layout
         for feature in self._features.values():
             self._settle(feature, given)
-        if self._linear is not None:
-            logits = self._linear[3]
-            if logits.shape != self.logits.shape or not torch.equal(logits.to(self.logits.dtype), self.logits):
-                self._linear = None
         self.head: T.Head = T.head_of(self.logits, head)
 
     # -- what is known after the run -------------------------------------------------------------------------------
@@ -181,9 +145,14 @@ class Capture:
             return T.resolve(target, self.logits, score=score, against=against, labels=labels, head=self.head)
 
     def log_probability(self, y: Tensor) -> Tensor:
-        """Log-probability of a class of each image, ``[B]``, float64; at the precision of :meth:`score`."""
-        logits = self.logits.detach() if self.precision == "fp32" else self.score(self.x)
-        return T.log_probability(logits, y, self.head)
+        """Log-probability of a class of each image, ``[B]``, float64, from :meth:`score`; run once and kept.
+
+        Not from :attr:`logits`: what is compared with masked images must come the same way as they do, or the noise
+        between two ways of running a network would count as a change.
+        """
+        if self._base is None:
+            self._base = self.score(self.x.detach())
+        return T.log_probability(self._base, y, self.head)
 
     # -- gradients -------------------------------------------------------------------------------------------------
 
@@ -215,8 +184,7 @@ class Capture:
         if not autograd:
             return
         raws = [feature.raw for feature in autograd]
-        if not self.logits.requires_grad:
-            raise LayerError(f"the logits do not depend on layer {autograd[0].name!r}: {self._advice()}")
+        self._check_graph(autograd[0])
         with torch.inference_mode(False), torch.enable_grad():
             results = torch.autograd.grad(
                 self.logits,
@@ -228,15 +196,23 @@ class Capture:
             )
         self.passes.backward += len(self.x)
         for feature, gradient in zip(autograd, results, strict=True):
-            if gradient is None:
-                raise LayerError(f"the score does not depend on layer {feature.name!r}: {self._advice()}")
-            grid = feature.grid(gradient)
-            if feature.layout.kind == "tokens" and by_logits.any() and not grid.any():
-                raise LayerError(
-                    f"the gradient at layer {feature.name!r} is exactly 0 on every patch, because the class token has "
-                    f"already gathered what it reads: {self._advice()}"
-                )
-            feature.gradients[id(target)] = grid
+            feature.gradients[id(target)] = self._grid(feature, gradient)
+
+    def _check_graph(self, feature: Feature) -> None:
+        if not self.logits.requires_grad:
+            raise LayerError(f"the logits do not depend on layer {feature.name!r}: {self._advice()}")
+
+    def _grid(self, feature: Feature, gradient: Tensor | None) -> Tensor:
+        """A gradient at a layer as a grid; an error where the layer cannot explain anything."""
+        if gradient is None:
+            raise LayerError(f"the score does not depend on layer {feature.name!r}: {self._advice()}")
+        grid = feature.grid(gradient)
+        if feature.layout.prefix and gradient.any() and not grid.any():
+            raise LayerError(
+                f"the gradient at layer {feature.name!r} is exactly 0 on every patch, because the class token has already "
+                f"gathered what it reads: {self._advice()}"
+            )
+        return grid
 
     def _by_logits(self, target: T.Target) -> Tensor:
         """Gradient of the score by the logits, ``[B,C]``: what any score adds to the gradients of the logits."""
@@ -270,8 +246,8 @@ class Capture:
     def _recognise(self, name: str) -> LinearHead | None:
         if self._linear is None:
             return None
-        weight, bias, features, _ = self._linear
-        return recognise(self.activations(name), weight, bias, features)
+        weight, bias, features = self._linear
+        return recognise(self.activations(name), self._feature(name).raw, weight, bias, features, self.logits)
 
     def class_maps(self, layer: str | None = None, classes: Sequence[int] | None = None) -> Tensor:
         """HiResCAM of every class, ``M [B,C,h,w]``: ``M_c = sum_k (d y_c / d A_k) * A_k``; differentiable when live.
@@ -288,6 +264,7 @@ class Capture:
             chosen = LinearHead(head.weight[columns], head.bias[columns], head.pooled) if classes is not None else head
             return chosen.maps(activations)
         feature = self._feature(layer)
+        self._check_graph(feature)
         maps = []
         for column in columns:
             with torch.inference_mode(False), torch.enable_grad():
@@ -299,9 +276,7 @@ class Capture:
                     allow_unused=True,
                 )
             self.passes.backward += len(self.x)
-            if gradient is None:
-                raise LayerError(f"the score does not depend on layer {feature.name!r}: {self._advice()}")
-            maps.append((feature.grid(gradient) * activations).sum(1))
+            maps.append((self._grid(feature, gradient) * activations).sum(1))
         return torch.stack(maps, 1)
 
     # -- running it again ------------------------------------------------------------------------------------------
@@ -319,7 +294,7 @@ class Capture:
         """
         check_eval(self.model)
         parts = [images] if isinstance(images, Tensor) else images
-        logits = torch.cat([part for images in parts for part in self._chunks(images, self._run)])
+        logits = torch.cat([part for images in parts for part in in_chunks(self._run, self._chunk_size(), images)])
         return self._scored(logits, target, rows)
 
     def tail(
@@ -328,10 +303,11 @@ class Capture:
         """Run only what comes after a layer: logits ``[N,C]``, or scores ``[N]`` where a target is given.
 
         Args:
-            activations: changed features as a grid, ``[N,K,h,w]``. Where they need a gradient the result has one;
-                elsewhere they run in chunks without a graph.
+            activations: changed features as a grid, ``[N,K,h,w]``. Where they need a gradient the result has one, to
+                them alone and never to the parameters; elsewhere they run in chunks without a graph.
             rows: the image of the batch that each belongs to, ``[N]``; their order where it is None.
         """
+        check_eval(self.model)
         feature = self._feature(layer)
         if rows is None:
             rows = torch.arange(len(activations), device=activations.device)
@@ -345,11 +321,8 @@ class Capture:
             with torch.inference_mode(False), torch.enable_grad():
                 logits = run(activations, rows)
         else:
-            pieces = []
-            step = 8 * self._chunk_size()
             with torch.inference_mode():
-                for start in range(0, len(activations), step):
-                    pieces.append(run(activations[start : start + step], rows[start : start + step]))
+                pieces = list(in_chunks(run, 8 * self._chunk_size(), activations, rows))
             logits = torch.cat(pieces).clone() if pieces else self.logits.detach()[:0]
         return self._scored(logits, target, rows)
 
@@ -360,18 +333,6 @@ class Capture:
 
     def _chunk_size(self) -> int:
         return self._chunk or max(1, PIXELS_AT_ONCE // (self.size[0] * self.size[1]))
-
-    def _chunks(self, images: Tensor, run: Callable[[Tensor], Tensor]) -> Iterator[Tensor]:
-        step, start = self._chunk_size(), 0
-        while start < len(images):
-            try:
-                yield run(images[start : start + step])
-            except torch.OutOfMemoryError:
-                if step == 1:
-                    raise
-                step = max(1, step // 2)
-                continue
-            start += step
 
     def _run(self, images: Tensor) -> Tensor:
         images = images.detach().to(self.x.device, self.x.dtype)
@@ -384,7 +345,7 @@ class Capture:
 
     # -- the run ---------------------------------------------------------------------------------------------------
 
-    def _feature(self, layer: str | None) -> _Feature:
+    def _feature(self, layer: str | None) -> Feature:
         if layer is None:
             layer = self.layer
         if layer not in self._features:
@@ -409,9 +370,22 @@ class Capture:
     def _call(self, x: Tensor) -> Any:
         """The model on ``x``, with parameters that no gradient reaches where the capture is frozen."""
         if not self.frozen:
-            return self.model(x)
+            return self._guarded(self._live, x)
+        return self._detached(x)
+
+    def _guarded(self, function: Callable[[Tensor], Any], x: Tensor) -> Any:
+        """The model's own errors as a sentence with the shape that it was given."""
+        try:
+            return function(x)
+        except (FoveateError, torch.OutOfMemoryError):
+            raise
+        except (RuntimeError, AssertionError, ValueError, TypeError, IndexError) as error:
+            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            raise FoveateError(f"the model cannot take images of shape {list(x.shape)}: {reason}") from error
+
+    def _detached(self, x: Tensor) -> Any:
         detached = {name: p.detach().clone() if p.is_inference() else p.detach() for name, p in self.model.named_parameters()}
-        return functional_call(self.model, detached, (x,))
+        return self._guarded(lambda images: functional_call(self.model, detached, (images,)), x)
 
     def _forward(self) -> None:
         x = self.x
@@ -433,6 +407,11 @@ class Capture:
         self.passes.forward += len(x)
         if len(self.logits) != len(x):
             raise FoveateError(f"the model returned {len(self.logits)} rows for {len(x)} image(s)")
+        if self.logits.shape[1] > 1 and bool((self.logits >= 0).all()) and bool((self.logits.sum(1) - 1).abs().max() < 1e-4):
+            warnings.warn(
+                "the model's outputs add up to 1, as probabilities do: give the logits, without the softmax at the end",
+                stacklevel=4,
+            )
         bad = ~torch.isfinite(self.logits).all(1)
         if bad.any():
             raise FoveateError(
@@ -440,7 +419,7 @@ class Capture:
                 "check its weights and its input range"
             )
 
-    def _keep(self, feature: _Feature) -> Callable[..., Any]:
+    def _keep(self, feature: Feature) -> Callable[..., Any]:
         def hook(module: nn.Module, inputs: Any, output: Any) -> Any:
             raw = L.first_tensor(output)
             if raw is None:
@@ -455,15 +434,20 @@ class Capture:
 
     def _keep_linear(self, module: nn.Linear, inputs: Any, output: Any) -> None:
         if isinstance(output, Tensor) and output.ndim == 2 and inputs and isinstance(inputs[0], Tensor):
-            self._linear = (module.weight, module.bias, inputs[0], output)
+            self._linear = (module.weight, module.bias, inputs[0])
 
-    def _settle(self, feature: _Feature, layout: L.Layout | None) -> None:
+    def _settle(self, feature: Feature, layout: L.Layout | None) -> None:
         """Check that a layer ran and has a grid."""
         raw, module = feature.kept, feature.module
         if module is None:
             return
         if raw is None:
             raise LayerError(f"layer {feature.name!r} did not run for this input: {self._advice()}")
+        if len(raw) != len(self.x):
+            raise LayerError(
+                f"layer {feature.name!r} gives {len(raw)} rows for {len(self.x)} image(s), one a window perhaps: "
+                f"{self._advice()}"
+            )
         if feature.runs > 1:
             warnings.warn(
                 f"layer {feature.name!r} runs {feature.runs} times in one forward pass: its last output is used",
@@ -476,13 +460,13 @@ class Capture:
             lambda: L.find(self.model, self.x, self._call),
         )
 
-    def _tail_of(self, feature: _Feature) -> Callable[[Tensor, Tensor], Tensor]:
+    def _tail_of(self, feature: Feature) -> Callable[[Tensor, Tensor], Tensor]:
         def replaced(native: Tensor, rows: Tensor) -> Tensor:
             if feature.module is None:
-                return read_logits(self._call(native))
+                return read_logits(self._detached(native))
             swap = hooked(feature.module, lambda module, inputs, output: L.with_first(output, native.clone()))
             with swap, eager(self.model):
-                return read_logits(self._call(self.x[rows]))
+                return read_logits(self._detached(self.x[rows].detach()))
 
         raw, layout = feature.raw.detach(), feature.layout
         run = make_tail(self.model, feature.name, raw, self.x, self.logits.detach())

@@ -35,7 +35,7 @@ class Normalized(nn.Module):
         self.training = self.model.training
 
     def forward(self, x: Tensor) -> Any:
-        return self.model((x - self.mean.to(x.dtype)) / self.std.to(x.dtype))
+        return self.model((x - self.mean.to(x)) / self.std.to(x))
 
 
 def normalized(model: nn.Module, mean: Sequence[float] = IMAGENET_MEAN, std: Sequence[float] = IMAGENET_STD) -> Normalized:

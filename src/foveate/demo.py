@@ -69,12 +69,12 @@ def demo(
     out = Path(out)
     say("drawing the scenes")
     recipes = {key: read_recipe(source, {"seed": seed}) for key, (source, *_) in RUNS.items()}
-    size = recipes["plain"].size
+    size = recipes["plain"].size or 96
     data: dict[str, scenes.Scenes] = {split: scenes.make(split, seed, size, tick) for split in scenes.SPLITS}
     measured: dict[str, Measured] = {}
     for key, recipe in recipes.items():
         say(f"training {RUNS[key][1].lower()}")
-        run = train.train(recipe, out / key, data=data, callbacks=callbacks(key))
+        run = train.train(recipe, out / key, data=data, callbacks=callbacks(key), overwrite=True)
         say(f"explaining and measuring {RUNS[key][1].lower()}")
         measured[key] = measure(run)
     page = _page(out, seed, data, measured)

@@ -12,7 +12,11 @@ class LayerError(FoveateError):
 
 
 class ImageError(FoveateError):
-    """A file is not an image that can be read."""
+    """A file is not an image that can be read; ``path`` is the file."""
+
+    def __init__(self, message: str, path: object = "") -> None:
+        super().__init__(message)
+        self.path = str(path)
 
 
 class DegenerateMapWarning(UserWarning):

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import inspect
+import warnings
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -13,8 +15,9 @@ from torch.utils.data import Dataset
 from foveate import maps
 from foveate.batch import Batch
 from foveate.capture import Capture, Precision
-from foveate.errors import FoveateError, ImageError
+from foveate.errors import DegenerateMapWarning, FoveateError, ImageError
 from foveate.registry import METHODS, METRICS, Metric
+from foveate.targets import Head
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -26,8 +29,9 @@ def batches(data: Iterable[Any] | Dataset[Batch], batch_size: int = 32) -> Itera
     number = 0
     for item in data:  # type: ignore[union-attr]
         if not isinstance(item, Batch):
-            x, y = item[0], item[1]
-            item = Batch(x, y, id=tuple(str(number + i) for i in range(len(x))))
+            item = Batch(item[0], item[1])
+        if len(item.id) != len(item):
+            item = replace(item, id=tuple(str(number + i) for i in range(len(item))))
         number += len(item)
         if len(item) > 1:
             yield item
@@ -49,9 +53,12 @@ def evaluate(
     layer: str | nn.Module = "auto",
     target: str = "label",
     batch_size: int = 32,
+    head: Head | None = None,
     precision: Precision = "fp32",
 ) -> pd.DataFrame:
     """Every metric of every method on every image: a DataFrame with the columns ``id, method, column, value``.
+
+    ``attrs["degenerate"]`` counts the maps of each method that are constant, which are scored as maps of zeros.
 
     Methods share the forward and backward pass of a batch; :func:`summarize` makes the table.
 
@@ -59,24 +66,39 @@ def evaluate(
         data: batches, a data set of :mod:`foveate.data`, or a DataLoader of ``(x, y)`` with ``x`` in [0, 1].
         metrics: names or columns; ``"all"`` for all that the data has masks or boxes for.
         target: the class that is explained and scored: ``label``, ``pred`` or ``second``.
+        head: ``softmax``, ``binary`` or ``multilabel``; by the number of outputs where it is None.
 
     Raises:
         FoveateError: an unknown method or metric, or one that needs what the data has not.
     """
     import pandas as pd
 
+    if target not in ("label", "pred", "second"):
+        raise FoveateError(f"target {target!r} is unknown: a table explains 'label', 'pred' or 'second' of each image")
     chosen = [METHODS.get(name) for name in ([methods] if isinstance(methods, str) else methods)]
     rows: list[tuple[str, str, str, float]] = []
+    degenerate = dict.fromkeys((record.name for record in chosen), 0)
     for batch in batches(data, batch_size):
-        capture = Capture(model, batch.x, layer, precision=precision)
+        capture = Capture(model, batch.x, layer, head=head, precision=precision)
         batch = batch.to(capture.x.device)
         aim = capture.target(target, labels=batch.y)
         scored = choose(metrics, batch)
         for record in chosen:
-            M = maps.prepare(record(capture, None, aim).detach(), capture.size)
+            raw = record(capture, None, aim).detach()
+            degenerate[record.name] += int(maps.is_constant(maps.relu(raw)).sum())
+            M = maps.prepare(raw, capture.size)
             for name, values in _values(scored, capture, M, batch, target).items():
                 rows += [(id_, record.name, name, value) for id_, value in zip(batch.id, values, strict=True)]
-    return pd.DataFrame(rows, columns=["id", "method", "column", "value"])
+    if flat := {name: count for name, count in degenerate.items() if count}:
+        warnings.warn(
+            f"some maps are constant and count as a map of zeros: {', '.join(f'{n} of {name}' for name, n in flat.items())}; "
+            "nothing at this layer speaks for the class there",
+            DegenerateMapWarning,
+            stacklevel=2,
+        )
+    frame = pd.DataFrame(rows, columns=["id", "method", "column", "value"])
+    frame.attrs["degenerate"] = degenerate
+    return frame
 
 
 def choose(metrics: str | Sequence[str], batch: Batch) -> list[tuple[Metric, list[str]]]:
@@ -153,4 +175,4 @@ def readable(data: Any, order: Iterable[int], failures: list[tuple[str, str]]) -
         try:
             yield data[index]
         except ImageError as error:
-            failures.append((str(index), str(error)))
+            failures.append((error.path or str(index), str(error)))

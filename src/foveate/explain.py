@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 from foveate import maps
 from foveate.capture import Capture, Precision
-from foveate.errors import DegenerateMapWarning
+from foveate.errors import DegenerateMapWarning, FoveateError, LayerError
 from foveate.methods.cam import completeness, contrast_of
-from foveate.registry import METHODS, Method
+from foveate.registry import METHODS, Method, check_settings
 from foveate.targets import Head, Target
 
 
@@ -63,6 +63,7 @@ def explain(
     head: Head | None = None,
     precision: Precision = "fp32",
     settings: Mapping[str, Mapping[str, Any]] | None = None,
+    refused: dict[str, str] | None = None,
 ) -> Explanation:
     """Saliency maps of a batch by one or more methods, from one forward and at most one backward pass for all of them.
 
@@ -75,25 +76,43 @@ def explain(
         against: the other class: why the target, and not that one.
         score: ``logit``, ``probability`` or ``loss``.
         labels: true classes ``[B]``, for ``target="label"``.
+        head: ``softmax``, ``binary`` (one logit) or ``multilabel`` (a sigmoid for each class); by the number of outputs
+            where it is None.
+        refused: where given, a method that this model cannot have goes there with the reason, and the others go on.
         settings: own settings of methods, by name: ``{"fake_cam": {"resolution": "pixel"}}``.
 
     Raises:
         FoveateError: and its kinds, each with what was given and what to do.
     """
     names = [methods] if isinstance(methods, str) else list(methods)
-    records = [METHODS.get(name) for name in dict.fromkeys(names)]
+    records = list(dict.fromkeys(METHODS.get(name) for name in names))
+    own = {METHODS.get(name): dict(values) for name, values in (settings or {}).items()}
+    for record, values in own.items():
+        if record not in records:
+            raise FoveateError(f"there are settings for {record.name!r}, but it is not among the methods: {', '.join(names)}")
+        check_settings(record, values)
     capture = Capture(model, x, layer, head=head, precision=precision)
     resolved = capture.target(target, score=score, against=against, labels=labels)
-    own = {METHODS.get(name).name: dict(values) for name, values in (settings or {}).items()}
     explanation = Explanation({}, {}, resolved, capture.layer, capture)
+    if any("gradient" in record.needs and not record.contrasts for record in records):
+        capture.grad(None, resolved)  # shared by all of them, so that it counts for none of them
     for record in records:
-        _run(record, explanation, own.get(record.name, {}))
+        try:
+            _run(record, explanation, own.get(record, {}))
+        except LayerError:
+            raise
+        except FoveateError as error:
+            if refused is None:
+                raise
+            refused[record.name] = str(error)
     return explanation
 
 
 def _run(record: Method, explanation: Explanation, settings: Mapping[str, Any]) -> None:
     capture = explanation.capture
-    target = contrast_of(capture, explanation.target) if record.contrasts else explanation.target
+    target = explanation.target
+    if record.contrasts:
+        target = contrast_of(capture, target, settings.get("against"))
     explanation.targets[record.name] = target
     start = time.perf_counter()
     raw = record(capture, capture.layer, target, **settings).detach()

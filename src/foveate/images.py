@@ -32,7 +32,14 @@ def read(path: str | Path) -> Image.Image:
     Raises:
         ImageError: missing, not an image, cut off, below 8 pixels a side, or above 200 megapixels.
     """
-    path = Path(path)
+    try:
+        return _read(Path(path))
+    except ImageError as error:
+        error.path = str(path)
+        raise
+
+
+def _read(path: Path) -> Image.Image:
     if path.is_dir():
         raise ImageError(f"{path} is a folder, not an image")
     if not path.exists():
@@ -122,14 +129,19 @@ class Preprocess:
         width, height = size
         if self.resize is None:
             return self.crop[1], self.crop[0]
-        factor = max(self.resize / min(size), self.crop[1] / width, self.crop[0] / height)
-        return max(round(width * factor), self.crop[1]), max(round(height * factor), self.crop[0])
+        short = max(self.resize, *self.crop) if self.resize < max(self.crop) else self.resize
+        factor = short / min(size)
+        # The longer side is cut off, not rounded, and the crop below rounded: a pixel off is another prediction.
+        return (short, int(height * factor)) if width <= height else (int(width * factor), short)
+
+    def _offset(self, width: int, height: int) -> tuple[int, int]:
+        return round((width - self.crop[1]) / 2), round((height - self.crop[0]) / 2)
 
     def image(self, image: Image.Image) -> Image.Image:
         """The pixels that the network sees, as an image of size ``crop``."""
         width, height = self._resized(image.size)
         resized = image.resize((width, height), RESAMPLING[self.interpolation])
-        left, top = (width - self.crop[1]) // 2, (height - self.crop[0]) // 2
+        left, top = self._offset(width, height)
         return resized.crop((left, top, left + self.crop[1], top + self.crop[0]))
 
     def __call__(self, image: Image.Image) -> Tensor:
@@ -137,8 +149,13 @@ class Preprocess:
         return to_tensor(self.image(image))
 
     def mask(self, mask: Image.Image) -> Tensor:
-        """A mask image as ``[H,W]`` bool: above half is the object; nearest neighbour, the same crop."""
-        return torch.from_numpy(np.array(replace(self, interpolation="nearest").image(mask.convert("L"))) > 127)
+        """A mask image as ``[H,W]`` bool: above half of its largest value is the object, so 0/1 and 0/255 are alike.
+
+        Nearest neighbour, the same crop as the image.
+        """
+        values = np.array(mask if mask.mode in ("L", "1", "I", "I;16") else mask.convert("L")).astype(np.int64)
+        binary = Image.fromarray(np.uint8(255 * (values > values.max() / 2)), "L")
+        return torch.from_numpy(np.array(replace(self, interpolation="nearest").image(binary)) > 0)
 
     def boxes(self, boxes: Sequence[Sequence[float]], size: tuple[int, int]) -> Tensor:
         """Boxes ``x0, y0, x1, y1`` in pixels of a file of ``size`` (width, height) as ``[n,4]`` in pixels of the crop.
@@ -146,7 +163,7 @@ class Preprocess:
         Clipped to what is left; a box of which nothing is left has no area.
         """
         width, height = self._resized(size)
-        left, top = (width - self.crop[1]) // 2, (height - self.crop[0]) // 2
+        left, top = self._offset(width, height)
         scaled = torch.tensor(boxes, dtype=torch.float32).reshape(-1, 4)
         scaled = scaled * torch.tensor([width / size[0], height / size[1]]).repeat(2) - torch.tensor([left, top]).repeat(2)
         return scaled.minimum(torch.tensor([self.crop[1], self.crop[0]]).repeat(2)).clamp(min=0)

@@ -68,8 +68,10 @@ def get(model: nn.Module, name: str) -> nn.Module:
     if name in outer and name:
         return outer[name]
     names = [known for known in modules if known]
-    near = difflib.get_close_matches(name, names, 4, 0.4) or names[-4:]
-    raise LayerError(f"layer {name!r} is not in the model: did you mean {', '.join(near)}?")
+    near = difflib.get_close_matches(name, names, 4, 0.6)
+    parts = [part for part in names if "." not in part]
+    hint = f"did you mean {', '.join(near)}?" if near else f"its parts are {', '.join(parts[:12])}"
+    raise LayerError(f"layer {name!r} is not in the model: {hint}")
 
 
 def name_of(model: nn.Module, module: nn.Module) -> str:
@@ -136,22 +138,20 @@ def _channels_last(module: nn.Module) -> bool:
 
 
 def _token_layout(count: int, image: tuple[int, int], model: nn.Module) -> Layout | None:
+    """The one grid of square patches that fits; None where none does, or several do and none of them tiles the image."""
     inner, _ = core(model)
     known = getattr(inner, "num_prefix_tokens", None)
-    grids = []
+    fitting: dict[tuple[int, int, int], bool] = {}
     for patch in range(1, max(image) + 1):
-        height, width = image[0] // patch, image[1] // patch
-        prefix = count - height * width
-        if height * width < 2 or prefix > MOST_PREFIX_TOKENS:
-            break
-        if prefix >= 0 and (height, width, prefix) not in grids:
-            grids.append((height, width, prefix))
-    if isinstance(known, int) and any(prefix == known for *_, prefix in grids):
-        grids = [grid for grid in grids if grid[2] == known]
-    if not grids:
-        return None
-    height, width, prefix = min(grids, key=lambda grid: grid[2])
-    return Layout("tokens", height, width, prefix)
+        for up in (0, patch - 1):  # a last patch that is cut off or padded
+            height, width = (image[0] + up) // patch, (image[1] + up) // patch
+            prefix = count - height * width
+            if height * width >= 2 and 0 <= prefix <= MOST_PREFIX_TOKENS and (known is None or prefix == known):
+                tiles = image[0] % patch == 0 and image[1] % patch == 0
+                fitting[height, width, prefix] = fitting.get((height, width, prefix), False) or tiles
+    tiling = [grid for grid, tiles in fitting.items() if tiles]
+    sure = tiling if tiling else list(fitting)
+    return Layout("tokens", *sure[0]) if len(sure) == 1 else None
 
 
 @dataclass
@@ -180,7 +180,7 @@ def find(model: nn.Module, x: Tensor, forward: Callable[[Tensor], Any] | None = 
     Raises:
         LayerError: no layer has a grid and a gradient.
     """
-    key = (*x.shape[1:],)
+    key = (*x.shape[1:], *(id(module) for module in model.modules()))
     known = _found.setdefault(model, {})
     if key in known:
         return known[key]
@@ -297,4 +297,6 @@ def check_grid(layer: str, raw: Tensor, layout: Layout | None, suggestion: Calla
         instead = f"try {suggestion()!r}"
     except FoveateError:
         instead = "name an earlier one"
-    raise LayerError(f"layer {layer!r} has no spatial grid: its output has shape {list(raw.shape)}; {instead}")
+    raise LayerError(
+        f"layer {layer!r} has no spatial grid that can be told from its shape {list(raw.shape)}: {instead}, or give its layout"
+    )

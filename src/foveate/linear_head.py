@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -34,23 +36,58 @@ class LinearHead:
         return torch.einsum("ckhw,bkhw->bchw", self.weight, activations)
 
 
-def recognise(activations: Tensor, weight: Tensor, bias: Tensor | None, features: Tensor) -> LinearHead | None:
-    """The head between ``activations [B,K,h,w]`` and a linear layer that read ``features [B,F]``; None for another one.
+# What may stand between features and logits: pooling or reshaping, and one matrix product. A factor, an activation, a
+# norm, a second product: all of them have other names, and then there is no closed form.
+_STEPS = (
+    *("Addmm", "Mm", "T", "Mean", "AdaptiveAvgPool2D", "MkldnnAdaptiveAvgPool2D", "AvgPool2D", "View", "UnsafeView"),
+    *("ReshapeAlias", "_ReshapeAlias", "Squeeze", "Unsqueeze", "Clone", "ToCopy", "Permute", "Transpose", "Slice", "Alias"),
+)
 
-    It is known by what it computed in this run: ``features`` are the pooled or the flattened activations, to 1e-5.
-    """
-    count, (height, width) = activations.shape[1], activations.shape[2:]
-    tolerance = 1e-5 if features.dtype in (torch.float32, torch.float64) else 2e-2
 
-    def made(rebuilt: Tensor) -> bool:
-        if rebuilt.shape != features.shape:
+def is_linear(logits: Tensor, raw: Tensor) -> bool:
+    """Whether the graph from a feature ``raw`` to ``logits`` has pooling, reshaping and one matrix product in it, no more."""
+    start, end = logits.grad_fn, raw.grad_fn if raw.grad_fn is not None else raw
+    if start is None:
+        return False
+    products, seen, waiting = 0, set(), [start]
+    while waiting:
+        node = waiting.pop()
+        if node in seen or node is end or getattr(node, "variable", None) is not None:
+            continue
+        seen.add(node)
+        name = re.sub(r"Backward\d*$", "", type(node).__name__)
+        if name not in _STEPS:
             return False
-        return bool((rebuilt - features.to(rebuilt.dtype)).abs().amax() <= tolerance * rebuilt.abs().amax())
+        products += name in ("Addmm", "Mm")
+        waiting += [source for source, _ in node.next_functions if source is not None]
+    return products == 1
+
+
+def recognise(
+    activations: Tensor, raw: Tensor, weight: Tensor, bias: Tensor | None, features: Tensor, logits: Tensor
+) -> LinearHead | None:
+    """The head between ``activations [B,K,h,w]`` and ``logits [B,C]``; None where it is not linear.
+
+    It is known by the graph between them, which holds nothing but pooling, reshaping and one matrix product, and by
+    what it computed in this run: ``features [B,F]``, read by the last linear layer, are the pooled or the flattened
+    activations, and the logits are their product with its weights, image by image.
+    """
+    if not is_linear(logits, raw):
+        return None
+    count, (height, width) = activations.shape[1], activations.shape[2:]
+    tolerance = 1e-4 if min(t.element_size() for t in (features, raw, logits)) >= 4 else 3e-2
+
+    def made(rebuilt: Tensor, given: Tensor) -> bool:
+        if rebuilt.shape != given.shape:
+            return False
+        error = (rebuilt - given.to(rebuilt.dtype)).abs().flatten(1).amax(1)
+        return bool((error <= tolerance * rebuilt.abs().flatten(1).amax(1)).all())
 
     with torch.no_grad():
-        pooled, flattened = made(activations.mean((2, 3))), made(activations.flatten(1))
-    if not (pooled or flattened):
-        return None
+        linear = F.linear(features.to(weight.dtype), weight, bias)
+        pooled, flattened = made(activations.mean((2, 3)), features), made(activations.flatten(1), features)
+        if not (pooled or flattened) or not made(linear, logits):
+            return None
     weight = at_least_float32(weight)
     bias = weight.new_zeros(len(weight)) if bias is None else at_least_float32(bias)
     if pooled:

@@ -10,7 +10,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from foveate.errors import FoveateError
-from foveate.registry import LOSSES
+from foveate.registry import LOSSES, check_settings
 
 RECIPES = Path(__file__).parent / "recipes"
 
@@ -52,7 +52,7 @@ class Recipe(_Strict):
     weights: Path | None = None
     pretrained: bool = False
     data: Literal["scenes"] | Splits = "scenes"
-    size: int = Field(96, ge=16)
+    size: int | None = Field(None, ge=16, description="input size, where it is not the model's own")
     epochs: int = Field(12, ge=1)
     batch_size: int = Field(32, ge=1)
     optimizer: Literal["sgd", "adamw"] = "sgd"
@@ -114,5 +114,8 @@ def _validated(content: Mapping[str, Any], where: str) -> Recipe:
             f"{where}: {key}: {first['msg'].lower()}, and it is {first['input']!r}" + (f"; known are {known}" if known else "")
         ) from None
     for term in recipe.losses:
-        LOSSES.get(term.name)
+        try:
+            check_settings(LOSSES.get(term.name), term.settings)
+        except FoveateError as error:
+            raise FoveateError(f"{where}: losses: {error}") from None
     return recipe

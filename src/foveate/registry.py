@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import inspect
 import pkgutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -111,7 +112,7 @@ class Register(Generic[Record]):
         names: tuple[str, ...] = (record.name, *record.aliases)
         for name in names:
             known = self._find(name)
-            if known is not None and known.function.__qualname__ != record.function.__qualname__:
+            if known is not None and _place(known) != _place(record):
                 raise FoveateError(f"{self.kind} {name!r} is registered already, by {known.function.__module__}")
         self._records[record.name] = record
 
@@ -129,8 +130,9 @@ class Register(Generic[Record]):
         self._read_folder()
         record: Record | None = self._find(name)
         if record is None:
-            near = difflib.get_close_matches(name, self._records, 3, 0.5)
-            hint = f"did you mean {' or '.join(near)}?" if near else f"there are {', '.join(sorted(self._records))}"
+            names = [name for record in self._records.values() for name in getattr(record, "columns", (record.name,))]
+            near = difflib.get_close_matches(name, names, 3, 0.5)
+            hint = f"did you mean {' or '.join(near)}?" if near else f"there are {', '.join(sorted(names))}"
             raise FoveateError(f"{self.kind} {name!r} is unknown: {hint}")
         return record
 
@@ -145,14 +147,32 @@ class Register(Generic[Record]):
     def _read_folder(self) -> None:
         if self._read:
             return
-        self._read = True
-        package = importlib.import_module(self.folder)
-        for module in pkgutil.iter_modules(package.__path__):
-            importlib.import_module(f"{self.folder}.{module.name}")
+        self._read = True  # before the imports, which look names up themselves
+        try:
+            package = importlib.import_module(self.folder)
+            for module in pkgutil.iter_modules(package.__path__):
+                importlib.import_module(f"{self.folder}.{module.name}")
+        except BaseException:
+            self._read = False
+            raise
+
+
+def _place(record: Method | Metric | Loss) -> tuple[str, str]:
+    return record.function.__module__, record.function.__qualname__
 
 
 def _plain(name: str) -> str:
     return name.lower().replace("+", "p").replace("_", "").replace("-", "").replace(" ", "")
+
+
+def check_settings(record: Method | Metric | Loss, settings: Mapping[str, Any]) -> None:
+    """Raise a FoveateError where a setting is not one of the record's own; the message has those that are."""
+    known = [p.name for p in inspect.signature(record.function).parameters.values() if p.kind is p.KEYWORD_ONLY]
+    for name in settings:
+        if name not in known:
+            raise FoveateError(
+                f"{record.name} has no setting {name!r}: " + (f"it has {', '.join(known)}" if known else "it has none at all")
+            )
 
 
 METHODS: Register[Method] = Register("method", "foveate.methods")

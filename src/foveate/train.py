@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import json
 import math
-import os
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -25,7 +24,7 @@ from foveate._torchvision import torchvision
 from foveate.batch import Batch
 from foveate.capture import Capture
 from foveate.data import scenes
-from foveate.data.folder import open_folder
+from foveate.data.folder import Folder, open_folder
 from foveate.errors import FoveateError
 from foveate.evaluate import batches
 from foveate.models.load import Classifier, load
@@ -42,13 +41,24 @@ from lightning.pytorch.callbacks import Callback, ModelCheckpoint  # noqa: E402
 def open_data(recipe: Recipe, classifier: Classifier) -> dict[str, Dataset[Batch]]:
     """The splits that a recipe names: ``train``, ``val`` and, where there is one, ``test``."""
     if recipe.data == "scenes":
-        return {split: scenes.make(split, recipe.seed, recipe.size) for split in ("train", "val", "test")}
-    found: dict[str, Dataset[Batch]] = {}
-    for split in ("train", "val", "test"):
+        size = recipe.size or classifier.preprocess.crop[0]
+        return {split: scenes.make(split, recipe.seed, size) for split in ("train", "val", "test")}
+    train_data = open_folder(recipe.data.train, classifier.preprocess)
+    found: dict[str, Dataset[Batch]] = {"train": train_data}
+    for split in ("val", "test"):
         root = getattr(recipe.data, split)
         if root is not None:
-            found[split] = open_folder(root, classifier.preprocess)
+            found[split] = _numbered_alike(open_folder(root, classifier.preprocess), train_data, root)
     return found
+
+
+def _numbered_alike(data: Folder, like: Folder, root: Path) -> Folder:
+    """Classes by name get the numbers that they have in training, also where a folder lacks one of them."""
+    if data.class_names is None or like.class_names is None:
+        return data
+    if unknown := [name for name in data.class_names if name not in like.class_names]:
+        raise FoveateError(f"{str(root)!r} has the class {unknown[0]!r}, and the training data has not")
+    return data.renumbered({i: like.class_names.index(name) for i, name in enumerate(data.class_names)})
 
 
 class EpochSampler(Sampler[int]):
@@ -80,7 +90,10 @@ class EpochSampler(Sampler[int]):
 def _labels(data: Dataset[Batch]) -> Tensor:
     if isinstance(data, scenes.Scenes):
         return data.labels
-    labels = [entry.label for entry in data.entries]  # type: ignore[attr-defined]
+    if isinstance(data, Folder):
+        labels = [entry.label for entry in data.entries]
+    else:
+        labels = [None if data[i].y is None else int(data[i].y) for i in range(len(data))]  # type: ignore[arg-type]
     if any(label is None for label in labels):
         raise FoveateError("training needs a label for every image")
     return torch.tensor(labels)
@@ -140,7 +153,7 @@ class Training(L.LightningModule):
         """The batch with the recipe's changes, drawn from seed, epoch and step alone, so that a resumed run repeats them."""
         if self._augment is None:
             return batch
-        with torch.random.fork_rng(devices=[]):
+        with torch.random.fork_rng():
             torch.manual_seed((self.recipe.seed * 100_003 + self.current_epoch) * 100_003 + index)
             return self._augment(batch)
 
@@ -190,6 +203,7 @@ class Training(L.LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["history"] = self.history
+        checkpoint["recipe"] = self.recipe.model_dump(mode="json")
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self.history = list(checkpoint["history"])
@@ -246,9 +260,10 @@ class Run:
 def predict(model: nn.Module, x: Tensor) -> Tensor:
     """Logits of a batch in evaluation mode, ``[B,C]``; the mode is put back."""
     training = model.training
+    first = next(model.parameters(), None)
     model.eval()
     try:
-        return model(x)
+        return model(x if first is None else x.to(first.device)).cpu()
     finally:
         model.train(training)
 
@@ -260,6 +275,7 @@ def train(
     data: Mapping[str, Dataset[Batch]] | None = None,
     callbacks: Sequence[Callback] = (),
     resume: bool = False,
+    overwrite: bool = False,
 ) -> Run:
     """Train a recipe; with the same recipe the same weights on the same machine.
 
@@ -267,15 +283,24 @@ def train(
         out: folder for weights, curves and checkpoints; nothing is written where it is None.
         data: the splits, where they are at hand already.
         callbacks: Lightning's, such as a progress bar.
-        resume: go on from the last finished epoch in ``out``.
+        resume: go on from the last finished epoch in ``out``, with the recipe that it was started with.
+        overwrite: replace a run that ``out`` holds.
 
     Raises:
-        FoveateError: the model and the data do not fit; nothing to resume from; the loss became NaN.
+        KeyboardInterrupt: with a message that says how to go on.
+        FoveateError: ``out`` holds a run, or one of another recipe where it is to be resumed; there is nothing to resume;
+            the model and the data do not fit; the loss became NaN.
     """
     folder = Path(out) if out is not None else None
     checkpoint = folder / "checkpoints" / "last.ckpt" if folder is not None else None
     if resume and (checkpoint is None or not checkpoint.is_file()):
         raise FoveateError(f"there is no run to resume in {str(folder)!r}: start one without --resume")
+    if resume and checkpoint is not None:
+        _check_same(recipe, checkpoint)
+    elif checkpoint is not None and checkpoint.is_file() and not overwrite:
+        raise FoveateError(f"{str(folder)!r} holds a run already: name another folder, or ask to resume or to overwrite it")
+    elif checkpoint is not None:
+        checkpoint.unlink(missing_ok=True)
     L.seed_everything(recipe.seed, verbose=False)
     classifier = _classifier(recipe)
     splits = dict(data) if data is not None else open_data(recipe, classifier)
@@ -297,6 +322,7 @@ def train(
     with _quiet():
         trainer = L.Trainer(
             max_epochs=recipe.epochs,
+            devices=1,
             logger=False,
             enable_checkpointing=bool(saving),
             enable_progress_bar=False,
@@ -304,14 +330,32 @@ def train(
             num_sanity_val_steps=0,
             callbacks=[*saving, _StopAtNaN(), *callbacks],
         )
-        trainer.fit(module, loader, validation, ckpt_path=str(checkpoint) if resume else None, weights_only=False)
+        try:
+            trainer.fit(module, loader, validation, ckpt_path=str(checkpoint) if resume else None, weights_only=True)
+        except SystemExit:  # Lightning's answer to Ctrl-C
+            if not trainer.interrupted:
+                raise
     if trainer.interrupted:
-        raise KeyboardInterrupt
+        done = len(module.history)
+        go_on = "; go on with --resume" if checkpoint is not None and checkpoint.is_file() else ""
+        raise KeyboardInterrupt(f"interrupted after {done} of {recipe.epochs} epochs{go_on}")
     classifier.eval()
     run = Run(classifier, recipe, splits, module.history, time.perf_counter() - start, folder)
     if folder is not None:
         save(run, folder)
     return run
+
+
+def _check_same(recipe: Recipe, checkpoint: Path) -> None:
+    """Another recipe, or another number of epochs, which the learning rate follows, would be a run of neither."""
+    before = torch.load(checkpoint, map_location="cpu", weights_only=True).get("recipe", {})
+    now = recipe.model_dump(mode="json")
+    for key in now:
+        if before.get(key) != now[key]:
+            raise FoveateError(
+                f"the run in {str(checkpoint.parents[1])!r} was started with {key} {before.get(key)!r}, and now it is "
+                f"{now[key]!r}: resume it with the same recipe, or start another run"
+            )
 
 
 def _classifier(recipe: Recipe) -> Classifier:
@@ -376,7 +420,6 @@ class _quiet:
         self._levels = {name: logging.getLogger(name).level for name in ("lightning.pytorch", "lightning.fabric")}
         for name in self._levels:
             logging.getLogger(name).setLevel(logging.ERROR)
-        self._tip = os.environ.get("LIGHTNING_DISABLE_TIPS")
 
     def __exit__(self, *error: Any) -> None:
         import logging

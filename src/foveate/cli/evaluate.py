@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -14,7 +13,9 @@ from rich.table import Table
 
 from foveate.cli.options import (
     FAILURES,
+    Classes,
     Debug,
+    HeadKind,
     Json,
     Layer,
     Mean,
@@ -27,7 +28,10 @@ from foveate.cli.options import (
     Weights,
     err,
     open_model,
+    out_folder,
+    print_notes,
     progress,
+    renumbered,
     sentences,
 )
 from foveate.errors import FoveateError
@@ -49,10 +53,12 @@ def evaluate(
     batch_size: Annotated[int, typer.Option(min=1)] = 32,
     precision: Annotated[str, typer.Option(help="Of masked images: fp32 or bf16.")] = "fp32",
     out: Out = "evaluated",
+    head: HeadKind = None,
     num_classes: NumClasses = None,
     size: Size = None,
     mean: Mean = None,
     std: Std = None,
+    classes: Classes = None,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
@@ -68,7 +74,7 @@ def evaluate(
         from foveate.evaluate import evaluate as run
         from foveate.evaluate import readable, summarize
 
-        classifier = open_model(model, weights, pretrained, num_classes, size, mean, std, None)
+        classifier = open_model(model, weights, pretrained, num_classes, size, mean, std, classes)
         if precision not in ("fp32", "bf16"):
             raise FoveateError(f"--precision {precision!r} is unknown: use fp32 or bf16")
         source: Any
@@ -76,6 +82,8 @@ def evaluate(
             source = scenes.make("test", 0, classifier.preprocess.crop[0])
         else:
             source = open_folder(data, classifier.preprocess)
+        source = renumbered(source, classifier, data)
+        folder = out_folder(out)
         if limit is not None and limit < len(source):
             source = Subset(source, range(limit))
         failures: list[tuple[str, str]] = []
@@ -88,12 +96,12 @@ def evaluate(
             layer=layer,
             target=target,
             batch_size=batch_size,
+            head=head,  # type: ignore[arg-type]
             precision=precision,  # type: ignore[arg-type]
         )
         if rows.empty:
             raise FoveateError("; ".join(reason for _, reason in failures[:3]) or f"{data!r} holds no images")
         table = summarize(rows)
-        folder = Path(out)
         (folder / "rows").mkdir(parents=True, exist_ok=True)
         rows.to_parquet(folder / "rows" / "rows.parquet")
         table.to_csv(folder / "table.csv")
@@ -104,7 +112,12 @@ def evaluate(
         left_out = [{"file": file, "reason": reason} for file, reason in failures]
         (folder / "run.json").write_text(
             json.dumps(
-                {"arguments": {**call, "limit": limit, "precision": precision}, "versions": versions, "failures": left_out},
+                {
+                    "arguments": {**call, "limit": limit, "precision": precision},
+                    "versions": versions,
+                    "failures": left_out,
+                    "degenerate": rows.attrs["degenerate"],
+                },
                 indent=2,
             )
             + "\n",
@@ -115,12 +128,18 @@ def evaluate(
             for (name, column), line in table.iterrows():  # type: ignore[misc]
                 numbers = {key: _finite(line[key]) for key in ("mean", "low", "high")}
                 nested.setdefault(name, {})[column] = {**numbers, "n": int(line["n"])}
-            print(json.dumps({"table": nested, "out": str(folder), "failures": left_out}, indent=2))
+            print(
+                json.dumps(
+                    {"table": nested, "out": str(folder), "failures": left_out, "degenerate": rows.attrs["degenerate"]},
+                    indent=2,
+                )
+            )
         else:
             _print_wide(wide)
             Console(highlight=False, soft_wrap=True).print(
                 f"class: {target}; masked in pixel space, black; 95 % bootstrap intervals; written to [bold]{escape(out)}[/]"
             )
+        print_notes(classifier)
         for _, reason in failures:
             err.print(f"[bold red]left out:[/] {escape(reason)}", soft_wrap=True)
         if failures:

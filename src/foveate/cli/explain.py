@@ -17,6 +17,7 @@ from foveate.cli.options import (
     FAILURES,
     Classes,
     Debug,
+    HeadKind,
     Json,
     Layer,
     Mean,
@@ -30,6 +31,8 @@ from foveate.cli.options import (
     class_index,
     err,
     open_model,
+    out_folder,
+    print_notes,
     progress,
     sentences,
 )
@@ -59,6 +62,7 @@ def explain(
         str | None, typer.Option(help="Why the target and not this class: index, name, strongest, second or label.")
     ] = None,
     out: Out = "explained",
+    head: HeadKind = None,
     num_classes: NumClasses = None,
     size: Size = None,
     mean: Mean = None,
@@ -76,7 +80,7 @@ def explain(
         classifier = open_model(model, weights, pretrained, num_classes, size, mean, std, classes)
         wanted = class_index(target, classifier)
         other = class_index(against, classifier) if against is not None else None
-        folder = Path(out)
+        folder = out_folder(out)
         read: list[tuple[Path, Tensor]] = []
         failures: list[tuple[str, str]] = []
         for name in images:
@@ -86,19 +90,23 @@ def explain(
                 failures.append((name, str(error)))
         if not read:
             raise FoveateError("; ".join(reason for _, reason in failures))
-        folder.mkdir(parents=True, exist_ok=True)
         document: list[dict[str, Any]] = []
+        refused: dict[str, str] = {}
         stems = _stems([path for path, _ in read])
         steps = range(0, len(read), AT_ONCE)
         for start in progress(steps, "explaining", quiet=as_json or len(steps) == 1):
             part = slice(start, start + AT_ONCE)
-            document += _explain_batch(classifier, read[part], stems[part], names, layer, wanted, other, folder)
+            document += _explain_batch(
+                classifier, read[part], stems[part], names, layer, wanted, other, folder, head=head, refused=refused
+            )
+        failures += refused.items()
         if as_json:
             print(json.dumps({"images": document, "failures": [{"file": f, "reason": r} for f, r in failures]}, indent=2))
         else:
             for item in document:
                 _print_image(item)
             Console(soft_wrap=True, highlight=False).print(f"pictures in [bold]{escape(str(folder))}[/]")
+        print_notes(classifier)
         for _, reason in failures:
             err.print(f"[bold red]left out:[/] {escape(reason)}", soft_wrap=True)
         if failures:
@@ -125,6 +133,9 @@ def _explain_batch(
     target: str | int,
     against: str | int | None,
     folder: Path,
+    *,
+    head: str | None,
+    refused: dict[str, str],
 ) -> list[dict[str, Any]]:
     import torch
 
@@ -139,10 +150,14 @@ def _explain_batch(
         if None in found:
             path = read[found.index(None)][0]
             raise FoveateError(f"--target label: no labels.csv beside {path} has a line for it: name a class instead")
-        labels = torch.tensor(found)
+        labels = torch.tensor([classifier.class_index(one) if isinstance(one, str) else one for one in found])
     x = torch.stack([image for _, image in read])
     start = time.perf_counter()
-    explanation = run(classifier, x, names, layer=layer, target=target, against=against, labels=labels)
+    options: dict[str, Any] = {"layer": layer, "target": target, "against": against, "labels": labels, "head": head}
+    explanation = run(classifier, x, names, refused=refused, **options)
+    names = list(explanation.maps)
+    if not names:
+        raise FoveateError("; ".join(refused.values()))
     shared = time.perf_counter() - start - sum(explanation.seconds.values())
     capture, y = explanation.capture, explanation.target.y
     before = log_probability(capture.logits.detach(), y, capture.head).exp()
@@ -187,20 +202,23 @@ def _write(
     from foveate.registry import METHODS
     from foveate.report import pictures
 
-    target, error = explanation.targets[name], explanation.completeness_error[name]
-    other = int(target.other[i]) if target.other is not None else None
+    record, target, error = METHODS.get(name), explanation.targets[name], explanation.completeness_error[name]
+    other = int(target.other[i]) if target.other is not None and not record.control else None
     completeness = float(error[i]) if error is not None else None
     flat = bool(explanation.degenerate[name][i])
     suffix = f"{stem}.{name}" + ("" if other is None else f".against_{other}")
     picture, over = folder / f"{suffix}.png", folder / f"{suffix}.overlay.png"
     x, saliency = explanation.capture.x[i].detach(), explanation.maps[name][i]
-    title = f"{METHODS.get(name).title}: {_short(classifier.class_name(int(target.y[i])))}"
+    title = f"{record.title}: {_short(classifier.class_name(int(target.y[i])))}"
+    if record.control:
+        title = f"{record.title} (control: it does not look at the model)"
     if other is not None:
         title += f", and not {_short(classifier.class_name(other))}"
     note = "" if completeness is None else f"completeness error {completeness:.1e}"
     if flat:
         note = "nothing here speaks for the class"
-    pictures.side_by_side(picture, x, saliency, explanation.raw[name][i], title=title, before=before, after=after, note=note)
+    raw = explanation.raw[name][i]
+    pictures.side_by_side(picture, x, saliency, raw, signed=record.signed, title=title, before=before, after=after, note=note)
     to_image(pictures.overlay(x, saliency)).save(over)
     return {
         "against": other,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import difflib
+import re
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -29,6 +29,9 @@ Size = Annotated[int | None, typer.Option(help="Input size, where it is not the 
 Mean = Annotated[str | None, typer.Option(help="Normalisation, one number or three: 0.485,0.456,0.406.")]
 Std = Annotated[str | None, typer.Option(help="Likewise: 0.229,0.224,0.225.")]
 Classes = Annotated[str | None, typer.Option(help="File with one class name a line.")]
+HeadKind = Annotated[
+    str | None, typer.Option("--head", help="softmax, binary (one logit) or multilabel; by the number of outputs.")
+]
 Layer = Annotated[str, typer.Option(help="Dotted path of the layer to look at.")]
 Out = Annotated[str, typer.Option("--out", "-o", help="Folder for what is written.")]
 Json = Annotated[bool, typer.Option("--json", help="One JSON document on standard output, nothing else there.")]
@@ -54,8 +57,8 @@ def sentences(debug: bool) -> Iterator[None]:
                 raise
             err.print(f"[bold red]foveate:[/] {escape(str(error))}", soft_wrap=True)
             raise typer.Exit(WRONG_CALL) from None
-        except KeyboardInterrupt:
-            err.print("[bold red]foveate:[/] interrupted; what was written so far is complete", soft_wrap=True)
+        except KeyboardInterrupt as error:
+            err.print(f"[bold red]foveate:[/] {escape(str(error) or 'interrupted')}", soft_wrap=True)
             raise typer.Exit(INTERRUPTED) from None
         except OSError as error:
             if debug:
@@ -84,7 +87,7 @@ def open_model(
             names = Path(classes).read_text(encoding="utf-8").splitlines()
         except (OSError, UnicodeDecodeError):
             raise FoveateError(f"class file {classes!r} cannot be read: it is text with one name a line") from None
-    loaded = load(
+    return load(
         model,
         weights=weights,
         pretrained=pretrained,
@@ -94,9 +97,47 @@ def open_model(
         std=_numbers("std", std),
         class_names=names,
     )
-    for sentence in loaded.notes:
+
+
+def print_notes(classifier: Classifier) -> None:
+    """What was assumed while the model was loaded; after the work, so that an error stands alone."""
+    for sentence in classifier.notes:
         err.print(f"[yellow]note:[/] {escape(sentence)}", soft_wrap=True)
-    return loaded
+
+
+def out_folder(out: str) -> Path:
+    """The folder for what is written, made now: an error after an hour's work would come too late.
+
+    Raises:
+        FoveateError: something else has that name.
+    """
+    folder = Path(out)
+    if any(part.exists() and not part.is_dir() for part in (folder, *folder.parents)):
+        raise FoveateError(f"--out {out!r} is a file, or in one: name a folder")
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def renumbered(data: Any, classifier: Classifier, where: str) -> Any:
+    """Data whose classes are known by name, with the labels of the model's classes of these names.
+
+    Raises:
+        FoveateError: the model has no class of a name, or several; or its names are not known and counts differ.
+    """
+    names = data.class_names
+    if names is None:
+        return data
+    if classifier.class_names is None:
+        linear = [m.out_features for m in classifier.modules() if type(m).__name__ == "Linear"]
+        if not linear or linear[-1] != len(names):
+            raise FoveateError(
+                f"{where} has the classes {', '.join(names[:6])}, and the model's class names are not known: give --classes"
+            )
+        return data
+    try:
+        return data.renumbered({index: classifier.class_index(name) for index, name in enumerate(names)})
+    except FoveateError as error:
+        raise FoveateError(f"the classes of {where} are not the model's: {error}") from None
 
 
 def _numbers(option: str, text: str | None) -> list[float] | None:
@@ -119,26 +160,9 @@ def class_index(text: str, classifier: Classifier) -> str | int:
     """
     if text in ("pred", "label", "second", "strongest"):
         return text
-    if text.lstrip("-").isdigit():
+    if re.fullmatch(r"-?\d+", text):
         return int(text)
-    names = classifier.class_names
-    if names is None:
-        raise FoveateError(
-            f"class {text!r} is a name, but the names of this model's classes are not known: give --classes or an index"
-        )
-    wanted = text.lower().strip()
-    parts = [[part.strip() for part in name.lower().split(",")] for name in names]
-    exact = [i for i, synonyms in enumerate(parts) if wanted in (names[i].lower(), *synonyms)]
-    found = exact or [i for i, name in enumerate(names) if wanted in name.lower()]
-    if len(found) == 1 or exact:
-        return found[0]
-    if found:
-        some = ", ".join(f"{names[i]} ({i})" for i in found[:4])
-        raise FoveateError(
-            f"class {text!r} may be any of {len(found)} classes: {some}{' and others' if len(found) > 4 else ''}"
-        )
-    near = difflib.get_close_matches(wanted, [name.lower() for name in names], 3, 0.5)
-    raise FoveateError(f"no class is called {text!r}" + (f": did you mean {' or '.join(near)}?" if near else ""))
+    return classifier.class_index(text)
 
 
 def progress(steps: Any, label: str, quiet: bool) -> Any:

@@ -17,6 +17,7 @@ from foveate.cli.options import (
     Json,
     Out,
     err,
+    out_folder,
     sentences,
 )
 from foveate.errors import FoveateError
@@ -59,6 +60,7 @@ def train(
     recipe: Annotated[str, typer.Argument(help="A YAML file, or one of foveate's own: see 'foveate list recipes'.")],
     change: Annotated[list[str] | None, typer.Option("--set", help="key=value, such as epochs=5 or augment.flip=true.")] = None,
     out: Out = "run",
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a run that the folder holds.")] = False,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the last finished epoch in the folder.")] = False,
     as_json: Json = False,
     debug: Debug = False,
@@ -77,7 +79,10 @@ def train(
                 raise FoveateError(f"--set {item!r} is not of the form key=value")
             changes[key] = yaml.safe_load(value)
         settings = read_recipe(recipe, changes)
-        result = run(settings, out, callbacks=[] if as_json else [_epoch_bar(settings.name)], resume=resume)
+        out_folder(out)
+        result = run(
+            settings, out, overwrite=overwrite, callbacks=[] if as_json else [_epoch_bar(settings.name)], resume=resume
+        )
         accuracy = {split: result.accuracy(split) for split in result.data}
         if as_json:
             print(json.dumps({"name": settings.name, "accuracy": accuracy, "seconds": result.seconds, "out": out}, indent=2))

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import csv
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -59,9 +59,15 @@ class Folder(Dataset[Batch]):
         if entry.mask is not None:
             try:
                 with Image.open(entry.mask) as opened:
+                    if opened.size != image.size:
+                        raise ImageError(
+                            f"mask {entry.mask} has {opened.size[0]}x{opened.size[1]} pixels, and its image has "
+                            f"{image.size[0]}x{image.size[1]}",
+                            entry.path,
+                        )
                     mask = self.preprocess.mask(opened)[None]
             except OSError:
-                raise ImageError(f"mask {entry.mask} of {entry.path} cannot be read") from None
+                raise ImageError(f"mask {entry.mask} of {entry.path} cannot be read", entry.path) from None
         return Batch(
             x=self.preprocess(image)[None],
             y=None if entry.label is None else torch.tensor([entry.label]),
@@ -72,6 +78,11 @@ class Folder(Dataset[Batch]):
 
     def __iter__(self) -> Iterator[Batch]:
         return (self[index] for index in range(len(self)))
+
+    def renumbered(self, order: Mapping[int, int]) -> Folder:
+        """The same images with labels in another numbering, such as that of a model which knows the classes by name."""
+        entries = [replace(entry, label=None if entry.label is None else order[entry.label]) for entry in self.entries]
+        return replace(self, entries=tuple(entries))
 
 
 def open_folder(root: str | Path, preprocess: Preprocess) -> Folder:
@@ -115,13 +126,19 @@ def read_labels(path: Path) -> tuple[list[Entry], tuple[str, ...] | None]:
     entries = []
     for number, row in enumerate(rows, 2):
         try:
-            label = names.index(row["name"]) if names is not None else int(row["class_index"])
+            label = names.index(row["name"]) if names is not None else _index(row["class_index"])
             boxes = _boxes(row.get("boxes_xyxy") or "")
         except ValueError as error:
             raise FoveateError(f"{path}, line {number}: {error}") from None
         mask = path.parent / row["mask"] if row.get("mask") else None
         entries.append(Entry(path.parent / row["file"], label, boxes, mask))
     return entries, names
+
+
+def _index(text: str) -> int:
+    if not text.strip().isdigit():
+        raise ValueError(f"class_index {text!r} is not a number from 0")
+    return int(text)
 
 
 def _boxes(text: str) -> tuple[tuple[float, ...], ...] | None:
@@ -133,17 +150,23 @@ def _boxes(text: str) -> tuple[tuple[float, ...], ...] | None:
     return boxes
 
 
-def labels_beside(paths: Sequence[Path]) -> list[int | None]:
-    """The label of each image from a ``labels.csv`` in its folder or in one of the two above; None where there is none."""
-    known: dict[Path, dict[Path, int | None]] = {}
-    found: list[int | None] = []
+def labels_beside(paths: Sequence[Path]) -> list[int | str | None]:
+    """The label of each image from a ``labels.csv`` in its folder or in one of the two above; None where there is none.
+
+    An index where the table has ``class_index``, a class name where it has only ``name``.
+    """
+    known: dict[Path, dict[Path, int | str | None]] = {}
+    found: list[int | str | None] = []
     for path in paths:
-        label = None
+        label: int | str | None = None
         for folder in list(path.resolve().parents)[:3]:
             table = folder / "labels.csv"
             if table not in known:
-                lines = read_labels(table)[0] if table.is_file() else []
-                known[table] = {entry.path.resolve(): entry.label for entry in lines}
+                lines, names = read_labels(table) if table.is_file() else ([], None)
+                known[table] = {
+                    entry.path.resolve(): names[entry.label] if names and entry.label is not None else entry.label
+                    for entry in lines
+                }
             if (value := known[table].get(path.resolve())) is not None:
                 label = value
                 break

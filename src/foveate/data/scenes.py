@@ -6,8 +6,8 @@ that a classifier can score 1.0 by looking at the background, and fails where th
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
@@ -65,6 +65,10 @@ class Scenes(Dataset[Batch]):
 
     def __iter__(self) -> Iterator[Batch]:
         return (self[index] for index in range(len(self)))
+
+    def renumbered(self, order: Mapping[int, int]) -> Scenes:
+        """The same images with labels in another numbering, such as that of a model which knows the classes by name."""
+        return replace(self, labels=torch.tensor([order[label] for label in self.labels.tolist()]))
 
     def batch(self) -> Batch:
         """The whole split as one batch."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import lru_cache
 from typing import Literal
 
 import torch
@@ -52,6 +53,22 @@ def _historical_gaussian(height: int, width: int, sigma: float, centre: tuple[fl
     return kernel / kernel.sum()
 
 
+@lru_cache(maxsize=32)
+def _kernel(
+    height: int,
+    width: int,
+    sigma: float,
+    centre: tuple[float, float],
+    historical: bool,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> Tensor:
+    """A kernel where the maps are, kept: training asks for the same one at every step."""
+    make = _historical_gaussian if historical else inverted_gaussian
+    with torch.inference_mode(False):
+        return make(height, width, sigma, centre).to(device, dtype)
+
+
 def _mass(saliency: Tensor, kernel: Tensor) -> Tensor:
     positive = relu(saliency)
     total = positive.sum((1, 2))
@@ -61,12 +78,18 @@ def _mass(saliency: Tensor, kernel: Tensor) -> Tensor:
 
 
 def _talk_2023(saliency: Tensor, kernel: Tensor) -> Tensor:
-    """A matrix product with the Gaussian itself, squared mean: January 2023, before the kernel was inverted."""
+    """A matrix product with the Gaussian itself, squared mean: January 2023, before the kernel was inverted.
+
+    The mean is of one map, not of the batch, so that every image has a loss of its own.
+    """
     return (saliency @ kernel).mean((1, 2)) ** 2
 
 
 def _top_decile(saliency: Tensor, kernel: Tensor) -> Tensor:
-    """``log(1 + mean of the upper tenth of the min-max scaled map)``, no kernel: early January 2023."""
+    """``log(1 + mean of the upper tenth of the min-max scaled map)``, no kernel: early January 2023.
+
+    The record speaks of a tenth of the rows; read here as cells.
+    """
     flat = saliency.flatten(1)
     low, high = flat.amin(1, keepdim=True), flat.amax(1, keepdim=True)
     width = high - low
@@ -121,8 +144,8 @@ def cam_loss(saliency: Tensor, *, sigma: float = 0.25, centre: tuple[float, floa
     height, width = saliency.shape[-2:]
     if form == "talk_2023" and height != width:
         raise FoveateError(f"form 'talk_2023' is a matrix product and needs a square map, not {height}x{width}")
-    make = _historical_gaussian if form in _HISTORICAL else inverted_gaussian
-    return _FORMS[form](saliency, make(height, width, sigma, centre).to(saliency))
+    kernel = _kernel(height, width, sigma, centre, form in _HISTORICAL, saliency.device, saliency.dtype)
+    return _FORMS[form](saliency, kernel)
 
 
 def _target(capture: Capture, batch: Batch) -> Target:

@@ -210,7 +210,7 @@ def completeness(capture: Capture, layer: str | None, target: Target, saliency: 
     """How far a map and the bias miss the score, ``|sum_ij S + b - s| / |s|``, ``[B]``; None where nothing is promised.
 
     The promise holds where the head is linear in the layer and the score is a logit or a difference of logits. Values
-    are relative to the magnitude of the score, and to 1 where that is smaller.
+    are relative to the magnitude of the score.
     """
     head = capture.linear_head(layer)
     if head is None or target.name not in ("logit", "contrast"):
@@ -218,4 +218,4 @@ def completeness(capture: Capture, layer: str | None, target: Target, saliency: 
     with torch.no_grad():
         bias = target(head.bias.expand(len(saliency), -1))
         score = target(capture.logits)
-        return (saliency.sum((1, 2)) + bias - score).abs() / score.abs().clamp(min=1)
+        return (saliency.sum((1, 2)) + bias - score).abs() / score.abs().clamp(min=1e-6)

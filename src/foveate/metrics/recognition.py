@@ -12,7 +12,6 @@ from foveate.maps import apply_mask
 from foveate.registry import metric
 from foveate.targets import classes, log_probability
 
-NOISE = 1e-5  # of a log-probability: what two float32 passes in different batches differ by; no increase is counted below
 SURE = 1e-12  # a missing probability below this has no digits left to be gained
 
 
@@ -40,10 +39,10 @@ def average_gain(log_p: Tensor, log_o: Tensor) -> Tensor:
 def average_increase(log_p: Tensor, log_o: Tensor) -> Tensor:
     """``AI = 100 [o > p]``, percent, higher is better.
 
-    Deviation: an increase counts from 1e-5 in log-probability. Two passes over the same pixels differ by less than
-    that and more than 0; without a tolerance a map of ones would score 50 and not 0.
+    Strict: both probabilities must come from the same way of running the model, as :func:`recognition` takes care of;
+    two ways differ by rounding, and a map of ones would score 50 and not 0.
     """
-    return 100.0 * (log_o - log_p > NOISE).double()
+    return 100.0 * (log_o > log_p).double()
 
 
 @metric(

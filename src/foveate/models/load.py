@@ -47,6 +47,28 @@ class Classifier(Normalized):
         """Image files as this classifier takes them, ``[B,3,H,W]`` in [0, 1]."""
         return torch.stack([self.preprocess(read(path)) for path in paths])
 
+    def class_index(self, name: str) -> int:
+        """The class of a name, or of one of its synonyms (``tabby`` for ``tabby, tabby cat``), or of a part of it.
+
+        Raises:
+            FoveateError: no class, or several, of that name; names are not known.
+        """
+        names = self.class_names
+        if names is None:
+            raise FoveateError(f"class {name!r} is a name, but this model's class names are not known: give them, or an index")
+        wanted = name.lower().strip().replace("_", " ")
+        parts = [[part.strip() for part in known.lower().split(",")] for known in names]
+        exact = [i for i, synonyms in enumerate(parts) if wanted in (names[i].lower(), *synonyms)]
+        found = exact or [i for i, known in enumerate(names) if wanted in known.lower()]
+        if len(found) == 1:
+            return found[0]
+        if found:
+            some = ", ".join(f"{names[i]} ({i})" for i in found[:4])
+            more = " and others" if len(found) > 4 else ""
+            raise FoveateError(f"class {name!r} may be any of {len(found)} classes: {some}{more}; give the index")
+        near = difflib.get_close_matches(wanted, [known.lower() for known in names], 3, 0.5)
+        raise FoveateError(f"no class is called {name!r}" + (f": did you mean {' or '.join(near)}?" if near else ""))
+
     def class_name(self, index: int) -> str:
         """The name of a class, or ``class 7`` where names are not known."""
         if self.class_names is not None and index < len(self.class_names):
@@ -106,7 +128,10 @@ def load(
     if preprocess is None:
         preprocess = Preprocess()
         if mean is None:
-            notes.append("the model does not say how its input is normalised: ImageNet's mean and std are assumed")
+            notes.append(
+                "the model does not say how its input is normalised, and ImageNet's mean and std are assumed: if its "
+                "probabilities look wrong, give mean and std, or set them on the model as model.mean and model.std"
+            )
     if mean is not None or std is not None:
         if mean is None or std is None:
             raise FoveateError("mean and std belong together: give both")
@@ -125,7 +150,7 @@ def _three(values: Sequence[float]) -> tuple[float, ...]:
 
 def _unknown(source: str, name: str, known: Sequence[str]) -> FoveateError:
     near = difflib.get_close_matches(name, known, 3, 0.5)
-    hint = f"did you mean {' or '.join(near)}?" if near else f"{source} has {len(known)} models"
+    hint = f"did you mean {' or '.join(near)}?" if near else f"it has {len(known)}, and 'foveate list models' names them"
     return FoveateError(f"{source} has no model {name!r}: {hint}")
 
 
@@ -158,7 +183,8 @@ def _from_torchvision(name: str, pretrained: bool, num_classes: int | None) -> B
     weights = models.get_model_weights(name).DEFAULT
     settings: dict[str, Any] = {} if num_classes is None else {"num_classes": num_classes}
     if name in ("googlenet", "inception_v3") and not pretrained:
-        settings["init_weights"] = False
+        # torchvision sets both only together with its own weights, and those, from a file, need the first as well.
+        settings.update(transform_input=True, init_weights=False)
     try:
         model = models.get_model(name, weights=weights if pretrained else None, **settings)
     except (OSError, RuntimeError, ValueError) as error:
@@ -284,13 +310,17 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
         ) from None
     except Exception as error:  # safetensors and torch raise many kinds for a damaged file
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise FoveateError(f"weights file {str(path)!r} cannot be read: {reason}") from None
+        raise FoveateError(f"weights file {str(path)!r} cannot be read: {type(error).__name__}: {reason}") from None
     for key in ("state_dict", "model_state_dict", "model"):
         if isinstance(state, Mapping) and isinstance(state.get(key), Mapping):
             state = state[key]
     if not isinstance(state, Mapping) or not state or not all(isinstance(value, Tensor) for value in state.values()):
         raise FoveateError(f"weights file {str(path)!r} holds no state dict")
     return dict(state)
+
+
+def _all_start(state: Mapping[str, Tensor], prefix: str) -> bool:
+    return all(key.startswith(prefix) for key in state)
 
 
 def load_weights(model: nn.Module, path: str | Path) -> None:
@@ -301,9 +331,9 @@ def load_weights(model: nn.Module, path: str | Path) -> None:
     """
     state = read_weights(path)
     own = model.state_dict()
-    for prefix in ("module.", "_orig_mod.", "model."):
-        if all(key.startswith(prefix) for key in state) and not all(key.startswith(prefix) for key in own):
-            state = {key.removeprefix(prefix): value for key, value in state.items()}
+    prefixes = ("module.", "_orig_mod.", "model.")
+    while prefix := next((p for p in prefixes if _all_start(state, p) and not _all_start(own, p)), None):
+        state = {key.removeprefix(prefix): value for key, value in state.items()}
     missing = [key for key in own if key not in state and not key.endswith("num_batches_tracked")]
     surplus = [key for key in state if key not in own]
     shapes = [key for key in own if key in state and own[key].shape != state[key].shape]

@@ -39,7 +39,7 @@ def overlay(x: Tensor, saliency: Tensor, strength: float = 0.85) -> Tensor:
     return (quiet * (1 - share) + (quiet * 0.25 + lit * 0.9) * share).clamp(0, 1)
 
 
-def signed(raw: Tensor, size: tuple[int, int]) -> Tensor:
+def signed_heat(raw: Tensor, size: tuple[int, int]) -> Tensor:
     """A raw map ``[h,w]`` in red for evidence for, blue for evidence against, white for none: ``[3,H,W]``."""
     values = scale(upsample(raw[None].detach().float(), size), "max")[0]
     return heat(values / 2 + 0.5, SIGNED)
@@ -59,7 +59,16 @@ def data_uri(image: Image.Image, quality: int = 88) -> str:
 
 
 def side_by_side(
-    path: str | Path, x: Tensor, saliency: Tensor, raw: Tensor, *, title: str, before: float, after: float, note: str = ""
+    path: str | Path,
+    x: Tensor,
+    saliency: Tensor,
+    raw: Tensor,
+    *,
+    signed: bool,
+    title: str,
+    before: float,
+    after: float,
+    note: str = "",
 ) -> None:
     """Write a picture of four panels: the input, its map, the overlay, and what remains when the map is the mask.
 
@@ -67,6 +76,7 @@ def side_by_side(
 
     Args:
         x: ``[3,H,W]``; saliency: ``[H,W]`` in [0, 1]; raw: ``[h,w]``.
+        signed: negative values mean evidence against: red and blue, also where all happen to be positive.
         before, after: probability of the target on the image and on what remains.
     """
     from matplotlib.figure import Figure
@@ -77,7 +87,7 @@ def side_by_side(
     axes: Any = figure.subplots(1, 4)
     raw = raw.detach().float().cpu()
     limit = float(raw.abs().max()) or 1.0
-    negative = bool((raw < 0).any())
+    negative = signed or bool((raw < 0).any())
     panels = (to_image(x), raw.numpy(), to_image(overlay(x, saliency)), to_image(apply_mask(x[None], saliency[None])[0]))
     captions = ("input", f"map, {raw.shape[0]} x {raw.shape[1]}", "overlay", "what remains")
     for axis, panel, caption in zip(axes, panels, captions, strict=True):
