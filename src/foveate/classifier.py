@@ -129,7 +129,7 @@ def hooked(module: nn.Module, hook: Callable[..., Any]) -> Iterator[None]:
 
 
 def check_images(x: Tensor) -> None:
-    """Raise a FoveateError unless ``x`` is ``[B,3,H,W]``, floating point, with at least one image."""
+    """Raise a FoveateError unless ``x`` is ``[B,K,H,W]``, floating point, with at least one image."""
     if not isinstance(x, Tensor) or x.ndim != 4:
         given = f"shape {list(x.shape)}" if isinstance(x, Tensor) else f"a {type(x).__name__}"
         raise FoveateError(f"images are a tensor of shape [B,3,H,W] with values in [0, 1], and this is {given}")

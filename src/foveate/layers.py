@@ -200,7 +200,7 @@ def find(model: nn.Module, x: Tensor, forward: Callable[[Tensor], Any] | None = 
         and event.layout.height * event.layout.width > 1
         and event.output.requires_grad
         and not any(event.output is output for output in pooled)
-        and not _inside_attention(event)
+        and not _beside_the_stream(event)
     ]
     if candidates:
         generator = torch.Generator().manual_seed(0)
@@ -265,7 +265,7 @@ def _passes_over(module: nn.Module) -> bool:
     return "Pool" in name and next(module.parameters(), None) is None
 
 
-def _inside_attention(event: _Event) -> bool:
+def _beside_the_stream(event: _Event) -> bool:
     """Whether an event is a side path or a part of a block, not the stream of features itself."""
     parts = event.name.lower().split(".")
     name = type(event.module).__name__.lower()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -15,6 +15,7 @@ from foveate.cli.options import (
     FAILURES,
     Classes,
     Debug,
+    Device,
     HeadKind,
     Json,
     Layer,
@@ -36,9 +37,6 @@ from foveate.cli.options import (
 )
 from foveate.errors import FoveateError
 
-if TYPE_CHECKING:
-    pass
-
 
 def evaluate(
     data: Annotated[str, typer.Argument(help="A folder with labels.csv, a folder with one folder a class, or 'scenes'.")],
@@ -58,6 +56,7 @@ def evaluate(
     size: Size = None,
     mean: Mean = None,
     std: Std = None,
+    device: Device = "auto",
     classes: Classes = None,
     as_json: Json = False,
     debug: Debug = False,
@@ -74,7 +73,7 @@ def evaluate(
         from foveate.evaluate import evaluate as run
         from foveate.evaluate import readable, summarize
 
-        classifier = open_model(model, weights, pretrained, num_classes, size, mean, std, classes)
+        classifier = open_model(model, weights, pretrained, num_classes, size, mean, std, classes, device)
         if precision not in ("fp32", "bf16"):
             raise FoveateError(f"--precision {precision!r} is unknown: use fp32 or bf16")
         source: Any
@@ -154,7 +153,12 @@ def _wide(table: Any) -> list[list[str]]:
     """Lines of a table with a row a method: the header first, then ``mean [low, high]``."""
     from foveate.registry import METHODS, METRICS
 
-    columns = list(dict.fromkeys(table.index.get_level_values("column")))
+    # The thesis' order first, then what it has not.
+    order = ["AD", "AG", "AI", "I", "D", "OM", "LE", "F1", "BA", "SP", "EP", "SM", "T"]
+    columns = sorted(
+        dict.fromkeys(table.index.get_level_values("column")),
+        key=lambda column: order.index(column) if column in order else len(order),
+    )
     arrows = {name: "↓" if way == "down" else "↑" for record in METRICS.all().values() for name, way in record.columns.items()}
     lines = [["method", *(f"{column} {arrows[column]}" for column in columns)]]
     for name in dict.fromkeys(table.index.get_level_values("method")):
@@ -175,7 +179,8 @@ def _markdown(lines: list[list[str]]) -> str:
 def _print_wide(lines: list[list[str]]) -> None:
     table = Table(box=None, padding=(0, 2), header_style="dim")
     for i, column in enumerate(lines[0]):
-        table.add_column(column, justify="right" if i else "left")
+        table.add_column(column, justify="right" if i else "left", no_wrap=i > 0)
     for line in lines[1:]:
-        table.add_row(*map(escape, line))
+        cells = [cell.partition(" [") for cell in line[1:]]
+        table.add_row(escape(line[0]), *(f"{mean}\n[dim]{low.rstrip(']').replace(', ', '–')}[/]" for mean, _, low in cells))
     Console(highlight=False).print(table)

@@ -17,6 +17,7 @@ from foveate.cli.options import (
     FAILURES,
     Classes,
     Debug,
+    Device,
     HeadKind,
     Json,
     Layer,
@@ -67,6 +68,7 @@ def explain(
     size: Size = None,
     mean: Mean = None,
     std: Std = None,
+    device: Device = "auto",
     classes: Classes = None,
     as_json: Json = False,
     debug: Debug = False,
@@ -77,7 +79,7 @@ def explain(
         from foveate.registry import METHODS
 
         names = [METHODS.get(name).name for name in (method or ["grad_cam", "hires_cam"])]
-        classifier = open_model(model, weights, pretrained, num_classes, size, mean, std, classes)
+        classifier = open_model(model, weights, pretrained, num_classes, size, mean, std, classes, device)
         wanted = class_index(target, classifier)
         other = class_index(against, classifier) if against is not None else None
         folder = out_folder(out)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -16,9 +16,6 @@ from foveate.cli.options import (
     sentences,
 )
 from foveate.errors import FoveateError
-
-if TYPE_CHECKING:
-    pass
 
 
 def list_(
@@ -33,10 +30,12 @@ def list_(
             print(json.dumps(lines, indent=2))
             return
         table = Table(box=None, padding=(0, 2), header_style="dim")
-        for column in lines[0]:
-            table.add_column(column)
+        shown = [column for column in lines[0] if column not in ("flags", "aliases")]
+        for column in shown:
+            table.add_column(column, no_wrap=column == "name")
         for line in lines:
-            table.add_row(*(escape(", ".join(v) if isinstance(v, list) else str(v)) for v in line.values()))
+            cells = [", ".join(line[column]) if isinstance(line[column], list) else str(line[column]) for column in shown]
+            table.add_row(*map(escape, cells))
         Console(highlight=False).print(table)
 
 

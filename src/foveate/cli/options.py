@@ -32,6 +32,7 @@ Classes = Annotated[str | None, typer.Option(help="File with one class name a li
 HeadKind = Annotated[
     str | None, typer.Option("--head", help="softmax, binary (one logit) or multilabel; by the number of outputs.")
 ]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps: auto is a GPU where there is one.")]
 Layer = Annotated[str, typer.Option(help="Dotted path of the layer to look at.")]
 Out = Annotated[str, typer.Option("--out", "-o", help="Folder for what is written.")]
 Json = Annotated[bool, typer.Option("--json", help="One JSON document on standard output, nothing else there.")]
@@ -78,6 +79,7 @@ def open_model(
     mean: str | None,
     std: str | None,
     classes: str | None,
+    device: str,
 ) -> Classifier:
     from foveate.models.load import load
 
@@ -87,7 +89,7 @@ def open_model(
             names = Path(classes).read_text(encoding="utf-8").splitlines()
         except (OSError, UnicodeDecodeError):
             raise FoveateError(f"class file {classes!r} cannot be read: it is text with one name a line") from None
-    return load(
+    loaded = load(
         model,
         weights=weights,
         pretrained=pretrained,
@@ -97,6 +99,19 @@ def open_model(
         std=_numbers("std", std),
         class_names=names,
     )
+    return _moved(loaded, device)
+
+
+def _moved(classifier: Classifier, device: str) -> Classifier:
+    import torch
+
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        return classifier.to(torch.device(device))
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise FoveateError(f"--device {device!r} cannot be used here ({reason}): use cpu, or auto") from None
 
 
 def print_notes(classifier: Classifier) -> None:

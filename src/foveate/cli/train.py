@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -21,9 +21,6 @@ from foveate.cli.options import (
     sentences,
 )
 from foveate.errors import FoveateError
-
-if TYPE_CHECKING:
-    pass
 
 
 def _epoch_bar(name: str) -> Any:
