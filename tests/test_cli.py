@@ -432,6 +432,16 @@ class TestTrain:
         assert "scenes_cam_loss" in sentence(call("train", "scenes_camloss"))
 
 
+def test_a_factory_that_imports_torchvision_by_itself(place: Path) -> None:
+    """In a new process, where nothing has imported it before."""
+    (place / "own.py").write_text(
+        "from torchvision.models import squeezenet1_1\n\ndef net():\n    return squeezenet1_1(weights=None).eval()\n"
+    )
+    command = [sys.executable, "-m", "foveate", "explain", str(place / "a.png"), "--model", f"{place / 'own.py'}:net"]
+    result = subprocess.run([*command, "--out", str(place / "out")], capture_output=True, text=True, timeout=120)
+    assert result.returncode == 0, result.stderr
+
+
 def test_a_call_without_model_says_so() -> None:
     result = call("explain", "a.png")
     assert result.exit_code == 2

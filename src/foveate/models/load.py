@@ -239,6 +239,8 @@ def _from_file(path: Path, name: str) -> Built:
     module = importlib.util.module_from_spec(module_spec)
     sys.modules[module_spec.name] = module
     try:
+        if "torchvision" in path.read_text(encoding="utf-8") or "timm" in path.read_text(encoding="utf-8"):
+            torchvision()  # beside a PyTorch build that it was not made for, a plain import would fail
         module_spec.loader.exec_module(module)
     except Exception as error:  # the user's own code may raise anything
         raise FoveateError(f"{path} could not be imported: {type(error).__name__}: {error}") from error
