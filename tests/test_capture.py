@@ -196,6 +196,21 @@ def test_a_linear_head_is_what_the_graph_says_and_not_what_it_looks_like(kind: s
     torch.testing.assert_close(capture.grad(None, target), without.grad(None, without.target(1)))
 
 
+def test_a_second_head_does_not_hide_the_first() -> None:
+    class TwoHeads(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.features, self.classifier, self.other = nn.Conv2d(3, 8, 3, 2, 1), nn.Linear(8, 4), nn.Linear(8, 2)
+
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            pooled = self.features(x).mean((2, 3))
+            return self.classifier(pooled), self.other(pooled)
+
+    model = TwoHeads().double().eval()
+    head = Capture(model, example().x, "features").linear_head()
+    torch.testing.assert_close(head.bias, model.classifier.bias.detach())
+
+
 def test_dead_features_do_not_make_a_head_linear() -> None:
     network = Head("relu").double().eval()
     with torch.no_grad():
@@ -479,6 +494,24 @@ class TestScoreAndTail:
         contrast = capture.target(0, against=[1, 2])
         logits = network(batch.x[rows])
         torch.testing.assert_close(capture.score(batch.x[rows], contrast, rows), logits[:, 0] - logits[[0, 1, 2], [2, 1, 2]])
+
+    def test_the_number_of_scores_is_the_number_of_images(self) -> None:
+        capture = Capture(networks()["gap"], example().x, "features")
+        six = example(count=6).x
+        for rows in (None, torch.tensor([0, 1])):
+            with pytest.raises(FoveateError, match=r"6 image\(s\) cannot be scored with a target of 2"):
+                capture.score(six, capture.target(), rows)
+        assert capture.score(six[:0]).shape == (0, CLASSES)
+        assert capture.score([]).shape == (0, CLASSES)
+
+    def test_another_classifier_is_cut_again(self) -> None:
+        network, x = networks()["gap"], example().x
+        for _ in range(2):
+            capture = Capture(network, x, "features")
+            with warnings.catch_warnings():
+                warnings.simplefilter("error", SlowPathWarning)
+                torch.testing.assert_close(capture.tail(capture.activations().detach()), network(x))
+            network.classifier = nn.Linear(6, CLASSES).double().eval()
 
     def test_a_chunk_that_does_not_fit_is_halved(self) -> None:
         network, x = networks()["gap"], torch.rand(8, *SHAPE[1:], dtype=torch.float64)

@@ -181,6 +181,10 @@ def test_another_head_asks_again() -> None:
     assert find(model, torch.rand(1, 3, 20, 20)) == "1"
     model[2], model[4] = nn.Conv2d(4, 4, 3).eval(), nn.Linear(4 * 16 * 16, 2).eval()
     assert find(model, torch.rand(1, 3, 20, 20)) == "2"
+    for _ in range(20):  # an id is soon given to another module
+        model[2] = nn.Sequential()
+        model[2] = nn.Conv2d(4, 4, 3).eval()
+        assert find(model, torch.rand(1, 3, 20, 20)) == "2"
 
 
 @pytest.mark.parametrize("layout", [Layout("nchw", 3, 4), Layout("nhwc", 3, 4), Layout("tokens", 3, 4, 2)])

@@ -151,6 +151,17 @@ class TestEvaluate:
         with pytest.raises(FoveateError, match="target '5' is unknown: a table explains"):
             evaluate(network, [batch], layer="features", target="5")
 
+    def test_a_method_named_twice_counts_once_and_none_is_an_error(self) -> None:
+        rows = evaluate(networks()["gap"], [example()], ["grad_cam", "GradCAM"], layer="features")
+        assert len(rows) == 2 * 4
+        with pytest.raises(FoveateError, match="no method was named"):
+            evaluate(networks()["gap"], [example()], [])
+
+    def test_single_images_of_several_sizes(self) -> None:
+        data = [(torch.rand(3, size, 23, dtype=torch.float64), 1) for size in (17, 17, 21, 17)]
+        rows = evaluate(networks()["gap"], data, layer="features")
+        assert sorted(rows.id.unique()) == ["0", "1", "2", "3"]
+
     def test_pairs_of_a_loader(self) -> None:
         whole = example(count=4)
         rows = evaluate(networks()["gap"], [(whole.x[:2], whole.y[:2]), (whole.x[2:], whole.y[2:])], layer="features")

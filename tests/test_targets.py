@@ -132,6 +132,8 @@ def test_wrong_combinations() -> None:
         resolve(1, LOGITS, score="margin")
     with pytest.raises(FoveateError, match="cannot be joined with 'against'"):
         resolve(1, LOGITS, score="probability", against=0)
+    with pytest.raises(FoveateError, match="bound to 'logit' already"):
+        resolve(targets.resolve(1, LOGITS), LOGITS, against=2)
     with pytest.raises(FoveateError, match=r"the target is for 2 image\(s\), but there are 1"):
         resolve(targets.resolve(1, LOGITS), LOGITS[:1])
 

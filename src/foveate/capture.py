@@ -76,7 +76,7 @@ class Capture:
         self._closed_form = closed_form
         self._heads: dict[str, LinearHead | None] = {}
         self._tails: dict[str, Callable[[Tensor, Tensor], Tensor]] = {}
-        self._linear: tuple[Tensor, Tensor | None, Tensor] | None = None
+        self._linears: list[tuple[Tensor, Tensor | None, Tensor]] = []
         self._base: Tensor | None = None
         self._kept: list[T.Target] = []
         check_images(x)
@@ -244,10 +244,12 @@ class Capture:
         return self._heads[name]
 
     def _recognise(self, name: str) -> LinearHead | None:
-        if self._linear is None:
-            return None
-        weight, bias, features = self._linear
-        return recognise(self.activations(name), self._feature(name).raw, weight, bias, features, self.logits)
+        activations, raw = self.activations(name), self._feature(name).raw
+        for weight, bias, features in reversed(self._linears):
+            head = recognise(activations, raw, weight, bias, features, self.logits)
+            if head is not None:
+                return head
+        return None
 
     def class_maps(self, layer: str | None = None, classes: Sequence[int] | None = None) -> Tensor:
         """HiResCAM of every class, ``M [B,C,h,w]``: ``M_c = sum_k (d y_c / d A_k) * A_k``; differentiable when live.
@@ -294,7 +296,8 @@ class Capture:
         """
         check_eval(self.model)
         parts = [images] if isinstance(images, Tensor) else images
-        logits = torch.cat([part for images in parts for part in in_chunks(self._run, self._chunk_size(), images)])
+        pieces = [part for images in parts for part in in_chunks(self._run, self._chunk_size(), images)]
+        logits = torch.cat(pieces) if pieces else self.logits.detach()[:0]
         return self._scored(logits, target, rows)
 
     def tail(
@@ -329,6 +332,11 @@ class Capture:
     def _scored(self, logits: Tensor, target: T.Target | None, rows: Tensor | None) -> Tensor:
         if target is None:
             return logits
+        count = len(target.y) if rows is None else len(rows)
+        if len(logits) != count:
+            raise FoveateError(
+                f"{len(logits)} image(s) cannot be scored with a target of {count}: rows say which image each was made from"
+            )
         return target(logits) if rows is None else target.rows(rows)(logits)
 
     def _chunk_size(self) -> int:
@@ -434,7 +442,7 @@ class Capture:
 
     def _keep_linear(self, module: nn.Linear, inputs: Any, output: Any) -> None:
         if isinstance(output, Tensor) and output.ndim == 2 and inputs and isinstance(inputs[0], Tensor):
-            self._linear = (module.weight, module.bias, inputs[0])
+            self._linears.append((module.weight, module.bias, inputs[0]))
 
     def _settle(self, feature: Feature, layout: L.Layout | None) -> None:
         """Check that a layer ran and has a grid."""

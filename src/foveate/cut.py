@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -11,6 +10,7 @@ from torch import Tensor, fx, nn
 from torch.func import functional_call
 
 from foveate.classifier import core, read_logits
+from foveate.memo import Memo
 
 
 @dataclass(frozen=True)
@@ -21,12 +21,12 @@ class Cut:
     front: fx.GraphModule | None
 
 
-_cuts: weakref.WeakKeyDictionary[nn.Module, dict[str, Cut | None]] = weakref.WeakKeyDictionary()
+_cuts = Memo()
 
 
 def cut_behind(model: nn.Module, name: str) -> Cut | None:
     """The model cut behind a layer with ``torch.fx``; None where it cannot be traced, or the layer runs twice."""
-    known = _cuts.setdefault(model, {})
+    known: dict[str, Cut | None] = _cuts.of(model)
     if name not in known:
         try:
             known[name] = _cut(model, name)

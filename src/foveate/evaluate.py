@@ -9,6 +9,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
 from torch import nn
 from torch.utils.data import Dataset
 
@@ -29,13 +30,17 @@ def batches(data: Iterable[Any] | Dataset[Batch], batch_size: int = 32) -> Itera
     number = 0
     for item in data:  # type: ignore[union-attr]
         if not isinstance(item, Batch):
-            item = Batch(item[0], item[1])
+            x, y = item[0], torch.as_tensor(item[1])
+            item = Batch(x, y) if x.ndim == 4 else Batch(x[None], y.reshape(1))
         if len(item.id) != len(item):
             item = replace(item, id=tuple(str(number + i) for i in range(len(item))))
         number += len(item)
         if len(item) > 1:
             yield item
             continue
+        if waiting and waiting[0].x.shape != item.x.shape:  # images of another size wait for their like
+            yield Batch.collate(waiting)
+            waiting = []
         waiting.append(item)
         if len(waiting) == batch_size:
             yield Batch.collate(waiting)
@@ -75,7 +80,10 @@ def evaluate(
 
     if target not in ("label", "pred", "second"):
         raise FoveateError(f"target {target!r} is unknown: a table explains 'label', 'pred' or 'second' of each image")
-    chosen = [METHODS.get(name) for name in ([methods] if isinstance(methods, str) else methods)]
+    names = [methods] if isinstance(methods, str) else methods
+    chosen = list(dict.fromkeys(METHODS.get(name) for name in names))
+    if not chosen:
+        raise FoveateError("no method was named: see 'foveate list methods'")
     rows: list[tuple[str, str, str, float]] = []
     degenerate = dict.fromkeys((record.name for record in chosen), 0)
     for batch in batches(data, batch_size):

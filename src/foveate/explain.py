@@ -86,6 +86,8 @@ def explain(
     """
     names = [methods] if isinstance(methods, str) else list(methods)
     records = list(dict.fromkeys(METHODS.get(name) for name in names))
+    if not records:
+        raise FoveateError("no method was named: see 'foveate list methods'")
     own = {METHODS.get(name): dict(values) for name, values in (settings or {}).items()}
     for record, values in own.items():
         if record not in records:

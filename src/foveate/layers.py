@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ from torch import Tensor, nn
 
 from foveate.classifier import core, eager, read_logits
 from foveate.errors import FoveateError, LayerError
+from foveate.memo import Memo
 
 INPUT = "input"  # the name of the image itself where a layer is asked for
 MOST_PREFIX_TOKENS = 9
@@ -165,7 +165,7 @@ class _Event:
     source: Tensor | None  # what it was given
 
 
-_found: weakref.WeakKeyDictionary[nn.Module, dict[tuple[int, ...], str]] = weakref.WeakKeyDictionary()
+_found = Memo()
 
 
 def find(model: nn.Module, x: Tensor, forward: Callable[[Tensor], Any] | None = None) -> str:
@@ -180,8 +180,8 @@ def find(model: nn.Module, x: Tensor, forward: Callable[[Tensor], Any] | None = 
     Raises:
         LayerError: no layer has a grid and a gradient.
     """
-    key = (*x.shape[1:], *(id(module) for module in model.modules()))
-    known = _found.setdefault(model, {})
+    key = (*x.shape[1:],)
+    known: dict[tuple[int, ...], str] = _found.of(model)
     if key in known:
         return known[key]
     events, logits = _trace(model, x[:1], forward or model)

@@ -40,7 +40,19 @@ class LinearHead:
 # norm, a second product: all of them have other names, and then there is no closed form.
 _STEPS = (
     *("Addmm", "Mm", "T", "Mean", "AdaptiveAvgPool2D", "MkldnnAdaptiveAvgPool2D", "AvgPool2D", "View", "UnsafeView"),
-    *("ReshapeAlias", "_ReshapeAlias", "Squeeze", "Unsqueeze", "Clone", "ToCopy", "Permute", "Transpose", "Slice", "Alias"),
+    *(
+        "ReshapeAlias",
+        "_ReshapeAlias",
+        "Squeeze",
+        "Unsqueeze",
+        "Clone",
+        "ToCopy",
+        "Permute",
+        "Transpose",
+        "Slice",
+        "Alias",
+        "AsStrided",
+    ),
 )
 
 

@@ -213,6 +213,10 @@ def resolve(
     if isinstance(target, Target):
         if len(target.y) != len(logits):
             raise FoveateError(f"the target is for {len(target.y)} image(s), but there are {len(logits)}")
+        if against is not None or score not in ("logit", target.name):
+            raise FoveateError(
+                f"the target is bound to {target.name!r} already: make another with the score or contrast you want"
+            )
         return target
     callables = callable(target) or (
         isinstance(target, Sequence) and not isinstance(target, str) and len(target) > 0 and all(callable(t) for t in target)
