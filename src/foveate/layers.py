@@ -190,7 +190,7 @@ def find(model: nn.Module, x: Tensor, forward: Callable[[Tensor], Any] | None = 
     if owners:
         source = events[owners[-1]].source
         # What the classifier reads, not what it says: networks are often initialised with a classifier of zeros.
-        read = source if source is not None and source.requires_grad else logits
+        read = source if source is not None and source.requires_grad and source.ndim == 2 else logits
         events = events[: owners[-1]]
     pooled = [event.output for event in events if _passes_over(event.module)]
     candidates = [
