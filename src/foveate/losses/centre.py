@@ -168,7 +168,7 @@ def cam_loss_of(
 
     The default map is the contrast with the strongest other class. Its sum is what cross-entropy raises, so it has a
     positive part to be moved. A single class's map has not: adding any map to all classes changes no probability, and
-    a network escapes this loss by making the maps of all classes negative (on the scenes it does, within ten epochs).
+    a network can escape this loss by making the maps of all classes negative (on the scenes two of three did).
 
     Raises:
         FoveateError: the method's map has no gradient in the parameters; labels are missing.
