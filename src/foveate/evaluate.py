@@ -80,10 +80,7 @@ def evaluate(
 
     if target not in ("label", "pred", "second"):
         raise FoveateError(f"target {target!r} is unknown: a table explains 'label', 'pred' or 'second' of each image")
-    names = [methods] if isinstance(methods, str) else methods
-    chosen = list(dict.fromkeys(METHODS.get(name) for name in names))
-    if not chosen:
-        raise FoveateError("no method was named: see 'foveate list methods'")
+    chosen = METHODS.select(methods)
     rows: list[tuple[str, str, str, float]] = []
     degenerate = dict.fromkeys((record.name for record in chosen), 0)
     for batch in batches(data, batch_size):

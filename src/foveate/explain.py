@@ -84,14 +84,13 @@ def explain(
     Raises:
         FoveateError: and its kinds, each with what was given and what to do.
     """
-    names = [methods] if isinstance(methods, str) else list(methods)
-    records = list(dict.fromkeys(METHODS.get(name) for name in names))
-    if not records:
-        raise FoveateError("no method was named: see 'foveate list methods'")
+    records = METHODS.select(methods)
     own = {METHODS.get(name): dict(values) for name, values in (settings or {}).items()}
     for record, values in own.items():
         if record not in records:
-            raise FoveateError(f"there are settings for {record.name!r}, but it is not among the methods: {', '.join(names)}")
+            raise FoveateError(
+                f"there are settings for {record.name!r}, but it is not among the methods: {', '.join(r.name for r in records)}"
+            )
         check_settings(record, values)
     capture = Capture(model, x, layer, head=head, precision=precision)
     resolved = capture.target(target, score=score, against=against, labels=labels)

@@ -10,7 +10,7 @@ import difflib
 import importlib
 import inspect
 import pkgutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, Literal, TypeVar
 
@@ -135,6 +135,18 @@ class Register(Generic[Record]):
             hint = f"did you mean {' or '.join(near)}?" if near else f"there are {', '.join(sorted(names))}"
             raise FoveateError(f"{self.kind} {name!r} is unknown: {hint}")
         return record
+
+    def select(self, names: str | Sequence[str]) -> list[Record]:
+        """The records of one name or several, each once, in the order given.
+
+        Raises:
+            FoveateError: no such name, or none at all.
+        """
+        found = [self.get(name) for name in ([names] if isinstance(names, str) else names)]
+        records = list({record.name: record for record in found}.values())
+        if not records:
+            raise FoveateError(f"no {self.kind} was named: see 'foveate list {self.kind}s'")
+        return records
 
     def _find(self, name: str) -> Record | None:
         key = _plain(name)
