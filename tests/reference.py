@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from foveate.layers import Layout, to_grid
@@ -113,17 +115,399 @@ def centre(network: nn.Module, x: Tensor, y: int) -> Tensor:
     return S
 
 
-METHODS: dict[str, Callable[[nn.Module, Tensor, int], Tensor] | None] = {
+# Settings that both sides are run with, where the defaults would take minutes here.
+SETTINGS: dict[str, dict[str, Any]] = {
+    "extremal_perturbation": {
+        "steps": 3, "areas": (0.1, 0.4), "stride": 5, "sigma": 6.0, "strongest": 3.0, "blurs": 3,
+        # Not ones: where many pixels of the mask are equal, rounding says which of them belong to the area.
+        "start": torch.rand(4, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64),
+    },
+    "meaningful_perturbation": {"steps": 4, "stride": 4, "smooth": 1.5, "jitter": 2},
+    "occlusion": {"window": (6, 5), "stride": (4, 3)},
+    "opti_cam": {"steps": 7},
+    "rise": {"masks": 30, "cells": 3},
+    "smooth_grad": {"samples": 3},
+}
+
+
+def up(S: Tensor, x: Tensor) -> Tensor:
+    return F.interpolate(S[None, None], size=tuple(x.shape[1:]), mode="bilinear", align_corners=False)[0, 0]
+
+
+def to_range(S: Tensor) -> Tensor:
+    return (S - S.min()) / (S.max() - S.min()) if S.max() > S.min() else torch.zeros_like(S)
+
+
+def seen(network: nn.Module, x: Tensor, M: Tensor) -> Tensor:
+    """Logits ``[C]`` of an image seen through a mask, on black."""
+    return network(torch.stack([channel * M for channel in x])[None])[0]
+
+
+def sure(logits: Tensor, y: int) -> Tensor:
+    return logits.exp()[y] / logits.exp().sum()
+
+
+class Adam:
+    """Adam by its formulas, for one tensor."""
+
+    def __init__(self, start: Tensor, lr: float) -> None:
+        self.value, self.lr, self.t = start.clone(), lr, 0
+        self.first, self.second = torch.zeros_like(start), torch.zeros_like(start)
+
+    def step(self, gradient: Tensor) -> None:
+        self.t += 1
+        self.first = 0.9 * self.first + 0.1 * gradient
+        self.second = 0.999 * self.second + 0.001 * gradient**2
+        first, second = self.first / (1 - 0.9**self.t), self.second / (1 - 0.999**self.t)
+        self.value = self.value - self.lr * first / (second.sqrt() + 1e-8)
+
+
+def score_cam(network: nn.Module, x: Tensor, y: int, weighting: str = "channel_softmax") -> Tensor:
+    A, _, _ = run(network, x, y)
+    with torch.no_grad():
+        black = network(torch.zeros_like(x)[None])[0]
+        logits = [seen(network, x, to_range(up(channel, x))) for channel in A]
+    if weighting == "probability":
+        weights = [float(sure(one, y)) for one in logits]
+    elif weighting == "increase":
+        weights = [float(one[y] - black[y]) for one in logits]
+    else:
+        total = sum(math.exp(float(one[y] - black[y])) for one in logits)
+        weights = [math.exp(float(one[y] - black[y])) / total for one in logits]
+    return sum((w * channel for w, channel in zip(weights, A, strict=True)), torch.zeros(A.shape[1:], dtype=A.dtype))
+
+
+def raw_of(network: nn.Module, x: Tensor) -> Tensor:
+    if not hasattr(network, "token"):
+        return network.features(x[None]).detach()
+    patches = network.patch(x[None]).flatten(2).transpose(1, 2)
+    return network.features(torch.cat([network.token, patches], 1)).detach()
+
+
+def ablation_cam(network: nn.Module, x: Tensor, y: int) -> Tensor:
+    A, _, logits = run(network, x, y)
+    S = torch.zeros(A.shape[1:], dtype=A.dtype)
+    for k in range(len(A)):
+        raw = raw_of(network, x).clone()
+        if raw.ndim == 3:
+            raw[:, 1:, k] = 0  # the class token is not a position
+        else:
+            raw[:, k] = 0
+        without = float(network.tail(raw)[0, y].detach())
+        S += (float(logits[y]) - without) / abs(float(logits[y])) * A[k]
+    return S
+
+
+def opti_cam(network: nn.Module, x: Tensor, y: int, steps: int) -> Tensor:
+    A = run(network, x, y)[0].clamp(min=0)
+    adam, best, found = Adam(torch.full((len(A),), 0.5, dtype=A.dtype), 0.1), -math.inf, A.mean(0)
+    for _ in range(steps + 1):
+        u = adam.value.clone().requires_grad_(True)
+        S = sum(a * channel for a, channel in zip(u.exp() / u.exp().sum(), A, strict=True))
+        value = seen(network, x, to_range(up(S, x)))[y]
+        if float(value.detach()) > best:
+            best, found = float(value.detach()), S.detach()
+        adam.step(torch.autograd.grad(-value, u)[0])
+    return found
+
+
+def gradient_of(network: nn.Module, x: Tensor, y: int) -> Tensor:
+    x = x.clone().requires_grad_(True)
+    return torch.autograd.grad(network(x[None])[0, y], x)[0]
+
+
+def gradient(network: nn.Module, x: Tensor, y: int) -> Tensor:
+    return gradient_of(network, x, y).abs().max(0).values
+
+
+def input_x_gradient(network: nn.Module, x: Tensor, y: int) -> Tensor:
+    return (x * gradient_of(network, x, y)).sum(0)
+
+
+def integrated_gradients(network: nn.Module, x: Tensor, y: int, steps: int = 50) -> Tensor:
+    return sum((x * gradient_of(network, x * (i + 0.5) / steps, y)).sum(0) / steps for i in range(steps))
+
+
+def smooth_grad(network: nn.Module, x: Tensor, y: int, samples: int, square: bool = False) -> Tensor:
+    total = torch.zeros_like(x)
+    for i in range(samples):
+        noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(i)).to(x)
+        g = gradient_of(network, x + 0.15 * float(x.max() - x.min()) * noise, y)
+        total += g * g if square else g
+    return (total / samples).abs().max(0).values
+
+
+def guided_gradient(network: nn.Module, x: Tensor, y: int) -> Tensor:
+    """The gradient with every ReLU replaced by a product, and a hook that drops negative gradients behind it."""
+
+    def relu(values: Tensor, inplace: bool = False) -> Tensor:
+        out = values * (values.detach() > 0)
+        out.register_hook(lambda g: g * (g > 0))
+        return out
+
+    plain, F.relu = F.relu, relu
+    try:
+        return gradient_of(network, x, y)
+    finally:
+        F.relu = plain
+
+
+def guided_backprop(network: nn.Module, x: Tensor, y: int) -> Tensor:
+    return guided_gradient(network, x, y).abs().max(0).values
+
+
+def guided_grad_cam(network: nn.Module, x: Tensor, y: int) -> Tensor:
+    where = up(grad_cam(network, x, y).clamp(min=0), x)
+    return torch.stack([(where * channel).abs() for channel in guided_gradient(network, x, y)]).max(0).values
+
+
+def rise(network: nn.Module, x: Tensor, y: int, masks: int, cells: int) -> Tensor:
+    draws = torch.Generator().manual_seed(0)
+    H, W = x.shape[1:]
+    tall, wide = math.ceil(H / cells), math.ceil(W / cells)
+    grids = (torch.rand(masks, cells, cells, generator=draws) < 0.5).to(x)
+    downs = torch.randint(tall, (masks,), generator=draws)
+    rights = torch.randint(wide, (masks,), generator=draws)
+    S = torch.zeros(H, W, dtype=x.dtype)
+    for grid, down, right in zip(grids, downs.tolist(), rights.tolist(), strict=True):
+        grown = F.interpolate(grid[None, None], size=((cells + 1) * tall, (cells + 1) * wide), mode="bilinear")[0, 0]
+        M = grown[down : down + H, right : right + W]
+        S += float(sure(seen(network, x, M), y).detach()) * M
+    return S / (masks * 0.5)
+
+
+def occlusion(network: nn.Module, x: Tensor, y: int, window: tuple[int, int], stride: tuple[int, int]) -> Tensor:
+    H, W = x.shape[1:]
+    start = float(network(x[None])[0, y].detach())
+    total, count = torch.zeros(H, W, dtype=x.dtype), torch.zeros(H, W, dtype=x.dtype)
+    top = 0
+    while True:
+        left = 0
+        while True:
+            hidden = x.clone()
+            hidden[:, top : top + window[0], left : left + window[1]] = 0
+            total[top : top + window[0], left : left + window[1]] += start - float(network(hidden[None])[0, y].detach())
+            count[top : top + window[0], left : left + window[1]] += 1
+            if left + window[1] >= W:
+                break
+            left += stride[1]
+        if top + window[0] >= H:
+            break
+        top += stride[0]
+    return total / count
+
+
+def gauss(x: Tensor, sigma: float) -> Tensor:
+    """Blur of ``[K,H,W]`` by weighted sums of shifted copies, edges repeated."""
+    if sigma <= 0:
+        return x
+    radius = max(1, round(3 * sigma))
+    weights = [math.exp(-(i**2) / (2 * sigma**2)) for i in range(-radius, radius + 1)]
+    for axis in (1, 2):
+        size = x.shape[axis]
+        places = [[min(max(p + i, 0), size - 1) for p in range(size)] for i in range(-radius, radius + 1)]
+        x = sum(w * x.index_select(axis, torch.tensor(p)) for w, p in zip(weights, places, strict=True)) / sum(weights)
+    return x
+
+
+def meaningful_perturbation(
+    network: nn.Module, x: Tensor, y: int, steps: int, stride: int, smooth: float, jitter: int
+) -> Tensor:
+    H, W = x.shape[1:]
+    h, w = math.ceil(H / stride), math.ceil(W / stride)
+    blank = gauss(x, max(H, W) / 10)
+
+    def mixed(M: Tensor) -> Tensor:
+        return x * M + blank * (1 - M)
+
+    def p(image: Tensor) -> Tensor:
+        return sure(network(image[None])[0], y)
+
+    whole, nothing = float(p(x).detach()), float(p(blank).detach())
+    m = torch.ones(h, w, dtype=x.dtype)
+    for number in range(15):
+        radius = 0.05 + 0.7 * number / 14
+        for i in range(h):
+            for j in range(w):
+                distance = math.hypot((i + 0.5) / h - 0.5, (j + 0.5) / w - 0.5)
+                m[i, j] = 1 / (1 + math.exp(-10 * (distance - radius)))
+        if float(p(mixed(up(m, x))).detach()) <= whole - 0.99 * max(whole - nothing, 0):
+            break
+    adam, draws = Adam(m, 0.1), torch.Generator().manual_seed(0)
+    for _ in range(steps):
+        down, right = torch.randint(-jitter, jitter + 1, (2,), generator=draws).tolist()
+        m = adam.value.clone().requires_grad_(True)
+        image = mixed(gauss(up(m, x)[None], smooth)[0])
+        rows = torch.tensor([min(max(i + down, 0), H - 1) for i in range(H)])
+        columns = torch.tensor([min(max(j + right, 0), W - 1) for j in range(W)])
+        variation = sum((m[i, j + 1] - m[i, j]).abs() ** 3 for i in range(h) for j in range(w - 1))
+        variation = variation + sum((m[i + 1, j] - m[i, j]).abs() ** 3 for i in range(h - 1) for j in range(w))
+        loss = p(image[:, rows][:, :, columns]) + 1e-4 * (1 - m).abs().sum() + 1e-2 * variation
+        adam.step(torch.autograd.grad(loss, m)[0])
+        adam.value = adam.value.clamp(0, 1)
+    return (1 - gauss(up(adam.value, x)[None], smooth)[0]).clamp(0, 1)
+
+
+def extremal_perturbation(
+    network: nn.Module,
+    x: Tensor,
+    y: int,
+    steps: int,
+    areas: tuple[float, ...],
+    stride: int,
+    sigma: float,
+    strongest: float,
+    blurs: int,
+    start: Tensor,
+) -> Tensor:
+    H, W = x.shape[1:]
+    h, w, radius = math.ceil(H / stride), math.ceil(W / stride), 1 + math.ceil(sigma / stride)
+    levels = [gauss(x, (1 - level / (blurs - 1)) * strongest) for level in range(blurs)]
+
+    def mask(p: Tensor) -> Tensor:
+        pixels = []
+        for i in range(H):
+            for j in range(W):
+                values = []
+                for a in range(i // stride - radius, i // stride + radius + 1):
+                    for b in range(j // stride - radius, j // stride + radius + 1):
+                        z = math.hypot(i - a * stride - (stride - 1) / 2, j - b * stride - (stride - 1) / 2) / sigma
+                        kernel = math.exp(-2 * max(z - 0.5, 0) ** 2)
+                        inside = 0 <= a < h and 0 <= b < w
+                        values.append(kernel * p[a, b] if inside else p.new_zeros(()))
+                v = torch.stack(values)
+                pixels.append((v * (20 * v).exp()).sum() / (20 * v).exp().sum())
+        return torch.stack(pixels).view(H, W).clamp(0, 1)
+
+    def mixed(m: Tensor) -> Tensor:
+        place = m * (blurs - 1)
+        below = place.detach().floor().clamp(max=blurs - 2)
+        image = torch.zeros_like(x)
+        for level in range(blurs - 1):
+            here = (1 - (place - level)) * levels[level] + (place - level) * levels[level + 1]
+            image = torch.where(below == level, here, image)
+        return image
+
+    found = []
+    for area in areas:
+        p, momentum = start, None
+        wanted = torch.tensor([1.0 if r >= H * W * (1 - area) else 0.0 for r in range(H * W)]).to(x)
+        for step in range(steps):
+            p = p.clone().requires_grad_(True)
+            m = mask(p)
+            image = mixed(m)
+            if step % 2 == 0:
+                image = image.flip(2)
+            miss = ((m.flatten().sort().values - wanted) ** 2).mean()
+            loss = 300 * 1.0035**step * miss - network(image[None])[0, y]
+            (g,) = torch.autograd.grad(loss, p)
+            momentum = g if momentum is None else 0.9 * momentum + 0.1 * g
+            p = (p.detach() - 0.01 * momentum).clamp(0, 1)
+        found.append(mask(p))
+    return sum(found) / len(found)
+
+
+def component(matrix: Tensor) -> Tensor:
+    """Positions on the first right singular vector of ``[N,K]``, with the sign of the rows' mean."""
+    _, _, right = torch.linalg.svd(matrix, full_matrices=False)
+    projected = matrix @ right[0]
+    return projected if float(projected @ matrix.mean(1)) >= 0 else -projected
+
+
+def eigen_cam(network: nn.Module, x: Tensor, y: int) -> Tensor:
+    A, _, _ = run(network, x, y)
+    return component(A.flatten(1).T).view(A.shape[1:])
+
+
+def eigen_grad_cam(network: nn.Module, x: Tensor, y: int) -> Tensor:
+    A, G, _ = run(network, x, y)
+    return component((A * G).flatten(1).T).view(A.shape[1:])
+
+
+def finer_cam(network: nn.Module, x: Tensor, y: int) -> Tensor:
+    _, _, logits = run(network, x, y)
+    others = sorted((c for c in range(len(logits)) if c != y), key=lambda c: abs(float(logits[c] - logits[y])))[:3]
+    return grad_cam(network, x, y) - 0.6 * sum(grad_cam(network, x, d) for d in others) / len(others)
+
+
+def full_grad(network: nn.Module, x: Tensor, y: int) -> Tensor:
+    """What the score changes by with each bias: its gradient by a tensor of zeros added where the bias is added."""
+    probes: list[tuple[Tensor, Tensor]] = []
+
+    def probe(module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
+        zeros = torch.zeros_like(output, requires_grad=True)
+        if isinstance(module, nn.BatchNorm2d):
+            bias = module.bias - module.weight * module.running_mean / (module.running_var + module.eps).sqrt()
+        else:
+            bias = module.bias
+        probes.append((bias.detach(), zeros))
+        return output + zeros
+
+    kinds = (nn.Conv2d, nn.BatchNorm2d)
+    handles = [m.register_forward_hook(probe) for m in network.modules() if isinstance(m, kinds)]
+    try:
+        inside = x.clone().requires_grad_(True)
+        gradients = torch.autograd.grad(network(inside[None])[0, y], [inside, *(zeros for _, zeros in probes)])
+    finally:
+        for handle in handles:
+            handle.remove()
+    S = sum(to_range((x * gradients[0]).abs()[c]) for c in range(3))
+    for (bias, _), g in zip(probes, gradients[1:], strict=True):
+        for k in range(g.shape[1]):
+            S = S + up(to_range((bias[k] * g[0, k]).abs()), x)
+    return S
+
+
+def attention_rollout(network: nn.Module, x: Tensor, y: int) -> Tensor:
+    tokens = raw_of(network, x)[0]
+    q, k = network.query(tokens).detach(), network.key(tokens).detach()
+    N = len(tokens)
+    R = torch.zeros(N, N, dtype=x.dtype)
+    for i in range(N):
+        row = [math.exp(float(q[i] @ k[j]) / math.sqrt(8)) for j in range(N)]
+        for j in range(N):
+            R[i, j] = (row[j] / sum(row) + (i == j)) / 2
+    return R[0, 1:].view(4, 5)
+
+
+METHODS: dict[str, Callable[..., Tensor] | None] = {
+    "ablation_cam": ablation_cam,
+    "attention_rollout": attention_rollout,
     "cam": cam,
     "centre": centre,
     "contrastive_cam": contrastive_cam,
+    "eigen_cam": eigen_cam,
+    "eigen_grad_cam": eigen_grad_cam,
+    "extremal_perturbation": extremal_perturbation,
     "fake_cam": fake_cam,
+    "finer_cam": finer_cam,
+    "full_grad": full_grad,
     "grad_cam": grad_cam,
     "grad_cam_pp": grad_cam_pp,
+    "gradient": gradient,
+    "guided_backprop": guided_backprop,
+    "guided_grad_cam": guided_grad_cam,
     "hires_cam": hires_cam,
+    "input_x_gradient": input_x_gradient,
+    "integrated_gradients": integrated_gradients,
     "layer_cam": layer_cam,
+    "meaningful_perturbation": meaningful_perturbation,
+    "occlusion": occlusion,
+    "opti_cam": opti_cam,
     "random": None,  # noise has no replica; its seeds are tested in test_methods.py
+    "rise": rise,
+    "score_cam": score_cam,
+    "smooth_grad": smooth_grad,
     "xgrad_cam": xgrad_cam,
+}
+
+# Networks on which a method is defined, where that is not all of them.
+DEFINED_ON = {
+    "attention_rollout": ("tokens",),
+    "cam": ("gap",),
+    "full_grad": ("gap", "flat"),  # tanh, layer norm and softmax are neither affine nor ReLUs
+    "guided_backprop": ("gap", "flat", "inplace"),
+    "guided_grad_cam": ("gap", "flat", "inplace"),
 }
 
 

@@ -15,9 +15,10 @@ SOURCE = Path(foveate.__file__).parent
 # Imports point up this list, within a line and to lines above it.
 FLOORS = [
     {"_version", "_torchvision", "errors"},
-    {"batch", "chunks", "classifier", "images", "targets", "maps", "linear_head", "memo", "schedules"},
+    {"batch", "chunks", "classifier", "images", "targets", "maps", "linear_head", "memo", "schedules", "noise", "guided"},
     {"layers", "cut"},
     {"feature"},
+    {"runner"},
     {"capture"},
     {"registry"},
     {"methods"},

@@ -29,7 +29,7 @@ def test_every_method_has_a_replica() -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_contract(name: str) -> None:
-    check_method(name)
+    check_method(name, **reference.SETTINGS.get(name, {}))
 
 
 def test_contract_catches_a_method_that_mixes_images() -> None:
@@ -61,11 +61,10 @@ def test_contract_catches_a_false_claim_of_differentiability() -> None:
         check_method(Method("detached", "Detached", detached, "none", differentiable=True))
 
 
-# CAM is defined behind average pooling and one linear layer alone; its refusal elsewhere is tested below.
 PAIRS = [
     (name, kind)
     for name in NAMES
-    for kind in (("gap",) if name == "cam" else ("gap", "flat", "inplace", "tokens"))
+    for kind in reference.DEFINED_ON.get(name, tuple(networks()))
     if reference.METHODS[name] is not None
 ]
 
@@ -73,9 +72,11 @@ PAIRS = [
 @pytest.mark.parametrize(("name", "kind"), PAIRS)
 def test_equals_its_replica(name: str, kind: str) -> None:
     network, batch = networks()[kind], example(seed=3)
-    saliency = raw(name, network, batch.x, batch.y)
+    own = reference.SETTINGS.get(name, {})
+    capture = Capture(network, batch.x, "features")
+    saliency = METHODS.get(name)(capture, "features", capture.target(batch.y), **own)
     for i in range(len(batch)):
-        expected = reference.METHODS[name](network, batch.x[i], int(batch.y[i]))
+        expected = reference.METHODS[name](network, batch.x[i], int(batch.y[i]), **own)
         torch.testing.assert_close(saliency[i], expected, rtol=1e-9, atol=1e-12)
 
 

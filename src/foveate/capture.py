@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import ExitStack, nullcontext
-from typing import Any, Literal
+from contextlib import ExitStack
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 
 from foveate import layers as L
 from foveate import targets as T
@@ -19,9 +18,7 @@ from foveate.cut import make_tail
 from foveate.errors import FoveateError, LayerError, SlowPathWarning
 from foveate.feature import Feature, Passes
 from foveate.linear_head import LinearHead, at_least_float32, recognise
-
-Precision = Literal["fp32", "bf16"]
-PIXELS_AT_ONCE = 32 * 224 * 224  # of changed images in one forward pass: about 1.5 GB of activations in a ResNet-50
+from foveate.runner import Precision, Runner
 
 
 class Capture:
@@ -67,29 +64,30 @@ class Capture:
         closed_form: bool = True,
     ) -> None:
         self.model = unwrap(model)
-        # Training on several processes goes through the wrapper, which averages their gradients.
-        self._live = model if isinstance(model, nn.parallel.DistributedDataParallel) else self.model
         self.frozen = frozen
         self.passes = Passes()
-        self.precision: Precision = precision
-        self._chunk = chunk
+        # Training on several processes goes through the wrapper, which averages their gradients.
+        live = model if isinstance(model, nn.parallel.DistributedDataParallel) else self.model
+        self._run = Runner(self.model, live, frozen, precision, chunk, self.passes)
+        self._options: dict[str, Any] = {
+            "frozen": frozen,
+            "layout": layout,
+            "precision": precision,
+            "chunk": chunk,
+            "closed_form": closed_form,
+        }
         self._closed_form = closed_form
+        self._by_image: dict[int, Tensor] = {}
         self._heads: dict[str, LinearHead | None] = {}
         self._tails: dict[str, Callable[[Tensor, Tensor], Tensor]] = {}
         self._linears: list[tuple[Tensor, Tensor | None, Tensor]] = []
         self._base: Tensor | None = None
         self._kept: list[T.Target] = []
         check_images(x)
-        if precision not in ("fp32", "bf16"):
-            raise FoveateError(f"precision {precision!r} is unknown: use 'fp32' or 'bf16'")
-        if chunk is not None and chunk < 1:
-            raise FoveateError(f"chunk {chunk} is not a number of images: use 1 or more")
         if frozen:
             check_eval(self.model)
         with torch.inference_mode(False):
-            first = next((p for p in self.model.parameters() if p.is_floating_point()), None)
-            if first is not None:
-                x = x.to(first.device, first.dtype)
+            x = self._run.placed(x)
             x = x.clone() if x.is_inference() else x
             self.x = x.detach() if frozen else x
             self._features = {}
@@ -214,6 +212,38 @@ class Capture:
             )
         return grid
 
+    def image_gradient(self, target: T.Target, images: Tensor | None = None, rows: Tensor | None = None) -> Tensor:
+        """Gradient of the score by the image itself, ``[N,3,H,W]``: of this batch, kept per target, or of changed images.
+
+        Changed images run in chunks, each forward and backward, so that no more than one graph is in memory; nothing is
+        kept of them. Of a live capture the gradient is a differentiable function of the parameters.
+
+        Args:
+            images: ``[N,3,H,W]``; this batch where it is None.
+            rows: the image of the batch that each was made from, ``[N]``; their order where it is None.
+        """
+        if images is None:
+            if id(target) not in self._by_image:
+                self._kept.append(target)
+                self._by_image[id(target)] = self.image_gradient(target, self.x)
+            return self._by_image[id(target)]
+        if rows is None:
+            rows = torch.arange(len(images), device=images.device)
+        step = self._run.chunk_size(self.size, 0.5)
+        return torch.cat(list(in_chunks(lambda part, row: self._one_gradient(target, part, row), step, images, rows)))
+
+    def _one_gradient(self, target: T.Target, images: Tensor, rows: Tensor) -> Tensor:
+        with torch.inference_mode(False), torch.enable_grad():
+            images = images.detach().clone().requires_grad_(True)
+            score = target.rows(rows)(self._run.differentiable(images))
+            if not score.requires_grad:
+                raise FoveateError(
+                    f"the score {target.name!r} does not depend on the image: something in the model detaches it"
+                )
+            (gradient,) = torch.autograd.grad(score.sum(), images, create_graph=not self.frozen)
+        self.passes.backward += len(images)
+        return at_least_float32(gradient)
+
     def _by_logits(self, target: T.Target) -> Tensor:
         """Gradient of the score by the logits, ``[B,C]``: what any score adds to the gradients of the logits."""
         with torch.inference_mode(False), torch.enable_grad():
@@ -226,7 +256,7 @@ class Capture:
 
     def _advice(self) -> str:
         try:
-            return f"try {L.find(self.model, self.x, self._call)!r}"
+            return f"try {L.find(self.model, self.x, self._run)!r}"
         except FoveateError:
             return "name an earlier layer"
 
@@ -294,11 +324,32 @@ class Capture:
             target: what to score them with.
             rows: the image of the batch that each was made from, ``[N]``; their order where it is None.
         """
-        check_eval(self.model)
-        parts = [images] if isinstance(images, Tensor) else images
-        pieces = [part for images in parts for part in in_chunks(self._run, self._chunk_size(), images)]
+        pieces = list(self._run.logits(images))
         logits = torch.cat(pieces) if pieces else self.logits.detach()[:0]
         return self._scored(logits, target, rows)
+
+    def differentiable(self, images: Tensor) -> Tensor:
+        """Run changed images with a graph to them: logits ``[N,C]``, for methods that optimise what they change.
+
+        All at once, because the graph of all is needed at once; parameters get no gradient where the capture is frozen.
+        """
+        return self._run.differentiable(images)
+
+    def again(self, x: Tensor, layers: str | nn.Module | Sequence[str | nn.Module] | None = None) -> Capture:
+        """The same capture of other images: the same model, layers and options, and the same counters.
+
+        Args:
+            layers: other layers than those of this capture.
+        """
+        wanted = list(self.layers) if layers is None else layers
+        other = Capture(self._run.live, x, wanted, head=self.head, **self._options)
+        self.passes.add(other.passes)
+        other.passes = other._run.passes = self.passes
+        return other
+
+    def chunk_size(self, share: float = 1.0) -> int:
+        """How many changed images run at once; ``share`` of what memory allows without a graph."""
+        return self._run.chunk_size(self.size, share)
 
     def tail(
         self, activations: Tensor, layer: str | None = None, target: T.Target | None = None, rows: Tensor | None = None
@@ -325,7 +376,7 @@ class Capture:
                 logits = run(activations, rows)
         else:
             with torch.inference_mode():
-                pieces = list(in_chunks(run, 8 * self._chunk_size(), activations, rows))
+                pieces = list(in_chunks(run, self.chunk_size(8), activations, rows))
             logits = torch.cat(pieces).clone() if pieces else self.logits.detach()[:0]
         return self._scored(logits, target, rows)
 
@@ -338,18 +389,6 @@ class Capture:
                 f"{len(logits)} image(s) cannot be scored with a target of {count}: rows say which image each was made from"
             )
         return target(logits) if rows is None else target.rows(rows)(logits)
-
-    def _chunk_size(self) -> int:
-        return self._chunk or max(1, PIXELS_AT_ONCE // (self.size[0] * self.size[1]))
-
-    def _run(self, images: Tensor) -> Tensor:
-        images = images.detach().to(self.x.device, self.x.dtype)
-        cast = torch.autocast(self.x.device.type, torch.bfloat16) if self.precision == "bf16" else nullcontext()
-        with torch.inference_mode(), eager(self.model), cast:
-            images = images.contiguous(memory_format=torch.channels_last)
-            logits = at_least_float32(read_logits(self.model(images)))
-        self.passes.forward += len(images)
-        return logits.clone()  # a clone made outside of inference mode can take part in a graph
 
     # -- the run ---------------------------------------------------------------------------------------------------
 
@@ -371,29 +410,9 @@ class Capture:
             elif item == L.INPUT:
                 resolved.append((item, None))
             else:
-                name = L.find(self.model, self.x, self._call) if item == "auto" else item
+                name = L.find(self.model, self.x, self._run) if item == "auto" else item
                 resolved.append((name, L.get(self.model, name)))
         return resolved
-
-    def _call(self, x: Tensor) -> Any:
-        """The model on ``x``, with parameters that no gradient reaches where the capture is frozen."""
-        if not self.frozen:
-            return self._guarded(self._live, x)
-        return self._detached(x)
-
-    def _guarded(self, function: Callable[[Tensor], Any], x: Tensor) -> Any:
-        """The model's own errors as a sentence with the shape that it was given."""
-        try:
-            return function(x)
-        except (FoveateError, torch.OutOfMemoryError):
-            raise
-        except (RuntimeError, AssertionError, ValueError, TypeError, IndexError) as error:
-            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-            raise FoveateError(f"the model cannot take images of shape {list(x.shape)}: {reason}") from error
-
-    def _detached(self, x: Tensor) -> Any:
-        detached = {name: p.detach().clone() if p.is_inference() else p.detach() for name, p in self.model.named_parameters()}
-        return self._guarded(lambda images: functional_call(self.model, detached, (images,)), x)
 
     def _forward(self) -> None:
         x = self.x
@@ -410,7 +429,7 @@ class Capture:
             for module in self.model.modules():
                 if isinstance(module, nn.Linear):
                     stack.enter_context(hooked(module, self._keep_linear))
-            output = self._call(x)
+            output = self._run(x)
         self.logits = at_least_float32(read_logits(output))
         self.passes.forward += len(x)
         if len(self.logits) != len(x):
@@ -465,16 +484,16 @@ class Capture:
             feature.name,
             raw,
             layout or L.layout_of(raw.shape, self.size, module, self.model),
-            lambda: L.find(self.model, self.x, self._call),
+            lambda: L.find(self.model, self.x, self._run),
         )
 
     def _tail_of(self, feature: Feature) -> Callable[[Tensor, Tensor], Tensor]:
         def replaced(native: Tensor, rows: Tensor) -> Tensor:
             if feature.module is None:
-                return read_logits(self._detached(native))
+                return read_logits(self._run.detached(native))
             swap = hooked(feature.module, lambda module, inputs, output: L.with_first(output, native.clone()))
             with swap, eager(self.model):
-                return read_logits(self._detached(self.x[rows].detach()))
+                return read_logits(self._run.detached(self.x[rows].detach()))
 
         raw, layout = feature.raw.detach(), feature.layout
         run = make_tail(self.model, feature.name, raw, self.x, self.logits.detach())

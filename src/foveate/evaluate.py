@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -15,9 +15,11 @@ from torch.utils.data import Dataset
 
 from foveate import maps
 from foveate.batch import Batch
-from foveate.capture import Capture, Precision
+from foveate.capture import Capture
 from foveate.errors import DegenerateMapWarning, FoveateError, ImageError
-from foveate.registry import METHODS, METRICS, Metric
+from foveate.explain import chosen_methods
+from foveate.registry import METRICS, Method, Metric
+from foveate.runner import Precision
 from foveate.targets import Head
 
 if TYPE_CHECKING:
@@ -52,11 +54,12 @@ def batches(data: Iterable[Any] | Dataset[Batch], batch_size: int = 32) -> Itera
 def evaluate(
     model: nn.Module,
     data: Iterable[Any] | Dataset[Batch],
-    methods: str | Sequence[str] = "grad_cam",
+    methods: str | Method | Sequence[str | Method] = "grad_cam",
     metrics: str | Sequence[str] = "all",
     *,
     layer: str | nn.Module = "auto",
     target: str = "label",
+    settings: Mapping[str, Mapping[str, Any]] | None = None,
     batch_size: int = 32,
     head: Head | None = None,
     precision: Precision = "fp32",
@@ -69,6 +72,8 @@ def evaluate(
 
     Args:
         data: batches, a data set of :mod:`foveate.data`, or a DataLoader of ``(x, y)`` with ``x`` in [0, 1].
+        methods: names in the registry, or records, such as ``foveate.methods.adapt`` makes.
+        settings: own settings of methods, by name: ``{"opti_cam": {"steps": 50}}``.
         metrics: names or columns; ``"all"`` for all that the data has masks or boxes for.
         target: the class that is explained and scored: ``label``, ``pred`` or ``second``.
         head: ``softmax``, ``binary`` or ``multilabel``; by the number of outputs where it is None.
@@ -80,7 +85,7 @@ def evaluate(
 
     if target not in ("label", "pred", "second"):
         raise FoveateError(f"target {target!r} is unknown: a table explains 'label', 'pred' or 'second' of each image")
-    chosen = METHODS.select(methods)
+    chosen, own = chosen_methods(methods, settings)
     rows: list[tuple[str, str, str, float]] = []
     degenerate = dict.fromkeys((record.name for record in chosen), 0)
     for batch in batches(data, batch_size):
@@ -89,7 +94,7 @@ def evaluate(
         aim = capture.target(target, labels=batch.y)
         scored = choose(metrics, batch)
         for record in chosen:
-            raw = record(capture, None, aim).detach()
+            raw = record(capture, None, aim, **own.get(record.name, {})).detach()
             degenerate[record.name] += int(maps.is_constant(maps.relu(raw)).sum())
             M = maps.prepare(raw, capture.size)
             for name, values in _values(scored, capture, M, batch, target).items():

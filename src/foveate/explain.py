@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import time
 import warnings
 from collections.abc import Mapping, Sequence
@@ -12,11 +13,17 @@ import torch
 from torch import Tensor, nn
 
 from foveate import maps
-from foveate.capture import Capture, Precision
+from foveate.capture import Capture
 from foveate.errors import DegenerateMapWarning, FoveateError, LayerError
-from foveate.methods.cam import completeness, contrast_of
+from foveate.methods.cam import contrast_of
+from foveate.methods.wrappers import Fusion, fused
 from foveate.registry import METHODS, Method, check_settings
-from foveate.targets import Head, Target
+from foveate.runner import Precision
+from foveate.targets import Head, Target, strongest_other
+
+Methods = str | Method | Sequence[str | Method]
+Layers = str | nn.Module | Sequence[str | nn.Module]
+Settings = Mapping[str, Mapping[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -28,7 +35,7 @@ class Explanation:
         raw: for each method ``S [B,h,w]``, signed, as the paper defines it.
         target: what was explained, with the class of each image in ``target.y``.
         targets: the same for each method: a contrast where the method makes one of it.
-        layer: the layer that was looked at.
+        layer: the layer that was looked at, or several, separated by commas.
         completeness_error: for methods that promise it, ``[B]``, relative to the score; None elsewhere.
         seconds: time of each method, beyond the one run that all share.
         degenerate: for each method which of its maps say nothing, ``[B]`` bool.
@@ -45,61 +52,134 @@ class Explanation:
     seconds: dict[str, float] = field(default_factory=dict)
     degenerate: dict[str, Tensor] = field(default_factory=dict)
 
-    def __getitem__(self, name: str) -> Tensor:
-        """The map of a method by name or alias, ``[B,H,W]``."""
-        return self.maps[name if name in self.maps else METHODS.get(name).name]
+    def __getitem__(self, name: str | Method) -> Tensor:
+        """The map of a method by name, alias or record, ``[B,H,W]``."""
+        return self.maps[name if isinstance(name, str) and name in self.maps else METHODS.get(name).name]
 
 
 def explain(
     model: nn.Module,
     x: Tensor,
-    methods: str | Sequence[str] = "grad_cam",
+    methods: Methods = "grad_cam",
     *,
-    layer: str | nn.Module = "auto",
+    layer: Layers = "auto",
+    fuse: Fusion = "mean",
     target: object = None,
     against: object = None,
     score: str = "logit",
     labels: Tensor | None = None,
     head: Head | None = None,
     precision: Precision = "fp32",
-    settings: Mapping[str, Mapping[str, Any]] | None = None,
+    settings: Settings | None = None,
     refused: dict[str, str] | None = None,
 ) -> Explanation:
-    """Saliency maps of a batch by one or more methods, from one forward and at most one backward pass for all of them.
+    """Saliency maps of a batch by one or more methods, from one forward and at most one backward pass for all CAMs.
 
     Args:
         model: any classifier that takes images in [0, 1]: see :func:`foveate.normalized` and ``foveate.models.load``.
         x: ``[B,3,H,W]`` in [0, 1].
-        methods: names in the registry (``foveate list methods``).
-        layer: ``"auto"``, a dotted path or a module.
+        methods: names in the registry (``foveate list methods``), or records, such as ``foveate.methods.adapt`` makes.
+        layer: ``"auto"``, a dotted path or a module; several for maps of several layers.
+        fuse: how maps of several layers become one: ``mean``, ``max``, ``product`` or ``tanh_max``. Methods that know
+            several layers themselves (Opti-CAM) take them all.
         target: None for the predicted class; an int, one an image, ``"label"``, ``"second"``, or a callable of logits.
         against: the other class: why the target, and not that one.
         score: ``logit``, ``probability`` or ``loss``.
         labels: true classes ``[B]``, for ``target="label"``.
         head: ``softmax``, ``binary`` (one logit) or ``multilabel`` (a sigmoid for each class); by the number of outputs
             where it is None.
+        precision: of changed images, in methods that run the model again and again: ``fp32`` or ``bf16``.
         refused: where given, a method that this model cannot have goes there with the reason, and the others go on.
         settings: own settings of methods, by name: ``{"fake_cam": {"resolution": "pixel"}}``.
 
     Raises:
         FoveateError: and its kinds, each with what was given and what to do.
     """
+    records, own = chosen_methods(methods, settings)
+    capture = Capture(model, x, layer, head=head, precision=precision)
+    resolved = capture.target(target, score=score, against=against, labels=labels)
+    return _answer(capture, records, resolved, own, fuse, refused)
+
+
+def explain_each(
+    model: nn.Module,
+    x: Tensor,
+    methods: Methods = "grad_cam",
+    *,
+    targets: Sequence[Any] = ("pred", "label", "second"),
+    contrasts: bool = True,
+    layer: Layers = "auto",
+    fuse: Fusion = "mean",
+    labels: Tensor | None = None,
+    head: Head | None = None,
+    precision: Precision = "fp32",
+    settings: Settings | None = None,
+    refused: dict[str, str] | None = None,
+) -> dict[str, Explanation]:
+    """Beyond the ground truth: why what the model says, why what it should say, and why the one and not the other.
+
+    One run of the model answers all: ``explain_each(model, x, labels=y)`` has the keys ``pred``, ``label``, ``second``,
+    ``pred-label`` and ``pred-second``, the last two the contrasts of the first target with each other one.
+
+    Args:
+        targets: what to explain, each in a form that :func:`explain` takes for ``target``.
+        contrasts: also the first target against each of the others. Where both are one class (an image that is
+            classified rightly, ``pred`` against ``label``), the strongest other class takes its place: there is no
+            question of the former kind, and ``targets[...].other`` says which class was asked against.
+        labels: true classes ``[B]``, for ``"label"``.
+
+    Raises:
+        FoveateError: as :func:`explain`.
+    """
+    if not targets or isinstance(targets, str):
+        raise FoveateError(f"targets {targets!r} are a list of classes, such as ['pred', 'label', 'second']")
+    records, own = chosen_methods(methods, settings)
+    capture = Capture(model, x, layer, head=head, precision=precision)
+    answers = {}
+    for target in targets:
+        answers[_name(target)] = _answer(capture, records, capture.target(target, labels=labels), own, fuse, refused)
+    first = capture.target(targets[0], labels=labels).y
+    for target in targets[1:] if contrasts else ():
+        other = capture.target(target, labels=labels).y
+        other = torch.where(other == first, strongest_other(capture.logits, first, capture.head), other)
+        contrast = capture.target(first, against=other)
+        answers[f"{_name(targets[0])}-{_name(target)}"] = _answer(capture, records, contrast, own, fuse, refused)
+    return answers
+
+
+def _name(target: object) -> str:
+    return "pred" if target is None else str(target)
+
+
+def chosen_methods(methods: Methods, settings: Settings | None) -> tuple[list[Method], dict[str, Mapping[str, Any]]]:
+    """The records of methods, and their own settings by name."""
     records = METHODS.select(methods)
-    own = {METHODS.get(name): dict(values) for name, values in (settings or {}).items()}
-    for record, values in own.items():
-        if record not in records:
+    own: dict[str, Mapping[str, Any]] = {}
+    for given, values in (settings or {}).items():
+        record = next((r for r in records if r.name == given), None) or METHODS.get(given)
+        if record.name not in [r.name for r in records]:
             raise FoveateError(
                 f"there are settings for {record.name!r}, but it is not among the methods: {', '.join(r.name for r in records)}"
             )
         check_settings(record, values)
-    capture = Capture(model, x, layer, head=head, precision=precision)
-    resolved = capture.target(target, score=score, against=against, labels=labels)
-    explanation = Explanation({}, {}, resolved, capture.layer, capture)
+        own[record.name] = values
+    return records, own
+
+
+def _answer(
+    capture: Capture,
+    records: Sequence[Method],
+    target: Target,
+    own: Mapping[str, Mapping[str, Any]],
+    fuse: Fusion,
+    refused: dict[str, str] | None,
+) -> Explanation:
+    explanation = Explanation({}, {}, target, ", ".join(capture.layers), capture)
     if any("gradient" in record.needs and not record.contrasts for record in records):
-        capture.grad(None, resolved)  # shared by all of them, so that it counts for none of them
+        capture.grad(None, target)  # shared by all of them, so that it counts for none of them
     for record in records:
         try:
-            _run(record, explanation, own.get(record, {}))
+            _run(record, explanation, own.get(record.name, {}), fuse)
         except LayerError:
             raise
         except FoveateError as error:
@@ -109,14 +189,19 @@ def explain(
     return explanation
 
 
-def _run(record: Method, explanation: Explanation, settings: Mapping[str, Any]) -> None:
+def _run(record: Method, explanation: Explanation, settings: Mapping[str, Any], fuse: Fusion) -> None:
     capture = explanation.capture
     target = explanation.target
     if record.contrasts:
         target = contrast_of(capture, target, settings.get("against"))
     explanation.targets[record.name] = target
+    run, several = record, len(capture.layers) > 1
+    if several and "layers" in inspect.signature(record.function).parameters:
+        settings = {"layers": capture.layers, **settings}
+    elif several:
+        run = fused(record, how=fuse)
     start = time.perf_counter()
-    raw = record(capture, capture.layer, target, **settings).detach()
+    raw = run(capture, capture.layer, target, **settings).detach()
     explanation.maps[record.name] = maps.prepare(raw, capture.size)
     if raw.is_cuda:
         torch.cuda.synchronize()
@@ -129,11 +214,12 @@ def _run(record: Method, explanation: Explanation, settings: Mapping[str, Any]) 
             f"{record.name}: {int(flat.sum())} of {len(flat)} maps are constant (image {int(flat.nonzero()[0])} of the "
             "batch first): nothing at this layer speaks for the class; try another target, layer or method",
             DegenerateMapWarning,
-            stacklevel=3,
+            stacklevel=4,
         )
-    explanation.completeness_error[record.name] = completeness(capture, capture.layer, target, raw) if record.complete else None
+    error = run.complete(capture, capture.layer, target, raw, **settings) if run.complete is not None else None
+    explanation.completeness_error[record.name] = error
 
 
-def saliency(model: nn.Module, x: Tensor, method: str = "grad_cam", **options: Any) -> Tensor:
+def saliency(model: nn.Module, x: Tensor, method: str | Method = "grad_cam", **options: Any) -> Tensor:
     """The map of one method, ``M [B,H,W]`` in [0, 1]: :func:`explain` for those who want nothing but the tensor."""
     return explain(model, x, method, **options)[method]

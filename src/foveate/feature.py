@@ -19,6 +19,12 @@ class Passes:
     backward: int = 0
     tail: int = 0
 
+    def add(self, other: Passes) -> None:
+        """Count what another run did."""
+        self.forward += other.forward
+        self.backward += other.backward
+        self.tail += other.tail
+
 
 @dataclass
 class Feature:

@@ -121,7 +121,7 @@ def layout_of(shape: torch.Size, image: tuple[int, int], module: nn.Module, mode
             return Layout("nhwc", shape[1], shape[2])
         return Layout("nchw", shape[2], shape[3])
     if len(shape) == 3:
-        return _token_layout(shape[1], image, model)
+        return token_layout(shape[1], image, model)
     return None
 
 
@@ -137,7 +137,7 @@ def _channels_last(module: nn.Module) -> bool:
     return bool(leaves) and isinstance(leaves[-1], (nn.LayerNorm, nn.Linear))
 
 
-def _token_layout(count: int, image: tuple[int, int], model: nn.Module) -> Layout | None:
+def token_layout(count: int, image: tuple[int, int], model: nn.Module) -> Layout | None:
     """The one grid of square patches that fits; None where none does, or several do and none of them tiles the image."""
     inner, _ = core(model)
     known = getattr(inner, "num_prefix_tokens", None)

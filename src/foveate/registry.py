@@ -28,9 +28,12 @@ class Method:
         paper: where it comes from.
         signed: its map has negative values with a meaning (evidence against).
         differentiable: the map is a differentiable function of the model's parameters (``create_graph``).
-        complete: where the head is linear in the layer, the map plus the bias adds up to the score.
+        complete: where a theorem says what the map adds up to: ``(capture, layer, target, S, **own settings)`` to how far
+            it misses that, relative to the score, ``[B]``; None where the theorem does not apply to the model at hand.
+        complete_to: what it misses at most by, at the default settings.
         contrasts: it explains a class against another, the strongest other one where none is named.
-        needs: what the capture must offer: of ``gradient`` and ``linear_head``.
+        needs: what the model must offer: of ``gradient`` (at the layer), ``image_gradient``, ``linear_head``, ``relu`` and
+            ``attention``.
         control: it ignores the model: every table must contain such rows, to show what a metric lets pass.
         aliases: other names that people know.
     """
@@ -41,7 +44,8 @@ class Method:
     paper: str
     signed: bool = False
     differentiable: bool = False
-    complete: bool = False
+    complete: Callable[..., Any] | None = None
+    complete_to: float = 1e-10
     contrasts: bool = False
     needs: tuple[str, ...] = ()
     control: bool = False
@@ -100,6 +104,7 @@ class Register(Generic[Record]):
     def __init__(self, kind: str, folder: str) -> None:
         self.kind = kind
         self.folder = folder
+        self.fallbacks: list[Callable[[str], Record | None]] = []  # asked for names that are not in the register
         self._records: dict[str, Record] = {}
         self._read = False
 
@@ -121,14 +126,18 @@ class Register(Generic[Record]):
         self._read_folder()
         return dict(sorted(self._records.items()))
 
-    def get(self, name: str) -> Record:
-        """The record of a name or alias; case, hyphens and underscores do not matter.
+    def get(self, name: str | Record) -> Record:
+        """The record of a name or alias; case, hyphens and underscores do not matter. A record is itself.
 
         Raises:
             FoveateError: no such name; the message has the nearest ones.
         """
+        if not isinstance(name, str):
+            return name
         self._read_folder()
         record: Record | None = self._find(name)
+        for fallback in self.fallbacks if record is None else ():
+            record = record or fallback(name)
         if record is None:
             names = [name for record in self._records.values() for name in getattr(record, "columns", (record.name,))]
             near = difflib.get_close_matches(name, names, 3, 0.5)
@@ -136,13 +145,13 @@ class Register(Generic[Record]):
             raise FoveateError(f"{self.kind} {name!r} is unknown: {hint}")
         return record
 
-    def select(self, names: str | Sequence[str]) -> list[Record]:
-        """The records of one name or several, each once, in the order given.
+    def select(self, names: str | Record | Sequence[str | Record]) -> list[Record]:
+        """The records of one name or several, or records themselves, each once, in the order given.
 
         Raises:
             FoveateError: no such name, or none at all.
         """
-        found = [self.get(name) for name in ([names] if isinstance(names, str) else names)]
+        found = [self.get(name) for name in (names if isinstance(names, Sequence) and not isinstance(names, str) else [names])]
         records = list({record.name: record for record in found}.values())
         if not records:
             raise FoveateError(f"no {self.kind} was named: see 'foveate list {self.kind}s'")
@@ -201,7 +210,8 @@ def method(
     paper: str,
     signed: bool = False,
     differentiable: bool = False,
-    complete: bool = False,
+    complete: Callable[..., Any] | None = None,
+    complete_to: float = 1e-10,
     contrasts: bool = False,
     needs: tuple[str, ...] = (),
     control: bool = False,
@@ -210,8 +220,9 @@ def method(
     """Register ``(capture, layer, target, **own settings) -> S [B,h,w]`` as a method; the function stays as it is."""
 
     def add(function: Function) -> Function:
-        record = Method(name, title, function, paper, signed, differentiable, complete, contrasts, needs, control, aliases)
-        METHODS.add(record)
+        flags: dict[str, Any] = {"signed": signed, "differentiable": differentiable, "contrasts": contrasts, "control": control}
+        promise: dict[str, Any] = {"complete": complete, "complete_to": complete_to}
+        METHODS.add(Method(name, title, function, paper, needs=needs, aliases=aliases, **flags, **promise))
         return function
 
     return add

@@ -14,7 +14,7 @@ from foveate import maps
 from foveate.batch import Batch
 from foveate.capture import Capture
 from foveate.errors import FoveateError
-from foveate.methods.cam import completeness, contrast_of
+from foveate.methods.cam import contrast_of
 from foveate.registry import METHODS, METRICS, Method, Metric
 
 SHAPE = (2, 3, 17, 23)  # odd on purpose: height and width are not to be mixed up
@@ -66,7 +66,7 @@ class _InplaceNet(nn.Module):
 
 
 class _TokenNet(nn.Module):
-    """A class token that gathers the patches in one attention: patches of 4 x 4 pixels, 4 x 5 of them at 17 x 23."""
+    """A block of attention whose class token is read: patches of 4 x 4 pixels, 4 x 5 of them at 17 x 23."""
 
     num_prefix_tokens = 1
 
@@ -83,8 +83,8 @@ class _TokenNet(nn.Module):
         return self.tail(self.features(torch.cat([self.token.expand(x.shape[0], -1, -1), patches], 1)))
 
     def tail(self, tokens: Tensor) -> Tensor:
-        attention = (self.query(tokens[:, :1]) @ self.key(tokens).transpose(1, 2) / 8**0.5).softmax(-1)  # [B,1,21]
-        return self.classifier((attention @ self.value(tokens))[:, 0])
+        attention = (self.query(tokens) @ self.key(tokens).transpose(1, 2) / 8**0.5).softmax(-1)  # [B,21,21]
+        return self.classifier((tokens + attention @ self.value(tokens))[:, 0])
 
 
 def networks() -> dict[str, nn.Module]:
@@ -155,8 +155,8 @@ def check_method(method: str | Method, **settings: Any) -> None:
 
     On networks of four kinds, at an odd image size: its map is ``[B,h,w]`` and finite; a batch gives what single
     images give, in any order; the model and the images are untouched, also when the target raises; where it says
-    ``differentiable``, its gradient in the parameters agrees with finite differences; where it says ``complete``, map
-    and bias add up to the score on linear heads.
+    ``differentiable``, its gradient in the parameters agrees with finite differences; where it has ``complete``, it adds
+    up to what that promises.
 
     Raises:
         AssertionError: as said.
@@ -204,11 +204,11 @@ def _check_method_on(record: Method, name: str, network: nn.Module, settings: Ma
     assert torch.equal(pixels, batch.x), f"{where}: the images have changed"
     if record.differentiable:
         _check_gradient(record, where, network, batch, settings)
-    if record.complete:
+    if record.complete is not None:
         capture = Capture(network, batch.x, "features")
         target = contrast_of(capture, capture.target(batch.y)) if record.contrasts else capture.target(batch.y)
-        error = completeness(capture, "features", target, record(capture, "features", target, **settings))
-        assert error is None or error.max() < 1e-10, f"{where}: map and bias miss the score"
+        error = record.complete(capture, "features", target, record(capture, "features", target, **settings), **settings)
+        assert error is None or error.max() < record.complete_to, f"{where}: the map misses what it promises to add up to"
 
 
 def _check_gradient(record: Method, where: str, network: nn.Module, batch: Batch, settings: Mapping[str, Any]) -> None:

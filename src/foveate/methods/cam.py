@@ -36,6 +36,21 @@ def weighted(weights: Weights) -> MapFunction:
     return saliency
 
 
+def completeness(capture: Capture, layer: str | None, target: Target, saliency: Tensor, **settings: object) -> Tensor | None:
+    """How far a map and the bias miss the score, ``|sum_ij S + b - s| / |s|``, ``[B]``; None where nothing is promised.
+
+    The promise holds where the head is linear in the layer and the score is a logit or a difference of logits. Values
+    are relative to the magnitude of the score.
+    """
+    head = capture.linear_head(layer)
+    if head is None or target.name not in ("logit", "contrast"):
+        return None
+    with torch.no_grad():
+        bias = target(head.bias.expand(len(saliency), -1))
+        score = target(capture.logits)
+        return (saliency.sum((1, 2)) + bias - score).abs() / score.abs().clamp(min=1e-6)
+
+
 @method(
     "grad_cam",
     title="Grad-CAM",
@@ -116,7 +131,7 @@ def layer_cam(A: Tensor, G: Tensor) -> Tensor:
     paper="Draelos and Carin, 2020",
     signed=True,
     differentiable=True,
-    complete=True,
+    complete=completeness,
     needs=("gradient",),
 )
 @weighted
@@ -158,7 +173,7 @@ def cam(capture: Capture, layer: str | None, target: Target) -> Tensor:
     paper="Setpal, Crossing Cross-Entropy, 2024, eq. 4",
     signed=True,
     differentiable=True,
-    complete=True,
+    complete=completeness,
     contrasts=True,
     needs=("gradient",),
 )
@@ -204,18 +219,3 @@ def contrastive_maps(capture: Capture, layer: str | None, target: Target) -> Ten
     maps = capture.class_maps(layer)  # [B,C,h,w]
     own = maps.gather(1, target.y[:, None, None, None].expand(-1, 1, *maps.shape[2:]))  # [B,1,h,w]
     return own - maps
-
-
-def completeness(capture: Capture, layer: str | None, target: Target, saliency: Tensor) -> Tensor | None:
-    """How far a map and the bias miss the score, ``|sum_ij S + b - s| / |s|``, ``[B]``; None where nothing is promised.
-
-    The promise holds where the head is linear in the layer and the score is a logit or a difference of logits. Values
-    are relative to the magnitude of the score.
-    """
-    head = capture.linear_head(layer)
-    if head is None or target.name not in ("logit", "contrast"):
-        return None
-    with torch.no_grad():
-        bias = target(head.bias.expand(len(saliency), -1))
-        score = target(capture.logits)
-        return (saliency.sum((1, 2)) + bias - score).abs() / score.abs().clamp(min=1e-6)

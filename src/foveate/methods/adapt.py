@@ -1,0 +1,209 @@
+"""Adapters: attributions of Captum and of pytorch-grad-cam as methods, in the same tables as ours.
+
+By name, ``captum.Lime`` or ``pytorch_grad_cam.EigenCAM``, or as an object: ``adapt(captum.attr.Lime)``.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from foveate import layers as L
+from foveate._torchvision import torchvision
+from foveate.capture import Capture
+from foveate.classifier import eager, unwrap
+from foveate.errors import FoveateError
+from foveate.methods.gradient import Colour, over_colour
+from foveate.registry import METHODS, Method
+from foveate.targets import Target
+
+Segments = Callable[[Tensor], Tensor]
+FOLDERS = {"captum": "captum.attr", "pytorch_grad_cam": "pytorch_grad_cam"}
+EXTRAS = {"captum": "captum", "pytorch_grad_cam": "grad-cam"}
+
+
+def adapt(
+    attribution: Any,
+    name: str | None = None,
+    *,
+    colour: Colour = "sum",
+    cells: int = 14,
+    segments: Segments | None = None,
+    seed: int = 0,
+    **options: Any,
+) -> Method:
+    """An attribution of Captum or a CAM of pytorch-grad-cam as a :class:`Method`.
+
+    A class is built for the model that is explained, and for its layer where it asks for one; an object is used as it
+    is, and must have been built for the same model. Images are in [0, 1]; masked or missing is black.
+
+    Args:
+        attribution: a class or an object of ``captum.attr`` or ``pytorch_grad_cam``.
+        name: in tables; ``captum.Lime`` where it is None.
+        colour: how attributions of three channels become one map: ``sum``, ``sum_abs``, ``max_abs``.
+        cells: methods that switch segments on and off (LIME, KernelSHAP) get a grid of so many cells a side,
+        segments: or what this returns: ``x [B,3,H,W]`` to integer labels from 0, ``[B,H,W]`` (scikit-image's, say).
+        seed: of methods that draw samples, each image alone, so that a batch gives what single images give.
+        **options: of ``attribute`` (Captum) or of the call (pytorch-grad-cam), such as ``n_samples``.
+
+    Raises:
+        FoveateError: neither of the two; built for another model; a score that Captum cannot be asked for.
+    """
+    kind = attribution if inspect.isclass(attribution) else type(attribution)
+    library = next((c.__module__.split(".")[0] for c in kind.__mro__ if c.__module__.split(".")[0] in FOLDERS), None)
+    if library is None:
+        raise FoveateError(
+            f"{kind.__name__} is neither from captum.attr nor from pytorch_grad_cam: register a function instead"
+        )
+    title = name or f"{library}.{kind.__name__}"
+
+    def function(capture: Capture, layer: str | None, target: Target) -> Tensor:
+        with torch.inference_mode(False), torch.enable_grad(), _gradients_kept(capture.model), eager(capture.model):
+            if library == "captum":
+                return _captum(attribution, capture, layer, target, colour, cells, segments, seed, options)
+            return _pytorch_grad_cam(attribution, capture, layer, target, options)
+
+    function.__doc__ = f"{kind.__name__} of {library}."
+    return Method(title, title, function, f"{library}", signed=library == "captum")
+
+
+def _captum(
+    attribution: Any,
+    capture: Capture,
+    layer: str | None,
+    target: Target,
+    colour: Colour,
+    cells: int,
+    segments: Segments | None,
+    seed: int,
+    options: dict[str, Any],
+) -> Tensor:
+    if target.name != "logit" or capture.head == "binary":
+        raise FoveateError(f"Captum explains one output of the model, and a {target.name!r} of a {capture.head} head is none")
+    explainer = _built(attribution, capture, layer)
+    taken = inspect.signature(explainer.attribute).parameters
+    x = capture.x.detach()
+    given: dict[str, Any] = {"target": target.y}
+    if "feature_mask" in taken:
+        labels = _grid(capture.size, cells).expand(len(x), -1, -1) if segments is None else segments(x)
+        given["feature_mask"] = labels.to(x.device)[:, None].expand_as(x)
+    if "baselines" in taken and taken["baselines"].default is inspect.Parameter.empty:
+        given["baselines"] = torch.zeros_like(x)
+    if "sliding_window_shapes" in taken:
+        window = [max(2, side // 7) for side in capture.size]
+        given |= {"sliding_window_shapes": (x.shape[1], *window), "strides": (x.shape[1], *(side // 2 for side in window))}
+    if "perturbations_per_eval" in taken:
+        given["perturbations_per_eval"] = capture.chunk_size()
+    if "internal_batch_size" in taken:
+        given["internal_batch_size"] = max(len(x), capture.chunk_size(0.5))
+    if type(explainer).__name__ in ("Lime", "KernelShap"):
+        given["n_samples"] = 1000  # Captum's default of 50 cannot fit a model of more segments than that
+    given |= options
+    drawn = any(word in taken for word in ("n_samples", "nt_samples"))
+    parts = []
+    for rows in range(len(x)) if drawn else [slice(None)]:
+        rows = slice(rows, rows + 1) if isinstance(rows, int) else rows
+        here = {k: v[rows] if isinstance(v, Tensor) and len(v) == len(x) else v for k, v in given.items()}
+        with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            torch.manual_seed(seed)
+            parts.append(explainer.attribute(x[rows].clone().requires_grad_(True), **here))
+    values = torch.cat([part[0] if isinstance(part, tuple) else part for part in parts]).detach()
+    if values.shape[-2:] == x.shape[-2:]:
+        return over_colour(values.expand_as(x) if values.shape[1] == 1 else values, colour if values.shape[1] > 1 else "sum")
+    return L.to_grid(values, capture.layout(layer)).sum(1)
+
+
+def _pytorch_grad_cam(attribution: Any, capture: Capture, layer: str | None, target: Target, options: dict[str, Any]) -> Tensor:
+    explainer = _built(attribution, capture, layer)
+
+    def score_of(row: int) -> Callable[[Tensor], Tensor]:
+        alone = target.rows(torch.tensor([row], device=capture.x.device))
+        return lambda output: alone(output[None] if output.ndim == 1 else output)[0]
+
+    try:
+        result = explainer(
+            input_tensor=capture.x.detach().clone().requires_grad_(True),
+            targets=[score_of(row) for row in range(len(capture.x))],
+            **options,
+        )
+    finally:
+        if inspect.isclass(attribution):
+            explainer.activations_and_grads.release()
+    return torch.as_tensor(result).to(capture.x)
+
+
+def _built(attribution: Any, capture: Capture, layer: str | None) -> Any:
+    """The explainer for the model at hand: made of a class, or the object itself when it is for this model."""
+    if not inspect.isclass(attribution):
+        owner = next((v for v in (getattr(attribution, a, None) for a in ("model", "forward_func")) if v is not None), None)
+        if isinstance(owner, nn.Module) and unwrap(owner) is not capture.model:
+            raise FoveateError(
+                f"the {type(attribution).__name__} given was built for another model than the one that is explained: build it "
+                "with the same one, with the normalisation inside, or give its class"
+            )
+        return attribution
+    taken = inspect.signature(attribution).parameters
+    module = None
+    if "layer" in taken or "target_layers" in taken:
+        module = L.get(capture.model, layer or capture.layer)
+    options: dict[str, Any] = {}
+    build: Any = attribution
+    if "layer" in taken:
+        options["layer"] = module
+    if "target_layers" in taken:
+        options["target_layers"] = [module]
+    if "reshape_transform" in taken and capture.layout(layer).kind != "nchw":
+        options["reshape_transform"] = lambda raw: L.to_grid(raw, capture.layout(layer))
+    if any(p.default is p.empty for k, p in list(taken.items())[1:] if k not in options and p.kind is p.POSITIONAL_OR_KEYWORD):
+        raise FoveateError(f"{attribution.__name__} needs more than a model to be built: build it and give the object")
+    return build(capture.model, **options)
+
+
+def _grid(size: tuple[int, int], cells: int) -> Tensor:
+    """Labels of a regular grid of about ``cells x cells``, ``[H,W]``."""
+    rows, columns = (torch.arange(side) * min(cells, side) // side for side in size)
+    return rows[:, None] * min(cells, size[1]) + columns[None, :]
+
+
+@contextmanager
+def _gradients_kept(model: nn.Module) -> Iterator[None]:
+    """What other people's code leaves in ``.grad``, taken away again."""
+    before = [(p, p.grad) for p in model.parameters()]
+    for p, _ in before:
+        p.grad = None
+    try:
+        yield
+    finally:
+        for p, grad in before:
+            p.grad = grad
+
+
+def by_name(name: str) -> Method | None:
+    """The method that ``captum.Lime`` names; None for other names.
+
+    Raises:
+        FoveateError: the library is not installed, or has no such class.
+    """
+    library, _, kind = name.partition(".")
+    if library not in FOLDERS or not kind:
+        return None
+    torchvision()  # before theirs is imported
+    try:
+        module = importlib.import_module(FOLDERS[library])
+    except ImportError:
+        extra = EXTRAS[library]
+        raise FoveateError(f"{name!r} needs {library}, which is not installed: pip install 'foveate[{extra}]'") from None
+    if not inspect.isclass(getattr(module, kind, None)):
+        raise FoveateError(f"{FOLDERS[library]} has no class {kind!r}")
+    return adapt(getattr(module, kind), name)
+
+
+METHODS.fallbacks.append(by_name)

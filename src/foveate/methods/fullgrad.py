@@ -1,0 +1,134 @@
+"""FullGrad: the gradient at the input and at every bias, which together make up the score of a network of ReLUs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from foveate import maps
+from foveate.capture import Capture
+from foveate.classifier import Normalized, hooked
+from foveate.errors import FoveateError
+from foveate.registry import method
+from foveate.targets import Target
+
+Hook = Callable[..., Any]
+
+
+@dataclass(frozen=True)
+class FullGradients:
+    """The parts of a score: ``score = sum(image) + sum of all biases`` in a network of ReLUs, max-pools and affine maps.
+
+    Attributes:
+        image: input times gradient at the normalised input, ``[B,3,H,W]``.
+        biases: for each bias with a grid, bias times gradient at the output it was added to, ``[B,K,h,w]``.
+        scalars: what biases without a grid add, ``[B]``.
+        error: how far the sum misses the score, relative to it, ``[B]``.
+    """
+
+    image: Tensor
+    biases: list[Tensor]
+    scalars: Tensor
+    error: Tensor
+
+
+@method("full_grad", title="FullGrad", paper="Srinivas and Fleuret, NeurIPS 2019, eq. 4 to 6", aliases=("fullgrad",))
+def full_grad(capture: Capture, layer: str | None, target: Target, *, strict: bool = True) -> Tensor:
+    """``S = psi(x * g) + sum_layers sum_k psi(b_k g_k)``, ``psi`` = absolute value, range, upsampled; ``[B,H,W]``.
+
+    It uses all layers, so that ``layer`` has no say. Batch norm in evaluation mode counts as its affine map.
+
+    Args:
+        strict: refuse where the parts miss the score by more than 1 %: the decomposition holds for networks of ReLUs,
+            max-pooling and affine layers, and not for GELU, SiLU, attention or layer norm.
+
+    Raises:
+        FoveateError: as said; the message has the error.
+    """
+    parts = full_gradients(capture, target)
+    if strict and (worst := float(parts.error.max())) > 0.01:
+        raise FoveateError(
+            f"full_grad does not hold for this model: input and biases miss the score by {100 * worst:.0f} %, because it has "
+            "other parts than ReLUs, max-pooling and affine layers; use 'input_x_gradient', or strict=False"
+        )
+    saliency = _psi(parts.image, capture.size).sum(1)
+    for bias in parts.biases:
+        saliency = saliency + _psi(bias, capture.size).sum(1)
+    return saliency
+
+
+def _psi(values: Tensor, size: tuple[int, int]) -> Tensor:
+    """Absolute values, each channel scaled to its range, upsampled: ``[B,K,h,w]`` to ``[B,K,H,W]``."""
+    count, channels = values.shape[:2]
+    flat = maps.scale(values.abs().flatten(0, 1))
+    return maps.upsample(flat, size).view(count, channels, *size)
+
+
+def full_gradients(capture: Capture, target: Target) -> FullGradients:
+    """Input and bias gradients of the score from one forward and one backward pass; see :class:`FullGradients`."""
+    outputs: list[tuple[Tensor, Tensor]] = []  # bias, and the output that it was added to
+
+    def keep(bias: Callable[[], Tensor]) -> Hook:
+        def hook(module: nn.Module, inputs: Any, output: Any) -> Any:
+            if not isinstance(output, Tensor) or not output.requires_grad:
+                return None
+            outputs.append((bias(), output))
+            return output.clone()  # an in-place ReLU behind it must not overwrite it
+
+        return hook
+
+    x = capture.x.detach().clone()
+    with ExitStack() as stack, torch.inference_mode(False), torch.enable_grad():
+        for module in capture.model.modules():
+            if (bias := _bias_of(module)) is not None:
+                stack.enter_context(hooked(module, keep(bias)))
+        x.requires_grad_(True)
+        logits = capture.differentiable(x)
+        score = target(logits)
+        gradients = torch.autograd.grad(score.sum(), [x, *(output for _, output in outputs)], allow_unused=True)
+    capture.passes.backward += len(x)
+    with torch.no_grad():
+        image = gradients[0] * (x - _mean_of(capture.model).to(x))
+        biases, scalars = [], torch.zeros_like(score)
+        for (b, output), gradient in zip(outputs, gradients[1:], strict=True):
+            if gradient is None:
+                continue
+            if output.ndim == 4 and output.shape[-1] * output.shape[-2] > 1:
+                biases.append(gradient * b.view(1, -1, 1, 1))
+            else:
+                shape = (1, -1, 1, 1) if output.ndim == 4 else (1,) * (output.ndim - 1) + (-1,)
+                scalars = scalars + (gradient * b.view(shape)).flatten(1).sum(1)
+        total = image.flatten(1).sum(1) + scalars + sum(bias.flatten(1).sum(1) for bias in biases)
+        error = (total - score).abs() / score.abs().clamp(min=1e-6)
+    return FullGradients(image, biases, scalars, error)
+
+
+def _bias_of(module: nn.Module) -> Callable[[], Tensor] | None:
+    """What a module adds to a linear map of its input, one value a channel."""
+    if isinstance(module, (nn.BatchNorm1d, nn.BatchNorm2d)) and module.running_mean is not None:
+        norm = module
+
+        def shift() -> Tensor:
+            assert norm.running_mean is not None
+            assert norm.running_var is not None
+            scale = (norm.running_var + norm.eps).rsqrt()
+            if norm.weight is not None:
+                scale = scale * norm.weight.detach()
+            own = 0 if norm.bias is None else norm.bias.detach()
+            return own - norm.running_mean * scale
+
+        return shift
+    bias = getattr(module, "bias", None)
+    if isinstance(module, (nn.Conv2d, nn.Linear)) and isinstance(bias, Tensor):
+        return lambda: bias.detach()
+    return None
+
+
+def _mean_of(model: nn.Module) -> Tensor:
+    """What a normalisation in front takes away from the image: its bias, which belongs to the input here."""
+    return model.mean if isinstance(model, Normalized) else torch.zeros(1)

@@ -1,0 +1,245 @@
+"""Masks that are optimised: the smallest that hides (meaningful perturbation), a given area that keeps (extremal)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from foveate import maps
+from foveate.capture import Capture
+from foveate.errors import FoveateError
+from foveate.methods.gradient import baseline_of
+from foveate.noise import generator
+from foveate.registry import method
+from foveate.targets import Target, log_probability
+
+# -- meaningful perturbation -----------------------------------------------------------------------------------------
+
+
+@method("meaningful_perturbation", title="Meaningful perturbation", paper="Fong and Vedaldi, ICCV 2017, eq. 4 and 5")
+def meaningful_perturbation(
+    capture: Capture,
+    layer: str | None,
+    target: Target,
+    *,
+    steps: int = 300,
+    lr: float = 0.1,
+    area: float = 1e-4,
+    variation: float = 1e-2,
+    exponent: float = 3.0,
+    stride: int = 8,
+    smooth: float = 5.0,
+    jitter: int = 4,
+    baseline: float | Literal["blur"] | Tensor = "blur",
+    init: Literal["circle", "ones"] = "circle",
+    seed: int = 0,
+) -> Tensor:
+    """``S = 1 - m*``, ``m* = argmin_m area ||1 - m||_1 + variation TV_exponent(m) + p_c(x * up(m) + b (1 - up(m)))``.
+
+    The smallest smooth region without which the class is gone; ``[B,H,W]`` in [0, 1]. Adam on masks at ``1 / stride``
+    of the resolution, upsampled and blurred; one forward and backward pass a step for the whole batch, whose images do
+    not depend on each other.
+
+    Args:
+        steps, lr: of Adam.
+        area, variation, exponent: weights of the two penalties, and the power of the differences in the second.
+        smooth: standard deviation, in pixels, of the blur of the upsampled mask.
+        jitter: the image is shifted by up to so many pixels at each step, by the same draw for all images.
+        baseline: what is seen where the mask is 0; a blur of a tenth of the longer side by default.
+        init: ``circle``: the smallest of blurred circular holes at the centre after which 99 % of the drop that hiding
+            everything brings is reached; ``ones``.
+        seed: of the jitter.
+
+    Raises:
+        FoveateError: a number out of range.
+    """
+    if steps < 1 or stride < 1 or jitter < 0 or init not in ("circle", "ones"):
+        raise FoveateError(f"steps {steps}, stride {stride}, jitter {jitter} or init {init!r} is out of range")
+    x, hidden = capture.x.detach(), baseline_of(capture, baseline)
+    rows = torch.arange(len(x), device=x.device)
+    grid = (math.ceil(capture.size[0] / stride), math.ceil(capture.size[1] / stride))
+    with torch.inference_mode(False), torch.enable_grad():
+        start = _circles(capture, target, hidden, grid) if init == "circle" else x.new_ones(len(x), *grid)
+        m = start.clone().requires_grad_(True)  # [B,h,w], 1 keeps
+        optimiser = torch.optim.Adam([m], lr)
+        draws = generator(seed)
+        for _ in range(steps):
+            down, right = (torch.randint(-jitter, jitter + 1, (2,), generator=draws)).tolist() if jitter else (0, 0)
+            grown = _grown(m, capture.size, smooth)
+            seen = _shifted(maps.apply_mask(x, grown, hidden), down, right, jitter)
+            p = log_probability(capture.differentiable(seen), target.y[rows], capture.head).exp()
+            penalty = area * (1 - m).abs().sum((1, 2)) + variation * total_variation(m, exponent)
+            (m.grad,) = torch.autograd.grad((penalty + p.to(penalty.dtype)).sum(), m)
+            capture.passes.backward += len(x)
+            optimiser.step()
+            with torch.no_grad():
+                m.clamp_(0, 1)
+        return (1 - _grown(m.detach(), capture.size, smooth)).clamp(0, 1)
+
+
+def total_variation(m: Tensor, exponent: float) -> Tensor:
+    """``sum_u |m(u) - m(right of u)|^e + |m(u) - m(below u)|^e`` of masks ``[B,h,w]``, ``[B]``."""
+    right = (m[:, :, 1:] - m[:, :, :-1]).abs().pow(exponent).sum((1, 2))
+    below = (m[:, 1:] - m[:, :-1]).abs().pow(exponent).sum((1, 2))
+    return right + below
+
+
+def _grown(m: Tensor, size: tuple[int, int], smooth: float) -> Tensor:
+    return maps.blur(maps.upsample(m, size), smooth)
+
+
+def _shifted(images: Tensor, down: int, right: int, jitter: int) -> Tensor:
+    if not jitter:
+        return images
+    padded = F.pad(images, (jitter, jitter, jitter, jitter), mode="replicate")
+    height, width = images.shape[-2:]
+    return padded[:, :, jitter + down : jitter + down + height, jitter + right : jitter + right + width]
+
+
+def _circles(capture: Capture, target: Target, hidden: Tensor, grid: tuple[int, int]) -> Tensor:
+    """For each image the mask with the smallest hole at the centre that brings 99 % of the possible drop, ``[B,h,w]``."""
+    x = capture.x.detach()
+    height, width = grid
+    down = (torch.arange(height).to(x) + 0.5) / height - 0.5
+    right = (torch.arange(width).to(x) + 0.5) / width - 0.5
+    distance = (down[:, None] ** 2 + right[None, :] ** 2).sqrt()
+    radii = torch.linspace(0.05, 0.75, 15, dtype=torch.float64).to(x)
+    holes = ((distance - radii[:, None, None]) * 10).sigmoid()  # [15,h,w], soft edges
+    rows = torch.arange(len(x), device=x.device).repeat_interleave(len(radii))
+    grown = maps.upsample(holes, capture.size)
+    parts = [
+        maps.apply_mask(x[row], grown[number], hidden[row])
+        for row, number in zip(
+            rows.split(capture.chunk_size()),
+            torch.arange(len(radii), device=x.device).repeat(len(x)).split(capture.chunk_size()),
+            strict=True,
+        )
+    ]
+    p = log_probability(torch.cat([capture.score(part) for part in parts]), target.y[rows], capture.head).exp()
+    p = p.view(len(x), -1)  # [B,15]
+    whole = capture.log_probability(target.y).exp()
+    nothing = log_probability(capture.score(hidden), target.y, capture.head).exp()
+    enough = p <= whole[:, None] - 0.99 * (whole - nothing).clamp(min=0)[:, None]
+    enough[:, -1] = True
+    return holes[enough.int().argmax(1)]
+
+
+# -- extremal perturbation -------------------------------------------------------------------------------------------
+
+
+@method("extremal_perturbation", title="Extremal perturbation", paper="Fong et al., ICCV 2019, eq. 2 to 6")
+def extremal_perturbation(
+    capture: Capture,
+    layer: str | None,
+    target: Target,
+    *,
+    areas: Sequence[float] = (0.1,),
+    steps: int = 800,
+    lr: float = 0.01,
+    stride: int = 7,
+    sigma: float = 21.0,
+    blurs: int = 8,
+    strongest: float = 20.0,
+    weight: float = 300.0,
+    growth: float = 1.0035,
+    start: float | Tensor = 1.0,
+) -> Tensor:
+    """The mean over ``areas`` a of ``m_a = argmax_m score(x through m) - weight ||sort(m) - r_a||^2 / N``, ``[B,H,W]``.
+
+    ``r_a`` has its ``a N`` largest entries at 1 and the others at 0. Masks are smooth by construction
+    (:class:`SmoothMask`); an image seen through a mask is blurred where the mask is low, through a pyramid of ``blurs``
+    levels. SGD with momentum .9 and dampening .9, images and masks mirrored at every other step.
+
+    All images and areas share each of ``steps`` forward and backward passes, and none depends on another.
+
+    Args:
+        areas: shares of the image in (0, 1).
+        stride, sigma: of the mask, in pixels: distance of its parameters, and radius of its smoothness.
+        strongest: the largest standard deviation of the blur, in pixels.
+        weight, growth: of the area term, which is multiplied by ``growth`` at every step.
+        start: of the mask's parameters: a number, or ``[h,w]`` at every ``stride`` pixels.
+
+    Deviation: TorchRay runs one image at a time; nothing in the method asks for it.
+
+    Raises:
+        FoveateError: a number out of range.
+    """
+    if not areas or not all(0 < area < 1 for area in areas):
+        raise FoveateError(f"areas {tuple(areas)} are shares of the image, each between 0 and 1")
+    if steps < 1 or stride < 1 or blurs < 2 or not lr > 0:
+        raise FoveateError(f"steps {steps}, stride {stride} are 1 or more, blurs {blurs} is 2 or more, lr {lr} is above 0")
+    x = capture.x.detach()
+    rows = torch.arange(len(x), device=x.device).repeat_interleave(len(areas))  # [N], image of each mask
+    wanted = torch.tensor(list(areas), dtype=torch.float64).to(x).repeat(len(x))  # [N]
+    smooth = SmoothMask(capture.size, stride, sigma, x)
+    pyramid = blur_pyramid(x, blurs, strongest)  # [L,B,3,H,W]
+    ranks = torch.arange(capture.size[0] * capture.size[1], device=x.device)
+    reference = (ranks >= len(ranks) * (1 - wanted[:, None])).to(x)  # [N,HW], ascending as sorted
+    with torch.inference_mode(False), torch.enable_grad():
+        p = (torch.as_tensor(start).to(x) * x.new_ones(len(rows), *smooth.grid)).requires_grad_(True)
+        optimiser = torch.optim.SGD([p], lr, momentum=0.9, dampening=0.9)
+        for step in range(steps):
+            m = smooth(p)
+            seen = through(pyramid, m, rows)
+            if step % 2 == 0:
+                seen = seen.flip(-1)
+            reward = target.rows(rows)(capture.differentiable(seen))  # [N]
+            miss = (m.flatten(1).sort(1).values - reference).square().mean(1)
+            loss = weight * growth**step * miss - reward.to(miss.dtype)
+            (p.grad,) = torch.autograd.grad(loss.sum(), p)
+            capture.passes.backward += len(rows)
+            optimiser.step()
+            with torch.no_grad():
+                p.clamp_(0, 1)
+        return smooth(p.detach()).view(len(x), len(areas), *capture.size).mean(1)
+
+
+class SmoothMask:
+    """Smooth masks from few parameters: ``m(u) = smoothmax_i k(|u - c_i| / sigma) p_i`` over the cells near pixel u.
+
+    ``k(z) = exp(-2 max(z - 1/2, 0)^2)`` and ``smoothmax v = sum v softmax(20 v)``; cells are ``stride`` pixels wide, and
+    those within ``1 + ceil(sigma / stride)`` cells count.
+    """
+
+    def __init__(self, size: tuple[int, int], stride: int, sigma: float, like: Tensor) -> None:
+        self.size, self.stride = size, stride
+        self.grid = (math.ceil(size[0] / stride), math.ceil(size[1] / stride))
+        self.radius = 1 + math.ceil(sigma / stride)
+        offsets = torch.arange(-self.radius, self.radius + 1).to(like) * stride  # of a neighbour's cell
+        inside = torch.arange(stride).to(like) - (stride - 1) / 2  # of a pixel, from the centre of its own cell
+        gap = (inside[None, :] - offsets[:, None]).square()  # [n,s]
+        distance = (gap[:, None, :, None] + gap[None, :, None, :]).sqrt() / sigma  # [n,n,s,s]
+        kernel = torch.exp(-2 * (distance - 0.5).clamp(min=0) ** 2)
+        self.kernel = kernel.reshape(offsets.numel() ** 2, 1, stride * stride)  # [n^2,1,s^2]
+
+    def __call__(self, p: Tensor) -> Tensor:
+        """Masks ``[N,H,W]`` in [0, 1] from parameters ``[N,h,w]`` in [0, 1]."""
+        near = F.unfold(F.pad(p[:, None], (self.radius,) * 4), 2 * self.radius + 1)  # [N,n^2,hw]
+        values = near[..., None] * self.kernel  # [N,n^2,hw,s^2]
+        pooled = (values * (20 * values).softmax(1)).sum(1)  # [N,hw,s^2]
+        height, width = self.grid
+        pixels = pooled.view(-1, height, width, self.stride, self.stride).transpose(2, 3)
+        whole = pixels.reshape(-1, height * self.stride, width * self.stride)
+        return whole[:, : self.size[0], : self.size[1]].clamp(0, 1)
+
+
+def blur_pyramid(x: Tensor, levels: int, strongest: float) -> Tensor:
+    """Images from most blurred to intact, ``[L,B,3,H,W]``: level l has standard deviation ``(1 - l/(L-1)) strongest``."""
+    return torch.stack([maps.blur(x, (1 - level / (levels - 1)) * strongest) for level in range(levels)])
+
+
+def through(pyramid: Tensor, m: Tensor, rows: Tensor) -> Tensor:
+    """Images ``rows`` of a pyramid seen through masks ``[N,H,W]``: linear between the two nearest levels, ``[N,3,H,W]``."""
+    height = m * (len(pyramid) - 1)
+    below = height.detach().floor().clamp(max=len(pyramid) - 2)  # the level below each pixel
+    above = height - below  # how far it is from there to the next
+    seen = torch.zeros_like(pyramid[0][rows])
+    for level, images in enumerate(pyramid):
+        share = torch.where(below == level, 1 - above, 0) + torch.where(below == level - 1, above, 0)  # [N,H,W]
+        seen = seen + share[:, None] * images[rows]
+    return seen

@@ -1,0 +1,196 @@
+"""Opti-CAM: the channel weights that make the model surest of the class when it sees the image through the map."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from foveate import maps
+from foveate.capture import Capture
+from foveate.errors import FoveateError
+from foveate.registry import method
+from foveate.targets import Target, log_probability
+
+Objective = Literal["logit", "probability", "margin", "difference"]
+Normaliser = Literal["range", "max", "sigmoid", "sigmoid_2"]
+
+
+@dataclass(frozen=True)
+class Optimised:
+    """What an optimisation of channel weights found.
+
+    Attributes:
+        saliency: ``S = sum_k softmax(u)_k A_k``, ``[B,h,w]``, of the best iterate of each image.
+        mask: ``n(up(S))``, ``[B,H,W]``, what the image was seen through.
+        weights: ``softmax(u) [B,K]``, over the channels of all layers.
+        scores: the objective at every iterate, ``[steps + 1, B]``; after an image has stopped, its last value.
+        steps: how many steps each image took, ``[B]``.
+    """
+
+    saliency: Tensor
+    mask: Tensor
+    weights: Tensor
+    scores: Tensor
+    steps: Tensor
+
+
+@method(
+    "opti_cam",
+    title="Opti-CAM",
+    paper="Zhang, Torres et al., CVIU 2024, eq. 7 to 11",
+    aliases=("opticam",),
+)
+def opti_cam(
+    capture: Capture,
+    layer: str | None,
+    target: Target,
+    *,
+    objective: Objective = "logit",
+    normaliser: Normaliser = "range",
+    steps: int = 100,
+    lr: float = 0.1,
+    patience: int | None = None,
+    layers: Sequence[str] | None = None,
+) -> Tensor:
+    """``S = sum_k softmax(u*)_k A_k`` with ``u* = argmax_u score(x * n(up(S(u))))``, ``[B,h,w]``; see :func:`optimise`."""
+    return optimise(
+        capture,
+        layer,
+        target,
+        objective=objective,
+        normaliser=normaliser,
+        steps=steps,
+        lr=lr,
+        patience=patience,
+        layers=layers,
+    ).saliency
+
+
+def optimise(
+    capture: Capture,
+    layer: str | None,
+    target: Target,
+    *,
+    objective: Objective = "logit",
+    normaliser: Normaliser = "range",
+    steps: int = 100,
+    lr: float = 0.1,
+    patience: int | None = None,
+    layers: Sequence[str] | None = None,
+) -> Optimised:
+    """Opti-CAM with its trajectory: ``steps`` forward and backward passes of the batch, one forward more.
+
+    ``A = relu(features)`` is computed once and stays; ``u [B,K]`` starts at 0 for every channel, where S is the mean
+    feature map; Adam on ``u`` alone. Every image is optimised for itself: its result does not depend on the batch.
+
+    Args:
+        objective: ``logit``: the target's score, as the paper has it (a contrast, where the target is one);
+            ``probability``: of the class, maximised through its logarithm, which has the same maximum and a gradient
+            where p is near 0; ``margin``: the logit less the largest other one; ``difference``: ``-|s(x * m) - s(x)|``,
+            the default of the authors' class, though not of their paper.
+        normaliser: ``range``; ``max``: ``S / max S``; ``sigmoid``: ``1 / (1 + exp(-S))`` as in the authors' release;
+            ``sigmoid_2``: of ``2 S``, as in their later code.
+        steps, lr: of Adam.
+        patience: an image stops when its best score is this many steps old; never where it is None.
+        layers: several captured layers at once: their channels share one softmax, on the largest of their grids.
+
+    Deviations: the best iterate of each image is kept, because the objective is not monotone under Adam (the release
+    keeps the last); the release stops the whole batch when its summed loss rises, which couples its images.
+
+    Raises:
+        FoveateError: an unknown option, steps below 1, a layer that was not captured.
+    """
+    _check(objective, normaliser, steps, lr, patience)
+    activations = _channels(capture, list(layers) if layers else [layer])  # [B,K,h,w]
+    count, channels = activations.shape[:2]
+    start = target(capture.logits).detach()
+    rows = torch.arange(count, device=activations.device)  # the images that still run
+    u = torch.zeros(count, channels, device=activations.device, dtype=activations.dtype, requires_grad=True)
+    optimiser = torch.optim.Adam([u], lr)
+    best = torch.full((count,), float("-inf"), device=u.device, dtype=torch.float64)
+    best_u, age, taken = u.detach().clone(), torch.zeros_like(rows), torch.zeros_like(rows)
+    scores = torch.zeros(steps + 1, count, device=u.device, dtype=torch.float64)
+    for step in range(steps + 1):
+        with torch.inference_mode(False), torch.set_grad_enabled(step < steps):
+            mask = _mask(_combine(u, activations[rows]), normaliser, capture.size)
+            seen = maps.apply_mask(capture.x.detach()[rows], mask)
+            logits = capture.differentiable(seen) if step < steps else capture.score(seen)
+            value = _objective(objective, logits, target.rows(rows), start[rows], capture)
+            if step < steps:
+                (u.grad,) = torch.autograd.grad(-value.sum(), u)
+                capture.passes.backward += len(rows)
+        now = value.detach().double()
+        scores[step:, rows] = now  # an image that stops keeps its last value
+        better = now > best[rows]
+        age[rows] = torch.where(better, 0, age[rows] + 1)
+        improved = rows[better]
+        best[improved], best_u[improved] = now[better], u.detach()[better]
+        if step == steps:
+            break
+        if patience is not None and (going := age[rows] < patience).logical_not().any():
+            rows = rows[going]
+            if not len(rows):
+                break
+            u, optimiser = _without(u, optimiser, going, lr)
+        optimiser.step()
+        taken[rows] += 1
+    with torch.no_grad():
+        saliency = _combine(best_u, activations)
+        return Optimised(saliency, _mask(saliency, normaliser, capture.size), best_u.softmax(1), scores, taken)
+
+
+def _channels(capture: Capture, layers: Sequence[str | None]) -> Tensor:
+    """Non-negative features of all layers, upsampled to the largest grid, ``[B,K,h,w]``."""
+    each = [capture.activations(name).detach().clamp(min=0) for name in layers]
+    height, width = max(tuple(a.shape[-2:]) for a in each)
+    grown = [maps.upsample(a.flatten(0, 1), (height, width)).view(*a.shape[:2], height, width) for a in each]
+    return torch.cat(grown, 1)
+
+
+def _combine(u: Tensor, activations: Tensor) -> Tensor:
+    return torch.einsum("bk,bkhw->bhw", u.softmax(1), activations)
+
+
+def _mask(saliency: Tensor, normaliser: Normaliser, size: tuple[int, int]) -> Tensor:
+    grown = maps.upsample(saliency, size)
+    if normaliser in ("range", "max"):
+        return maps.scale(grown, normaliser)  # type: ignore[arg-type]
+    return grown.sigmoid() if normaliser == "sigmoid" else (2 * grown).sigmoid()
+
+
+def _objective(objective: Objective, logits: Tensor, target: Target, start: Tensor, capture: Capture) -> Tensor:
+    if objective == "logit":
+        return target(logits)
+    if objective == "probability":
+        return log_probability(logits, target.y, capture.head)
+    if objective == "difference":
+        return -(target(logits) - start).abs()
+    if capture.head == "binary":
+        return target(logits)  # one logit is the margin between its two classes
+    others = logits.scatter(1, target.y[:, None], float("-inf")).amax(1)
+    return logits.gather(1, target.y[:, None])[:, 0] - others
+
+
+def _without(u: Tensor, optimiser: torch.optim.Adam, going: Tensor, lr: float) -> tuple[Tensor, torch.optim.Adam]:
+    """The weights and Adam's memory of the images that go on; Adam works element by element, so nothing else changes."""
+    rest = u.detach()[going].clone().requires_grad_(True)
+    rest.grad = None if u.grad is None else u.grad[going]
+    smaller = torch.optim.Adam([rest], lr)
+    state = optimiser.state[u]
+    smaller.state[rest] = {
+        key: value[going] if isinstance(value, Tensor) and value.ndim else value for key, value in state.items()
+    }
+    return rest, smaller
+
+
+def _check(objective: str, normaliser: str, steps: int, lr: float, patience: int | None) -> None:
+    if objective not in ("logit", "probability", "margin", "difference"):
+        raise FoveateError(f"objective {objective!r} is unknown: use 'logit', 'probability', 'margin' or 'difference'")
+    if normaliser not in ("range", "max", "sigmoid", "sigmoid_2"):
+        raise FoveateError(f"normaliser {normaliser!r} is unknown: use 'range', 'max', 'sigmoid' or 'sigmoid_2'")
+    if steps < 1 or not lr > 0 or (patience is not None and patience < 1):
+        raise FoveateError(f"steps {steps}, lr {lr} and patience {patience} must be above 0")

@@ -1,0 +1,175 @@
+"""Wrappers: any method under noise, under test-time augmentation, or over several layers, as a method of its own.
+
+By name, wherever a method is named: ``grad_cam:smooth``, ``score_cam:augmented``, ``layer_cam:fused``.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from foveate import maps
+from foveate.capture import Capture
+from foveate.errors import FoveateError
+from foveate.methods.cam import contrast_of
+from foveate.noise import gaussian
+from foveate.registry import METHODS, Method
+from foveate.targets import Target
+
+Fusion = Literal["mean", "max", "product", "tanh_max"]
+
+
+@dataclass(frozen=True)
+class Transform:
+    """A change of images and its way back for maps: ``images [N,3,H,W] -> [N,3,H,W]`` and ``maps [N,h,w] -> [N,h,w]``."""
+
+    images: Callable[[Tensor], Tensor]
+    maps: Callable[[Tensor], Tensor]
+
+
+def _light(factor: float, mirrored: bool) -> Transform:
+    def images(x: Tensor) -> Tensor:
+        x = (x * factor).clamp(0, 1)
+        return x.flip(-1) if mirrored else x
+
+    return Transform(images, lambda S: S.flip(-1) if mirrored else S)
+
+
+FLIP_AND_LIGHT = tuple(_light(factor, mirrored) for mirrored in (False, True) for factor in (1.0, 0.9, 1.1))
+
+
+def smooth(method: str | Method, *, samples: int = 16, sigma: float = 0.15, seed: int = 0) -> Method:
+    """A method averaged over noisy copies of the image: ``S = mean_i S(x + e_i)``, ``e_i ~ N(0, (sigma (max x - min x))^2)``.
+
+    Raw maps are averaged, so that a copy of which the map is faint counts little. All images share the noise: a batch
+    gives what single images give. The explained class is that of the clean image.
+
+    Args:
+        samples, sigma, seed: defaults of the new method's own settings; those of ``method`` stay settable.
+    """
+    base = METHODS.get(method)
+
+    def function(
+        capture: Capture, layer: str | None, target: Target, *, samples: int, sigma: float, seed: int, **own: Any
+    ) -> Tensor:
+        if samples < 1 or sigma < 0:
+            raise FoveateError(f"samples {samples} must be 1 or more, and sigma {sigma} not below 0")
+        x = capture.x.detach()
+        width = sigma * (x.amax((1, 2, 3), keepdim=True) - x.amin((1, 2, 3), keepdim=True))
+        target = contrast_of(capture, target, own.get("against")) if base.contrasts else target
+
+        def noisy(number: int) -> Transform:
+            return Transform(lambda images: images + width * gaussian(seed, [number], x.shape[1:], x), lambda S: S)
+
+        return _mean_over(base, capture, layer, target, [noisy(i) for i in range(samples)], own)
+
+    return _wrapped(base, function, "smooth", "under noise", samples=samples, sigma=sigma, seed=seed)
+
+
+def augmented(method: str | Method, *, transforms: Sequence[Transform] = FLIP_AND_LIGHT) -> Method:
+    """A method averaged over transformed copies of the image, each map brought back; mirrored and three lights by default."""
+    base = METHODS.get(method)
+
+    def function(capture: Capture, layer: str | None, target: Target, *, transforms: Sequence[Transform], **own: Any) -> Tensor:
+        target = contrast_of(capture, target, own.get("against")) if base.contrasts else target
+        return _mean_over(base, capture, layer, target, transforms, own)
+
+    return _wrapped(base, function, "augmented", "augmented", transforms=transforms)
+
+
+def fused(method: str | Method, *, layers: Sequence[str] | None = None, how: Fusion = "mean") -> Method:
+    """A method over several captured layers: its maps, positive parts scaled to [0, 1], as one on the largest grid.
+
+    Args:
+        layers: paths; all that the capture has where it is None.
+        how: ``mean``, ``max``, ``product`` (the geometric mean: what all layers agree on), or ``tanh_max``:
+            ``max_l tanh(2 S_l / max S_l)``, the fusion of Layer-CAM.
+    """
+    base = METHODS.get(method)
+
+    def function(
+        capture: Capture, layer: str | None, target: Target, *, layers: Sequence[str] | None, how: Fusion, **own: Any
+    ) -> Tensor:
+        each = [maps.relu(base(capture, name, target, **own)) for name in (layers or capture.layers)]
+        height, width = (max(S.shape[i] for S in each) for i in (-2, -1))
+        stack = torch.stack([maps.scale(maps.upsample(S, (height, width)), "max") for S in each])  # [L,B,h,w]
+        if how == "mean":
+            return stack.mean(0)
+        if how == "max":
+            return stack.amax(0)
+        if how == "product":
+            return stack.prod(0) ** (1 / len(each))
+        if how == "tanh_max":
+            return (2 * stack).tanh().amax(0)
+        raise FoveateError(f"fusion {how!r} is unknown: use 'mean', 'max', 'product' or 'tanh_max'")
+
+    return _wrapped(base, function, "fused", "over layers", layers=layers, how=how, signed=False)
+
+
+def _mean_over(
+    base: Method, capture: Capture, layer: str | None, target: Target, transforms: Sequence[Transform], own: dict[str, Any]
+) -> Tensor:
+    """Mean raw map of a method over transformed copies, as many at once as memory allows."""
+    x, count = capture.x.detach(), len(capture.x)
+    group = max(1, capture.chunk_size(0.5) // count)
+    total: Tensor | None = None
+    for start in range(0, len(transforms), group):
+        part = transforms[start : start + group]
+        again = capture.again(torch.cat([transform.images(x) for transform in part]))
+        rows = torch.arange(count, device=x.device).repeat(len(part))
+        raw = base(again, layer, target.rows(rows), **own).split(count)
+        for transform, S in zip(part, raw, strict=True):
+            restored = transform.maps(S)
+            total = restored if total is None else total + restored
+    if total is None:
+        raise FoveateError(f"{base.name} cannot be averaged over no copies: give at least one transform")
+    return total / len(transforms)
+
+
+def _wrapped(base: Method, function: Callable[..., Tensor], suffix: str, words: str, **defaults: Any) -> Method:
+    """The record of a wrapped method; its settings are those of the wrapper, and the method's own."""
+    signed = bool(defaults.pop("signed", base.signed))
+
+    def call(capture: Capture, layer: str | None, target: Target, **settings: Any) -> Tensor:
+        return function(capture, layer, target, **{**defaults, **settings})
+
+    parameters = list(inspect.signature(base.function).parameters.values())
+    own = [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=value) for name, value in defaults.items()]
+    taken = {p.name for p in parameters}
+    call.__signature__ = inspect.Signature(parameters + [p for p in own if p.name not in taken])  # type: ignore[attr-defined]
+    call.__doc__ = f"{base.title} {words}."
+    return replace(
+        base,
+        name=f"{base.name}:{suffix}",
+        title=f"{base.title}, {words}",
+        function=call,
+        signed=signed,
+        complete=None,
+        contrasts=base.contrasts,
+        aliases=(),
+    )
+
+
+WRAPPERS: dict[str, Callable[[str | Method], Method]] = {"smooth": smooth, "augmented": augmented, "fused": fused}
+
+
+def by_name(name: str) -> Method | None:
+    """The method that ``grad_cam:smooth`` names; None for a name without a colon.
+
+    Raises:
+        FoveateError: no such wrapper.
+    """
+    inner, colon, suffix = name.rpartition(":")
+    if not colon:
+        return None
+    if suffix not in WRAPPERS:
+        raise FoveateError(f"{name!r} asks for a wrapper {suffix!r}, and there are {', '.join(WRAPPERS)}")
+    return WRAPPERS[suffix](inner)
+
+
+METHODS.fallbacks.append(by_name)

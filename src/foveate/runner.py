@@ -1,0 +1,100 @@
+"""Runner: how the classifier is called; parameters that no gradient reaches, changed images in chunks, errors as sentences."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from contextlib import nullcontext
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from foveate.chunks import in_chunks
+from foveate.classifier import check_eval, eager, read_logits
+from foveate.errors import FoveateError
+from foveate.feature import Passes
+from foveate.linear_head import at_least_float32
+
+Precision = Literal["fp32", "bf16"]
+PIXELS_AT_ONCE = 32 * 224 * 224  # of changed images in one forward pass: about 1.5 GB of activations in a ResNet-50
+
+
+class Runner:
+    """Calls a classifier for a capture, and counts.
+
+    Args:
+        model: the classifier, without wrappers.
+        live: what is called where parameters get gradients: the model, or its DistributedDataParallel wrapper.
+        frozen: parameters get no gradient.
+        precision: of changed images: ``fp32``, or ``bf16`` through autocast.
+        chunk: how many changed images run at once; by memory where it is None.
+        passes: where images are counted.
+    """
+
+    def __init__(
+        self, model: nn.Module, live: nn.Module, frozen: bool, precision: Precision, chunk: int | None, passes: Passes
+    ) -> None:
+        if precision not in ("fp32", "bf16"):
+            raise FoveateError(f"precision {precision!r} is unknown: use 'fp32' or 'bf16'")
+        if chunk is not None and chunk < 1:
+            raise FoveateError(f"chunk {chunk} is not a number of images: use 1 or more")
+        self.model = model
+        self.live = live
+        self.frozen = frozen
+        self.precision: Precision = precision
+        self.chunk = chunk
+        self.passes = passes
+        first = next((p for p in model.parameters() if p.is_floating_point()), None)
+        self.device: torch.device | None = None if first is None else first.device
+        self.dtype: torch.dtype | None = None if first is None else first.dtype
+
+    def chunk_size(self, size: tuple[int, int], share: float = 1.0) -> int:
+        """How many images of a size run at once; ``share`` of what memory allows without a graph."""
+        return self.chunk or max(1, int(share * PIXELS_AT_ONCE) // (size[0] * size[1]))
+
+    def placed(self, images: Tensor) -> Tensor:
+        """Images on the model's device and in its precision."""
+        return images if self.device is None else images.to(self.device, self.dtype)
+
+    def __call__(self, x: Tensor) -> Any:
+        """The model on ``x``, with parameters that no gradient reaches where the capture is frozen."""
+        return self.detached(x) if self.frozen else self._guarded(self.live, x)
+
+    def detached(self, x: Tensor) -> Any:
+        """The model on ``x`` with parameters that no gradient reaches."""
+        detached = {name: p.detach().clone() if p.is_inference() else p.detach() for name, p in self.model.named_parameters()}
+        return self._guarded(lambda images: functional_call(self.model, detached, (images,)), x)
+
+    def differentiable(self, images: Tensor) -> Tensor:
+        """Logits ``[N,C]`` of changed images, with a graph to the images, and to the parameters where live."""
+        check_eval(self.model)
+        with torch.inference_mode(False), torch.enable_grad(), eager(self.model):
+            logits = at_least_float32(read_logits(self(self.placed(images).contiguous(memory_format=torch.channels_last))))
+        self.passes.forward += len(images)
+        return logits
+
+    def logits(self, images: Tensor | Iterable[Tensor]) -> Iterable[Tensor]:
+        """Logits of changed images without a graph, a chunk at a time: channels-last, in bf16 where asked for."""
+        check_eval(self.model)
+        for part in [images] if isinstance(images, Tensor) else images:
+            yield from in_chunks(self._plain, self.chunk_size((part.shape[-2], part.shape[-1])), part)
+
+    def _plain(self, images: Tensor) -> Tensor:
+        images = self.placed(images.detach())
+        cast = torch.autocast(images.device.type, torch.bfloat16) if self.precision == "bf16" else nullcontext()
+        with torch.inference_mode(), eager(self.model), cast:
+            images = images.contiguous(memory_format=torch.channels_last)
+            logits = at_least_float32(read_logits(self.model(images)))
+        self.passes.forward += len(images)
+        return logits.clone()  # a clone made outside of inference mode can take part in a graph
+
+    def _guarded(self, function: Callable[[Tensor], Any], x: Tensor) -> Any:
+        """The model's own errors as a sentence with the shape that it was given."""
+        try:
+            return function(x)
+        except (FoveateError, torch.OutOfMemoryError):
+            raise
+        except (RuntimeError, AssertionError, ValueError, TypeError, IndexError) as error:
+            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            raise FoveateError(f"the model cannot take images of shape {list(x.shape)}: {reason}") from error
