@@ -118,7 +118,12 @@ def centre(network: nn.Module, x: Tensor, y: int) -> Tensor:
 # Settings that both sides are run with, where the defaults would take minutes here.
 SETTINGS: dict[str, dict[str, Any]] = {
     "extremal_perturbation": {
-        "steps": 3, "areas": (0.1, 0.4), "stride": 5, "sigma": 6.0, "strongest": 3.0, "blurs": 3,
+        "steps": 3,
+        "areas": (0.1, 0.4),
+        "stride": 5,
+        "sigma": 6.0,
+        "strongest": 3.0,
+        "blurs": 3,
         # Not ones: where many pixels of the mask are equal, rounding says which of them belong to the area.
         "start": torch.rand(4, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64),
     },

@@ -19,6 +19,7 @@ FLOORS = [
     {"layers", "cut"},
     {"feature"},
     {"runner"},
+    {"tail"},
     {"capture"},
     {"registry"},
     {"methods"},

@@ -14,11 +14,11 @@ from foveate import layers as L
 from foveate import targets as T
 from foveate.chunks import in_chunks
 from foveate.classifier import check_eval, check_images, eager, hooked, read_logits, unwrap
-from foveate.cut import make_tail
-from foveate.errors import FoveateError, LayerError, SlowPathWarning
+from foveate.errors import FoveateError, LayerError
 from foveate.feature import Feature, Passes
 from foveate.linear_head import LinearHead, at_least_float32, recognise
-from foveate.runner import Precision, Runner
+from foveate.runner import Pass, Precision, Runner
+from foveate.tail import tail_behind
 
 
 class Capture:
@@ -229,7 +229,7 @@ class Capture:
             return self._by_image[id(target)]
         if rows is None:
             rows = torch.arange(len(images), device=images.device)
-        step = self._run.chunk_size(self.size, 0.5)
+        step = self.chunk_size("backward")
         return torch.cat(list(in_chunks(lambda part, row: self._one_gradient(target, part, row), step, images, rows)))
 
     def _one_gradient(self, target: T.Target, images: Tensor, rows: Tensor) -> Tensor:
@@ -347,9 +347,9 @@ class Capture:
         other.passes = other._run.passes = self.passes
         return other
 
-    def chunk_size(self, share: float = 1.0) -> int:
-        """How many changed images run at once; ``share`` of what memory allows without a graph."""
-        return self._run.chunk_size(self.size, share)
+    def chunk_size(self, kind: Pass = "forward") -> int:
+        """How many changed images of this size run at once, ``forward``, ``backward`` or through the ``tail`` only."""
+        return self._run.chunk_size(self.size, kind)
 
     def tail(
         self, activations: Tensor, layer: str | None = None, target: T.Target | None = None, rows: Tensor | None = None
@@ -368,7 +368,7 @@ class Capture:
         if len(activations) != len(rows) or (len(rows) and int(rows.max()) >= len(self.x)):
             raise FoveateError(f"{len(activations)} feature maps need as many rows, each below {len(self.x)}")
         if feature.name not in self._tails:
-            self._tails[feature.name] = self._tail_of(feature)
+            self._tails[feature.name] = tail_behind(self._run, feature, self.x.detach(), self.logits.detach())
         run = self._tails[feature.name]
         self.passes.tail += len(activations)
         if activations.requires_grad:
@@ -376,7 +376,7 @@ class Capture:
                 logits = run(activations, rows)
         else:
             with torch.inference_mode():
-                pieces = list(in_chunks(run, self.chunk_size(8), activations, rows))
+                pieces = list(in_chunks(run, self.chunk_size("tail"), activations, rows))
             logits = torch.cat(pieces).clone() if pieces else self.logits.detach()[:0]
         return self._scored(logits, target, rows)
 
@@ -429,7 +429,7 @@ class Capture:
             for module in self.model.modules():
                 if isinstance(module, nn.Linear):
                     stack.enter_context(hooked(module, self._keep_linear))
-            output = self._run(x)
+            output = self._run.laid_out(self._from_the_start, x)
         self.logits = at_least_float32(read_logits(output))
         self.passes.forward += len(x)
         if len(self.logits) != len(x):
@@ -445,6 +445,13 @@ class Capture:
                 f"the model returns NaN or infinity for image {int(bad.nonzero()[0])} of the batch: "
                 "check its weights and its input range"
             )
+
+    def _from_the_start(self, x: Tensor) -> Any:
+        """Run the model with nothing kept of an attempt before."""
+        self._linears.clear()
+        for feature in self._features.values():
+            feature.runs = 0
+        return self._run(x)
 
     def _keep(self, feature: Feature) -> Callable[..., Any]:
         def hook(module: nn.Module, inputs: Any, output: Any) -> Any:
@@ -486,24 +493,3 @@ class Capture:
             layout or L.layout_of(raw.shape, self.size, module, self.model),
             lambda: L.find(self.model, self.x, self._run),
         )
-
-    def _tail_of(self, feature: Feature) -> Callable[[Tensor, Tensor], Tensor]:
-        def replaced(native: Tensor, rows: Tensor) -> Tensor:
-            if feature.module is None:
-                return read_logits(self._run.detached(native))
-            swap = hooked(feature.module, lambda module, inputs, output: L.with_first(output, native.clone()))
-            with swap, eager(self.model):
-                return read_logits(self._run.detached(self.x[rows].detach()))
-
-        raw, layout = feature.raw.detach(), feature.layout
-        run = make_tail(self.model, feature.name, raw, self.x, self.logits.detach())
-        if run is None:
-            if feature.module is not None:
-                warnings.warn(
-                    f"what comes after layer {feature.name!r} could not be cut off: the whole model runs each time",
-                    SlowPathWarning,
-                    stacklevel=4,
-                )
-            run = replaced
-        last = run
-        return lambda A, rows: at_least_float32(last(L.from_grid(A.to(raw.dtype), raw[rows], layout), rows))

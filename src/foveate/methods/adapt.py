@@ -102,7 +102,7 @@ def _captum(
     if "perturbations_per_eval" in taken:
         given["perturbations_per_eval"] = capture.chunk_size()
     if "internal_batch_size" in taken:
-        given["internal_batch_size"] = max(len(x), capture.chunk_size(0.5))
+        given["internal_batch_size"] = max(len(x), capture.chunk_size("backward"))
     if type(explainer).__name__ in ("Lime", "KernelShap"):
         given["n_samples"] = 1000  # Captum's default of 50 cannot fit a model of more segments than that
     given |= options

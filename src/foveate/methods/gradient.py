@@ -169,7 +169,7 @@ def accumulate(
     x = capture.x
     total = torch.zeros_like(x, dtype=torch.promote_types(x.dtype, torch.float32))
     every = torch.arange(len(x) * count, device=x.device)
-    for part in every.split(capture.chunk_size(0.5)):
+    for part in every.split(capture.chunk_size("backward")):
         rows, numbers = part // count, part % count
         part_of = capture.image_gradient(target, images(rows, numbers), rows)
         total = total.index_add(0, rows, change(part_of, numbers.cpu()).to(total.dtype))

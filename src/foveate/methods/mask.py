@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Literal
 
 import torch
@@ -60,18 +60,17 @@ def meaningful_perturbation(
     """
     if steps < 1 or stride < 1 or jitter < 0 or init not in ("circle", "ones"):
         raise FoveateError(f"steps {steps}, stride {stride}, jitter {jitter} or init {init!r} is out of range")
-    x, hidden = capture.x.detach(), baseline_of(capture, baseline)
-    rows = torch.arange(len(x), device=x.device)
+    hidden = baseline_of(capture, baseline)
     grid = (math.ceil(capture.size[0] / stride), math.ceil(capture.size[1] / stride))
-    with torch.inference_mode(False), torch.enable_grad():
-        start = _circles(capture, target, hidden, grid) if init == "circle" else x.new_ones(len(x), *grid)
-        m = start.clone().requires_grad_(True)  # [B,h,w], 1 keeps
+
+    def found(rows: Tensor) -> Tensor:
+        x, blank, draws = capture.x.detach()[rows], hidden[rows], generator(seed)
+        start = _circles(capture, target, x, blank, rows, grid) if init == "circle" else x.new_ones(len(x), *grid)
+        m = start.clone().requires_grad_(True)  # [n,h,w], 1 keeps
         optimiser = torch.optim.Adam([m], lr)
-        draws = generator(seed)
         for _ in range(steps):
             down, right = (torch.randint(-jitter, jitter + 1, (2,), generator=draws)).tolist() if jitter else (0, 0)
-            grown = _grown(m, capture.size, smooth)
-            seen = _shifted(maps.apply_mask(x, grown, hidden), down, right, jitter)
+            seen = _shifted(maps.apply_mask(x, _grown(m, capture.size, smooth), blank), down, right, jitter)
             p = log_probability(capture.differentiable(seen), target.y[rows], capture.head).exp()
             penalty = area * (1 - m).abs().sum((1, 2)) + variation * total_variation(m, exponent)
             (m.grad,) = torch.autograd.grad((penalty + p.to(penalty.dtype)).sum(), m)
@@ -80,6 +79,15 @@ def meaningful_perturbation(
             with torch.no_grad():
                 m.clamp_(0, 1)
         return (1 - _grown(m.detach(), capture.size, smooth)).clamp(0, 1)
+
+    return _in_groups(capture, found)
+
+
+def _in_groups(capture: Capture, found: Callable[[Tensor], Tensor], copies: int = 1) -> Tensor:
+    """What ``found`` gives for groups of images, ``rows [n] -> [n,H,W]``, so that memory does not grow with the batch."""
+    rows = torch.arange(len(capture.x), device=capture.x.device)
+    with torch.inference_mode(False), torch.enable_grad():
+        return torch.cat([found(part) for part in rows.split(max(1, capture.chunk_size("backward") // copies))])
 
 
 def total_variation(m: Tensor, exponent: float) -> Tensor:
@@ -101,30 +109,22 @@ def _shifted(images: Tensor, down: int, right: int, jitter: int) -> Tensor:
     return padded[:, :, jitter + down : jitter + down + height, jitter + right : jitter + right + width]
 
 
-def _circles(capture: Capture, target: Target, hidden: Tensor, grid: tuple[int, int]) -> Tensor:
-    """For each image the mask with the smallest hole at the centre that brings 99 % of the possible drop, ``[B,h,w]``."""
-    x = capture.x.detach()
+def _circles(capture: Capture, target: Target, x: Tensor, blank: Tensor, rows: Tensor, grid: tuple[int, int]) -> Tensor:
+    """For each image the mask with the smallest hole at the centre that brings 99 % of the possible drop, ``[n,h,w]``."""
     height, width = grid
     down = (torch.arange(height).to(x) + 0.5) / height - 0.5
     right = (torch.arange(width).to(x) + 0.5) / width - 0.5
     distance = (down[:, None] ** 2 + right[None, :] ** 2).sqrt()
     radii = torch.linspace(0.05, 0.75, 15, dtype=torch.float64).to(x)
     holes = ((distance - radii[:, None, None]) * 10).sigmoid()  # [15,h,w], soft edges
-    rows = torch.arange(len(x), device=x.device).repeat_interleave(len(radii))
     grown = maps.upsample(holes, capture.size)
-    parts = [
-        maps.apply_mask(x[row], grown[number], hidden[row])
-        for row, number in zip(
-            rows.split(capture.chunk_size()),
-            torch.arange(len(radii), device=x.device).repeat(len(x)).split(capture.chunk_size()),
-            strict=True,
-        )
-    ]
-    p = log_probability(torch.cat([capture.score(part) for part in parts]), target.y[rows], capture.head).exp()
-    p = p.view(len(x), -1)  # [B,15]
-    whole = capture.log_probability(target.y).exp()
-    nothing = log_probability(capture.score(hidden), target.y, capture.head).exp()
-    enough = p <= whole[:, None] - 0.99 * (whole - nothing).clamp(min=0)[:, None]
+
+    def p(images: Tensor) -> Tensor:
+        return log_probability(capture.score(images), target.y[rows], capture.head).exp()
+
+    whole, nothing = p(x), p(blank)
+    after = torch.stack([p(maps.apply_mask(x, hole.expand(len(x), -1, -1), blank)) for hole in grown], 1)  # [n,15]
+    enough = after <= (whole - 0.99 * (whole - nothing).clamp(min=0))[:, None]
     enough[:, -1] = True
     return holes[enough.int().argmax(1)]
 
@@ -173,30 +173,33 @@ def extremal_perturbation(
         raise FoveateError(f"areas {tuple(areas)} are shares of the image, each between 0 and 1")
     if steps < 1 or stride < 1 or blurs < 2 or not lr > 0:
         raise FoveateError(f"steps {steps}, stride {stride} are 1 or more, blurs {blurs} is 2 or more, lr {lr} is above 0")
-    x = capture.x.detach()
-    rows = torch.arange(len(x), device=x.device).repeat_interleave(len(areas))  # [N], image of each mask
-    wanted = torch.tensor(list(areas), dtype=torch.float64).to(x).repeat(len(x))  # [N]
-    smooth = SmoothMask(capture.size, stride, sigma, x)
-    pyramid = blur_pyramid(x, blurs, strongest)  # [L,B,3,H,W]
-    ranks = torch.arange(capture.size[0] * capture.size[1], device=x.device)
-    reference = (ranks >= len(ranks) * (1 - wanted[:, None])).to(x)  # [N,HW], ascending as sorted
-    with torch.inference_mode(False), torch.enable_grad():
-        p = (torch.as_tensor(start).to(x) * x.new_ones(len(rows), *smooth.grid)).requires_grad_(True)
+    smooth = SmoothMask(capture.size, stride, sigma, capture.x)
+    ranks = torch.arange(capture.size[0] * capture.size[1], device=capture.x.device)
+    shares = torch.tensor(list(areas), dtype=torch.float64, device=ranks.device)[:, None]
+    reference = (ranks >= len(ranks) * (1 - shares)).to(capture.x.dtype)  # [areas,HW], ascending as sorted
+
+    def found(images: Tensor) -> Tensor:
+        pyramid = blur_pyramid(capture.x.detach()[images], blurs, strongest)  # [L,n,3,H,W]
+        place = torch.arange(len(images), device=ranks.device).repeat_interleave(len(areas))  # image of each mask
+        wanted, rows = reference.repeat(len(images), 1), images[place]
+        p = (torch.as_tensor(start).to(pyramid) * pyramid.new_ones(len(place), *smooth.grid)).requires_grad_(True)
         optimiser = torch.optim.SGD([p], lr, momentum=0.9, dampening=0.9)
         for step in range(steps):
             m = smooth(p)
-            seen = through(pyramid, m, rows)
+            seen = through(pyramid, m, place)
             if step % 2 == 0:
                 seen = seen.flip(-1)
-            reward = target.rows(rows)(capture.differentiable(seen))  # [N]
-            miss = (m.flatten(1).sort(1).values - reference).square().mean(1)
+            reward = target.rows(rows)(capture.differentiable(seen))
+            miss = (m.flatten(1).sort(1).values - wanted).square().mean(1)
             loss = weight * growth**step * miss - reward.to(miss.dtype)
             (p.grad,) = torch.autograd.grad(loss.sum(), p)
-            capture.passes.backward += len(rows)
+            capture.passes.backward += len(place)
             optimiser.step()
             with torch.no_grad():
                 p.clamp_(0, 1)
-        return smooth(p.detach()).view(len(x), len(areas), *capture.size).mean(1)
+        return smooth(p.detach()).view(len(images), len(areas), *capture.size).mean(1)
+
+    return _in_groups(capture, found, copies=len(areas))
 
 
 class SmoothMask:

@@ -106,41 +106,78 @@ def optimise(
     """
     _check(objective, normaliser, steps, lr, patience)
     activations = _channels(capture, list(layers) if layers else [layer])  # [B,K,h,w]
-    count, channels = activations.shape[:2]
-    start = target(capture.logits).detach()
-    rows = torch.arange(count, device=activations.device)  # the images that still run
-    u = torch.zeros(count, channels, device=activations.device, dtype=activations.dtype, requires_grad=True)
-    optimiser = torch.optim.Adam([u], lr)
-    best = torch.full((count,), float("-inf"), device=u.device, dtype=torch.float64)
-    best_u, age, taken = u.detach().clone(), torch.zeros_like(rows), torch.zeros_like(rows)
-    scores = torch.zeros(steps + 1, count, device=u.device, dtype=torch.float64)
-    for step in range(steps + 1):
-        with torch.inference_mode(False), torch.set_grad_enabled(step < steps):
-            mask = _mask(_combine(u, activations[rows]), normaliser, capture.size)
+    search = _Search(capture, activations, target, objective, normaliser, steps, lr, patience)
+    every = torch.arange(len(activations), device=activations.device)
+    found = [search.run(rows) for rows in every.split(capture.chunk_size("backward"))]
+    with torch.no_grad():
+        u = torch.cat([one.u for one in found])  # [B,K]
+        saliency = _combine(u, activations)
+        mask = _mask(saliency, normaliser, capture.size)
+        scores, taken = torch.cat([one.scores for one in found], 1), torch.cat([one.taken for one in found])
+        return Optimised(saliency, mask, u.softmax(1), scores, taken)
+
+
+@dataclass(frozen=True)
+class _Found:
+    u: Tensor
+    scores: Tensor
+    taken: Tensor
+
+
+@dataclass(frozen=True)
+class _Search:
+    """One optimisation: its options, and the images of a capture that it may be run on."""
+
+    capture: Capture
+    activations: Tensor
+    target: Target
+    objective: Objective
+    normaliser: Normaliser
+    steps: int
+    lr: float
+    patience: int | None
+
+    def run(self, given: Tensor) -> _Found:
+        """The best weights of the images ``given``, together, each for itself."""
+        count, channels, steps = len(given), self.activations.shape[1], self.steps
+        device = given.device
+        place = torch.arange(count, device=device)  # of the images that still run
+        u = torch.zeros(count, channels, dtype=self.activations.dtype, device=device).requires_grad_(True)
+        optimiser = torch.optim.Adam([u], self.lr)
+        best = torch.full((count,), float("-inf"), dtype=torch.float64, device=device)
+        best_u, age, taken = u.detach().clone(), torch.zeros_like(place), torch.zeros_like(place)
+        scores = torch.zeros(steps + 1, count, dtype=torch.float64, device=device)
+        for step in range(steps + 1):
+            value = self._value(u, given[place], last=step == steps)
+            now = value.detach().double()
+            scores[step:, place] = now  # an image that stops keeps its last value
+            better = now > best[place]
+            age[place] = torch.where(better, 0, age[place] + 1)
+            best[place[better]], best_u[place[better]] = now[better], u.detach()[better]
+            if step == steps:
+                break
+            if self.patience is not None and not (going := age[place] < self.patience).all():
+                place = place[going]
+                if not len(place):
+                    break
+                u, optimiser = _without(u, optimiser, going, self.lr)
+            optimiser.step()
+            taken[place] += 1
+        return _Found(best_u, scores, taken)
+
+    def _value(self, u: Tensor, rows: Tensor, last: bool) -> Tensor:
+        """The objective of images ``rows``, ``[n]``; its gradient goes to ``u.grad``, but for the last iterate."""
+        capture, target = self.capture, self.target.rows(rows)
+        with torch.inference_mode(False), torch.set_grad_enabled(not last):
+            mask = _mask(_combine(u, self.activations[rows]), self.normaliser, capture.size)
             seen = maps.apply_mask(capture.x.detach()[rows], mask)
-            logits = capture.differentiable(seen) if step < steps else capture.score(seen)
-            value = _objective(objective, logits, target.rows(rows), start[rows], capture)
-            if step < steps:
+            logits = capture.score(seen) if last else capture.differentiable(seen)
+            start = target(capture.logits.detach()[rows])
+            value = _objective(self.objective, logits, target, start, capture)
+            if not last:
                 (u.grad,) = torch.autograd.grad(-value.sum(), u)
                 capture.passes.backward += len(rows)
-        now = value.detach().double()
-        scores[step:, rows] = now  # an image that stops keeps its last value
-        better = now > best[rows]
-        age[rows] = torch.where(better, 0, age[rows] + 1)
-        improved = rows[better]
-        best[improved], best_u[improved] = now[better], u.detach()[better]
-        if step == steps:
-            break
-        if patience is not None and (going := age[rows] < patience).logical_not().any():
-            rows = rows[going]
-            if not len(rows):
-                break
-            u, optimiser = _without(u, optimiser, going, lr)
-        optimiser.step()
-        taken[rows] += 1
-    with torch.no_grad():
-        saliency = _combine(best_u, activations)
-        return Optimised(saliency, _mask(saliency, normaliser, capture.size), best_u.softmax(1), scores, taken)
+        return value
 
 
 def _channels(capture: Capture, layers: Sequence[str | None]) -> Tensor:

@@ -138,7 +138,7 @@ def _rerun_without_each(capture: Capture, layer: str | None, target: Target, act
     count, channels = activations.shape[:2]
     every = torch.arange(count * channels, device=activations.device)
     scores = []
-    for part in every.split(capture.chunk_size(4)):
+    for part in every.split(capture.chunk_size("tail")):
         rows, columns = part // channels, part % channels
         changed = activations[rows]  # [n,K,h,w], a copy
         changed[torch.arange(len(part), device=part.device), columns] = value[rows][:, None, None]

@@ -116,7 +116,7 @@ def _mean_over(
 ) -> Tensor:
     """Mean raw map of a method over transformed copies, as many at once as memory allows."""
     x, count = capture.x.detach(), len(capture.x)
-    group = max(1, capture.chunk_size(0.5) // count)
+    group = max(1, capture.chunk_size("backward") // count)
     total: Tensor | None = None
     for start in range(0, len(transforms), group):
         part = transforms[start : start + group]

@@ -1,0 +1,38 @@
+"""Tail: what comes after a captured layer as a function of its grid; the whole model with the layer replaced at worst."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+
+from torch import Tensor
+
+from foveate import layers as L
+from foveate.classifier import eager, hooked, read_logits
+from foveate.cut import make_tail
+from foveate.errors import SlowPathWarning
+from foveate.feature import Feature
+from foveate.linear_head import at_least_float32
+from foveate.runner import Runner
+
+
+def tail_behind(run: Runner, feature: Feature, x: Tensor, logits: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
+    """``(A [N,K,h,w], rows [N]) -> logits [N,C]`` from a layer on; ``rows`` says which image of ``x`` each belongs to."""
+
+    def replaced(native: Tensor, rows: Tensor) -> Tensor:
+        if feature.module is None:
+            return read_logits(run.detached(native))
+        swap = hooked(feature.module, lambda module, inputs, output: L.with_first(output, native.clone()))
+        with swap, eager(run.model):
+            return read_logits(run.detached(x[rows]))
+
+    raw, layout = feature.raw.detach(), feature.layout
+    cut = make_tail(run.model, feature.name, raw, x, logits)
+    if cut is None and feature.module is not None:
+        warnings.warn(
+            f"what comes after layer {feature.name!r} could not be cut off: the whole model runs each time",
+            SlowPathWarning,
+            stacklevel=4,
+        )
+    last = cut or replaced
+    return lambda A, rows: at_least_float32(last(L.from_grid(A.to(raw.dtype), raw[rows], layout), rows))
