@@ -56,17 +56,16 @@ def full_grad(capture: Capture, layer: str | None, target: Target, *, strict: bo
             f"full_grad does not hold for this model: input and biases miss the score by {100 * worst:.0f} %, because it has "
             "other parts than ReLUs, max-pooling and affine layers; use 'input_x_gradient', or strict=False"
         )
-    saliency = _psi(parts.image, capture.size).sum(1)
+    saliency = _summed(parts.image, capture.size)
     for bias in parts.biases:
-        saliency = saliency + _psi(bias, capture.size).sum(1)
+        saliency = saliency + _summed(bias, capture.size)
     return saliency
 
 
-def _psi(values: Tensor, size: tuple[int, int]) -> Tensor:
-    """Absolute values, each channel scaled to its range, upsampled: ``[B,K,h,w]`` to ``[B,K,H,W]``."""
-    count, channels = values.shape[:2]
-    flat = maps.scale(values.abs().flatten(0, 1))
-    return maps.upsample(flat, size).view(count, channels, *size)
+def _summed(values: Tensor, size: tuple[int, int]) -> Tensor:
+    """``sum_k psi(v_k)``, ``[B,K,h,w]`` to ``[B,H,W]``; a sum of upsampled maps is the upsampled sum."""
+    scaled = maps.scale(values.abs().flatten(0, 1)).view(values.shape)
+    return maps.upsample(scaled.sum(1), size)
 
 
 def full_gradients(capture: Capture, target: Target) -> FullGradients:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -174,14 +174,13 @@ def extremal_perturbation(
     if steps < 1 or stride < 1 or blurs < 2 or not lr > 0:
         raise FoveateError(f"steps {steps}, stride {stride} are 1 or more, blurs {blurs} is 2 or more, lr {lr} is above 0")
     smooth = SmoothMask(capture.size, stride, sigma, capture.x)
-    ranks = torch.arange(capture.size[0] * capture.size[1], device=capture.x.device)
-    shares = torch.tensor(list(areas), dtype=torch.float64, device=ranks.device)[:, None]
-    reference = (ranks >= len(ranks) * (1 - shares)).to(capture.x.dtype)  # [areas,HW], ascending as sorted
+    pixels = capture.size[0] * capture.size[1]
+    inside = [pixels - math.ceil(pixels * (1 - area)) for area in areas]  # pixels of each area
 
     def found(images: Tensor) -> Tensor:
         pyramid = blur_pyramid(capture.x.detach()[images], blurs, strongest)  # [L,n,3,H,W]
-        place = torch.arange(len(images), device=ranks.device).repeat_interleave(len(areas))  # image of each mask
-        wanted, rows = reference.repeat(len(images), 1), images[place]
+        place = torch.arange(len(images), device=images.device).repeat_interleave(len(areas))  # image of each mask
+        rows = images[place]
         p = (torch.as_tensor(start).to(pyramid) * pyramid.new_ones(len(place), *smooth.grid)).requires_grad_(True)
         optimiser = torch.optim.SGD([p], lr, momentum=0.9, dampening=0.9)
         for step in range(steps):
@@ -190,7 +189,7 @@ def extremal_perturbation(
             if step % 2 == 0:
                 seen = seen.flip(-1)
             reward = target.rows(rows)(capture.differentiable(seen))
-            miss = (m.flatten(1).sort(1).values - wanted).square().mean(1)
+            miss = area_miss(m.flatten(1), inside * len(images))
             loss = weight * growth**step * miss - reward.to(miss.dtype)
             (p.grad,) = torch.autograd.grad(loss.sum(), p)
             capture.passes.backward += len(place)
@@ -200,6 +199,16 @@ def extremal_perturbation(
         return smooth(p.detach()).view(len(images), len(areas), *capture.size).mean(1)
 
     return _in_groups(capture, found, copies=len(areas))
+
+
+def area_miss(m: Tensor, inside: Sequence[int]) -> Tensor:
+    """``||sort(m) - r||^2 / N`` of masks ``[n,N]``, with ``r`` 1 at its ``inside`` largest entries and 0 elsewhere, ``[n]``.
+
+    ``sum m^2 - 2 sum of the largest m + inside``: the same number and gradient without sorting what is not largest.
+    """
+    largest = torch.stack([row.topk(count).values.sum() for row, count in zip(m, inside, strict=True)])
+    counts = torch.tensor(list(inside), device=m.device).to(m.dtype)
+    return (m.square().sum(1) - 2 * largest + counts) / m.shape[1]
 
 
 class SmoothMask:
@@ -218,17 +227,49 @@ class SmoothMask:
         gap = (inside[None, :] - offsets[:, None]).square()  # [n,s]
         distance = (gap[:, None, :, None] + gap[None, :, None, :]).sqrt() / sigma  # [n,n,s,s]
         kernel = torch.exp(-2 * (distance - 0.5).clamp(min=0) ** 2)
-        self.kernel = kernel.reshape(offsets.numel() ** 2, 1, stride * stride)  # [n^2,1,s^2]
+        self.kernel = kernel.reshape(offsets.numel() ** 2, stride * stride)  # [n^2,s^2]
 
     def __call__(self, p: Tensor) -> Tensor:
         """Masks ``[N,H,W]`` in [0, 1] from parameters ``[N,h,w]`` in [0, 1]."""
         near = F.unfold(F.pad(p[:, None], (self.radius,) * 4), 2 * self.radius + 1)  # [N,n^2,hw]
-        values = near[..., None] * self.kernel  # [N,n^2,hw,s^2]
-        pooled = (values * (20 * values).softmax(1)).sum(1)  # [N,hw,s^2]
+        pooled = _SmoothMax.apply(near, self.kernel)  # [N,hw,s^2]
         height, width = self.grid
         pixels = pooled.view(-1, height, width, self.stride, self.stride).transpose(2, 3)
         whole = pixels.reshape(-1, height * self.stride, width * self.stride)
         return whole[:, : self.size[0], : self.size[1]].clamp(0, 1)
+
+
+class _SmoothMax(torch.autograd.Function):
+    """``sum_i v_i e^(20 v_i) / sum_i e^(20 v_i)``, ``v_i = p_i k_i``, neighbour by neighbour, forward and backward.
+
+    All neighbours at once are 80 masks in memory, and autograd would keep several such tensors; a sum needs one.
+    ``v <= 1``, so that no exponential is above e^20.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, near: Tensor, kernel: Tensor) -> Tensor:
+        above = near.new_zeros(len(near), near.shape[2], kernel.shape[1])  # [N,hw,s^2]
+        below = torch.zeros_like(above)
+        for p, k in zip(near.unbind(1), 20 * kernel, strict=True):
+            v = p[:, :, None] * k
+            e = v.exp()
+            above.addcmul_(v, e)
+            below += e
+        result = above.div_(below)  # of 20 v
+        ctx.save_for_backward(near, kernel, result, below)
+        return result / 20
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> tuple[Tensor, None]:
+        near, kernel, result, below = ctx.saved_tensors
+        share = gradients[0] / below
+        rest = 1 - result
+        columns = []
+        for p, k in zip(near.unbind(1), kernel, strict=True):
+            v = p[:, :, None] * (20 * k)
+            e = v.exp()
+            columns.append(v.add_(rest).mul_(e).mul_(share) @ k)  # d/dp_i = k e (1 + 20 (v - m)) / sum e
+        return torch.stack(columns, 1), None
 
 
 def blur_pyramid(x: Tensor, levels: int, strongest: float) -> Tensor:
@@ -239,10 +280,8 @@ def blur_pyramid(x: Tensor, levels: int, strongest: float) -> Tensor:
 def through(pyramid: Tensor, m: Tensor, rows: Tensor) -> Tensor:
     """Images ``rows`` of a pyramid seen through masks ``[N,H,W]``: linear between the two nearest levels, ``[N,3,H,W]``."""
     height = m * (len(pyramid) - 1)
-    below = height.detach().floor().clamp(max=len(pyramid) - 2)  # the level below each pixel
-    above = height - below  # how far it is from there to the next
-    seen = torch.zeros_like(pyramid[0][rows])
-    for level, images in enumerate(pyramid):
-        share = torch.where(below == level, 1 - above, 0) + torch.where(below == level - 1, above, 0)  # [N,H,W]
-        seen = seen + share[:, None] * images[rows]
-    return seen
+    below = height.detach().long().clamp(max=len(pyramid) - 2)  # the level below each pixel
+    index = below[None, :, None].expand(1, -1, pyramid.shape[2], -1, -1)  # [1,N,3,H,W]
+    images = pyramid[:, rows] if len(rows) != pyramid.shape[1] else pyramid
+    low, high = images.gather(0, index)[0], images.gather(0, index + 1)[0]
+    return low + (height - below)[:, None] * (high - low)
