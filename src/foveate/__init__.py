@@ -14,7 +14,7 @@ from foveate.capture import Capture
 from foveate.classifier import Normalized, normalized
 from foveate.errors import DegenerateMapWarning, FoveateError, ImageError, LayerError, SlowPathWarning
 from foveate.evaluate import evaluate, summarize  # eager: the module has the name of the function
-from foveate.explain import Explanation, explain, saliency
+from foveate.explain import Explanation, explain, explain_each, saliency
 from foveate.registry import loss, method, metric
 from foveate.targets import Target
 
@@ -48,6 +48,7 @@ __all__ = [
     "contrastive_maps",
     "evaluate",
     "explain",
+    "explain_each",
     "load",
     "loss",
     "method",

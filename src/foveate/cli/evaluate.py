@@ -23,13 +23,17 @@ from foveate.cli.options import (
     Model,
     NumClasses,
     Out,
+    PrecisionOption,
     Pretrained,
+    Setting,
     Size,
     Std,
     Weights,
+    check_precision,
     err,
     open_model,
     out_folder,
+    own_settings,
     print_notes,
     progress,
     renumbered,
@@ -49,7 +53,8 @@ def evaluate(
     target: Annotated[str, typer.Option(help="The class explained and scored: label, pred or second.")] = "label",
     limit: Annotated[int | None, typer.Option(min=1, help="The first N images only.")] = None,
     batch_size: Annotated[int, typer.Option(min=1)] = 32,
-    precision: Annotated[str, typer.Option(help="Of masked images: fp32 or bf16.")] = "fp32",
+    setting: Setting = None,
+    precision: PrecisionOption = "fp32",
     out: Out = "evaluated",
     head: HeadKind = None,
     num_classes: NumClasses = None,
@@ -74,8 +79,8 @@ def evaluate(
         from foveate.evaluate import readable, summarize
 
         classifier = open_model(model, weights, pretrained, num_classes, size, mean, std, classes, device)
-        if precision not in ("fp32", "bf16"):
-            raise FoveateError(f"--precision {precision!r} is unknown: use fp32 or bf16")
+        check_precision(precision)
+        settings = own_settings(setting)
         source: Any
         if data == "scenes":
             source = scenes.make("test", 0, classifier.preprocess.crop[0])
@@ -97,6 +102,7 @@ def evaluate(
             batch_size=batch_size,
             head=head,  # type: ignore[arg-type]
             precision=precision,  # type: ignore[arg-type]
+            settings=settings,
         )
         if rows.empty:
             raise FoveateError("; ".join(reason for _, reason in failures[:3]) or f"{data!r} holds no images")
@@ -112,7 +118,7 @@ def evaluate(
         (folder / "run.json").write_text(
             json.dumps(
                 {
-                    "arguments": {**call, "limit": limit, "precision": precision},
+                    "arguments": {**call, "limit": limit, "precision": precision, "settings": settings},
                     "versions": versions,
                     "failures": left_out,
                     "degenerate": rows.attrs["degenerate"],

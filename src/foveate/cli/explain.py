@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -25,17 +26,22 @@ from foveate.cli.options import (
     Model,
     NumClasses,
     Out,
+    PrecisionOption,
     Pretrained,
+    Setting,
     Size,
     Std,
     Weights,
+    check_precision,
     class_index,
     err,
     open_model,
     out_folder,
+    own_settings,
     print_notes,
     progress,
     sentences,
+    several,
 )
 from foveate.errors import FoveateError, ImageError
 
@@ -58,10 +64,20 @@ def explain(
         list[str] | None, typer.Option("--method", help="Repeat for several; see 'foveate list methods'.")
     ] = None,
     layer: Layer = "auto",
-    target: Annotated[str, typer.Option(help="pred, label, second, a class index or a class name.")] = "pred",
+    fuse: Annotated[str, typer.Option(help="How maps of several layers become one: mean, max, product, tanh_max.")] = "mean",
+    target: Annotated[
+        str,
+        typer.Option(
+            help="pred, label, second, a class index or a class name; several, as pred,label,second, are explained each, "
+            "and the first against each other one."
+        ),
+    ] = "pred",
     against: Annotated[
         str | None, typer.Option(help="Why the target and not this class: index, name, strongest, second or label.")
     ] = None,
+    errors: Annotated[bool, typer.Option("--errors", help="Only images that the model gets wrong, by labels.csv.")] = False,
+    setting: Setting = None,
+    precision: PrecisionOption = "fp32",
     out: Out = "explained",
     head: HeadKind = None,
     num_classes: NumClasses = None,
@@ -80,8 +96,18 @@ def explain(
 
         names = [METHODS.get(name).name for name in (method or ["grad_cam", "hires_cam"])]
         classifier = open_model(model, weights, pretrained, num_classes, size, mean, std, classes, device)
-        wanted = class_index(target, classifier)
-        other = class_index(against, classifier) if against is not None else None
+        question = Question(
+            layer=several(layer),
+            fuse=fuse,
+            targets=[class_index(one, classifier) for one in _targets(target)],
+            against=class_index(against, classifier) if against is not None else None,
+            head=head,
+            precision=check_precision(precision),
+            settings=own_settings(setting),
+            only_errors=errors,
+        )
+        if question.against is not None and len(question.targets) > 1:
+            raise FoveateError(f"--target {target!r} asks for contrasts itself: leave out --against, or give one target")
         folder = out_folder(out)
         read: list[tuple[Path, Tensor]] = []
         failures: list[tuple[str, str]] = []
@@ -98,10 +124,10 @@ def explain(
         steps = range(0, len(read), AT_ONCE)
         for start in progress(steps, "explaining", quiet=as_json or len(steps) == 1):
             part = slice(start, start + AT_ONCE)
-            document += _explain_batch(
-                classifier, read[part], stems[part], names, layer, wanted, other, folder, head=head, refused=refused
-            )
+            document += _explain_batch(classifier, read[part], stems[part], names, question, folder, refused)
         failures += refused.items()
+        if errors and not document:
+            raise FoveateError(f"--errors: the model gets all {len(read)} image(s) right")
         if as_json:
             print(json.dumps({"images": document, "failures": [{"file": f, "reason": r} for f, r in failures]}, indent=2))
         else:
@@ -126,63 +152,173 @@ def _stems(paths: Sequence[Path]) -> list[str]:
     return stems
 
 
+@dataclass(frozen=True)
+class Question:
+    """What is asked of every image."""
+
+    layer: str | list[str]
+    fuse: Any
+    targets: list[str | int]
+    against: str | int | None
+    head: Any
+    precision: Any
+    settings: dict[str, dict[str, Any]]
+    only_errors: bool
+
+
+def _targets(text: str) -> list[str]:
+    """One target, or several separated by commas: words and indices; names of classes have commas of their own."""
+    parts = [part.strip() for part in text.split(",")]
+    listed = all(part in ("pred", "label", "second") or part.lstrip("-").isdigit() for part in parts)
+    return list(dict.fromkeys(parts)) if listed else [text]
+
+
 def _explain_batch(
     classifier: Classifier,
     read: Sequence[tuple[Path, Tensor]],
     stems: Sequence[str],
     names: Sequence[str],
-    layer: str,
-    target: str | int,
-    against: str | int | None,
+    question: Question,
     folder: Path,
-    *,
-    head: str | None,
     refused: dict[str, str],
 ) -> list[dict[str, Any]]:
     import torch
 
-    from foveate.data.folder import labels_beside
-    from foveate.explain import explain as run
-    from foveate.maps import apply_mask
-    from foveate.targets import log_probability
-
     labels = None
-    if "label" in (target, against):
-        found = labels_beside([path for path, _ in read])
-        if None in found:
-            path = read[found.index(None)][0]
-            raise FoveateError(f"--target label: no labels.csv beside {path} has a line for it: name a class instead")
-        labels = torch.tensor([classifier.class_index(one) if isinstance(one, str) else one for one in found])
+    if question.only_errors or "label" in (*question.targets, question.against):
+        labels = _labels([path for path, _ in read], classifier)
     x = torch.stack([image for _, image in read])
+    if question.only_errors and labels is not None:
+        with torch.inference_mode():
+            wrong = (_predicted(classifier, x, question.head) != labels).tolist()
+        read = [item for item, bad in zip(read, wrong, strict=True) if bad]
+        stems = [stem for stem, bad in zip(stems, wrong, strict=True) if bad]
+        if not read:
+            return []
+        x, labels = x[torch.tensor(wrong)], labels[torch.tensor(wrong)]
     start = time.perf_counter()
-    options: dict[str, Any] = {"layer": layer, "target": target, "against": against, "labels": labels, "head": head}
-    explanation = run(classifier, x, names, refused=refused, **options)
-    names = list(explanation.maps)
-    if not names:
+    answers = _ask(classifier, x, names, question, labels, refused)
+    if not next(iter(answers.values())).maps:
         raise FoveateError("; ".join(refused.values()))
-    shared = time.perf_counter() - start - sum(explanation.seconds.values())
-    capture, y = explanation.capture, explanation.target.y
-    before = log_probability(capture.logits.detach(), y, capture.head).exp()
-    masked = torch.cat([apply_mask(capture.x.detach(), explanation.maps[name]) for name in names])
-    after = log_probability(capture.score(masked), y.repeat(len(names)), capture.head).exp().view(len(names), -1)
+    shared = time.perf_counter() - start - sum(sum(answer.seconds.values()) for answer in answers.values())
+    first = next(iter(answers.values()))
+    capture = first.capture
     items: list[dict[str, Any]] = [
         {
             "file": str(path),
-            "layer": explanation.layer,
+            "layer": first.layer,
             "grid": str(capture.layout()),
-            "target": int(y[i]),
-            "target_name": classifier.class_name(int(y[i])),
+            "target": int(first.target.y[i]),
+            "target_name": classifier.class_name(int(first.target.y[i])),
             "top": _top(capture.logits[i].detach(), capture.head, classifier),
             "seconds_shared": round(shared / len(read), 5),
-            "maps": {},
+            "answers": [],
         }
         for i, (path, _) in enumerate(read)
     ]
-    for row, name in enumerate(names):
-        for i, item in enumerate(items):
-            entry = _write(explanation, classifier, name, i, float(before[i]), float(after[row, i]), folder, stems[i])
-            item["maps"][name] = entry
+    for key, answer in answers.items():
+        _add_answer(items, key if len(answers) > 1 else "", answer, classifier, folder, stems)
+    for i, item in enumerate(items):
+        item["maps"] = item["answers"][0]["maps"]
+        if len(item["answers"]) > 1:
+            item["picture"] = _write_sheet(item, answers, i, classifier, folder / f"{stems[i]}.answers.png")
+        else:
+            del item["answers"]
     return items
+
+
+def _labels(paths: Sequence[Path], classifier: Classifier) -> Tensor:
+    import torch
+
+    from foveate.data.folder import labels_beside
+
+    found = labels_beside(paths)
+    if None in found:
+        path = paths[found.index(None)]
+        raise FoveateError(f"--target label: no labels.csv beside {path} has a line for it: name a class instead")
+    return torch.tensor([classifier.class_index(one) if isinstance(one, str) else one for one in found])
+
+
+def _predicted(classifier: Classifier, x: Tensor, head: Any) -> Tensor:
+    from foveate.classifier import read_logits
+    from foveate.targets import head_of, predicted
+
+    first = next(classifier.parameters(), None)
+    logits = read_logits(classifier(x if first is None else x.to(first.device, first.dtype)))
+    return predicted(logits, head_of(logits, head)).cpu()
+
+
+def _ask(
+    classifier: Classifier,
+    x: Tensor,
+    names: Sequence[str],
+    question: Question,
+    labels: Tensor | None,
+    refused: dict[str, str],
+) -> dict[str, Explanation]:
+    from foveate.explain import explain, explain_each
+
+    options: dict[str, Any] = {
+        "layer": question.layer,
+        "fuse": question.fuse,
+        "labels": labels,
+        "head": question.head,
+        "precision": question.precision,
+        "settings": question.settings,
+        "refused": refused,
+    }
+    if len(question.targets) > 1:
+        return explain_each(classifier, x, names, targets=question.targets, **options)
+    return {"": explain(classifier, x, names, target=question.targets[0], against=question.against, **options)}
+
+
+def _add_answer(
+    items: list[dict[str, Any]], key: str, answer: Explanation, classifier: Classifier, folder: Path, stems: Sequence[str]
+) -> None:
+    """Write the pictures of one answer, and add it to the document; an image that has this answer already is passed over."""
+    from foveate.maps import apply_mask
+    from foveate.targets import log_probability
+
+    capture, y, names = answer.capture, answer.target.y, list(answer.maps)
+    before = log_probability(capture.logits.detach(), y, capture.head).exp()
+    masked = (apply_mask(capture.x.detach(), answer.maps[name]) for name in names)
+    after = log_probability(capture.score(masked), y.repeat(len(names)), capture.head).exp().view(len(names), -1)
+    others = answer.target.other if answer.target.name == "contrast" else None
+    for i, item in enumerate(items):
+        other = None if others is None else int(others[i])
+        question = {"question": key or "target", "target": int(y[i]), "against": other}
+        if any(all(question[k] == known[k] for k in ("target", "against")) for known in item["answers"]):
+            continue
+        maps = {}
+        for row, name in enumerate(names):
+            stem = stems[i] + (f".{key}" if key else "")
+            maps[name] = _write(answer, classifier, name, i, float(before[i]), float(after[row, i]), folder, stem)
+        names_of = {
+            "target_name": classifier.class_name(int(y[i])),
+            "against_name": None if other is None else classifier.class_name(other),
+        }
+        item["answers"].append({**question, **names_of, "maps": maps})
+
+
+def _write_sheet(item: dict[str, Any], answers: dict[str, Explanation], i: int, classifier: Classifier, path: Path) -> str:
+    """One picture of all answers to an image: a row an answer, a column a method."""
+    from foveate.registry import METHODS
+    from foveate.report import pictures
+
+    rows = []
+    for answer in item["answers"]:
+        maps = answers[answer["question"]].maps
+        panels = {METHODS.get(name).title: (maps[name][i], values["p_after"]) for name, values in answer["maps"].items()}
+        p = next(iter(answer["maps"].values()))["p_before"]
+        rows.append((_why(answer), p, panels))
+    pictures.sheet(path, next(iter(answers.values())).capture.x[i].detach(), rows)
+    return str(path)
+
+
+def _why(answer: dict[str, Any]) -> str:
+    word = {"pred": "predicted: ", "label": "label: ", "second": "runner-up: "}.get(answer["question"], "")
+    name = _short(answer["target_name"])
+    return f"{word}why {name}" if answer["against"] is None else f"why {name}, not {_short(answer['against_name'])}"
 
 
 def _top(logits: Tensor, head: str, classifier: Classifier, count: int = 5) -> list[list[Any]]:
@@ -247,13 +383,23 @@ def _print_image(item: dict[str, Any]) -> None:
         bar = "█" * max(1, round(24 * p)) if p >= 0.005 else ""
         top.add_row(f"{p:7.3f}", f"[cyan]{bar}[/]", f"{escape(name)} [dim]({index})[/]")
     console.print(top)
-    aim = f"why [bold]{escape(_short(item['target_name']))}[/]"
-    console.print(f"{aim}, at layer {escape(item['layer'])} ({escape(item['grid'])})")
+    answers = item.get("answers", [{"question": "target", "against": None, **item}])
+    for answer in answers:
+        _print_answer(console, answer, item)
+    if len(answers) > 1:
+        console.print(f"all of them: [bold]{escape(item['picture'])}[/]", soft_wrap=True)
+    console.print(f"[dim]one run of the model, shared by all: {1000 * item['seconds_shared']:.0f} ms an image[/]")
+
+
+def _print_answer(console: Console, answer: dict[str, Any], item: dict[str, Any]) -> None:
+    console.print(f"[bold]{escape(_why(answer))}[/], at layer {escape(item['layer'])} ({escape(item['grid'])})")
     table = Table(box=None, padding=(0, 2), header_style="dim")
     for column in ("method", "and not", "p before", "p after", "completeness error", "ms"):
-        if column != "and not" or any(values["against_name"] for values in item["maps"].values()):
+        # A method's own contrast; what was asked stands above.
+        own = any(values["against"] not in (None, answer["against"]) for values in answer["maps"].values())
+        if column != "and not" or own:
             table.add_column(column, justify="left" if column in ("method", "and not") else "right")
-    for name, values in item["maps"].items():
+    for name, values in answer["maps"].items():
         error = values["completeness_error"]
         others = [escape(_short(values["against_name"] or ""))] if len(table.columns) == 6 else []
         table.add_row(
@@ -265,4 +411,3 @@ def _print_image(item: dict[str, Any]) -> None:
             f"{1000 * values['seconds']:.1f}",
         )
     console.print(table)
-    console.print(f"[dim]one run of the model, shared by all: {1000 * item['seconds_shared']:.0f} ms an image[/]")

@@ -33,7 +33,11 @@ HeadKind = Annotated[
     str | None, typer.Option("--head", help="softmax, binary (one logit) or multilabel; by the number of outputs.")
 ]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps: auto is a GPU where there is one.")]
-Layer = Annotated[str, typer.Option(help="Dotted path of the layer to look at.")]
+Layer = Annotated[str, typer.Option(help="Dotted path of the layer to look at; several, separated by commas, are fused.")]
+PrecisionOption = Annotated[str, typer.Option("--precision", help="Of changed images, in methods that run many: fp32, bf16.")]
+Setting = Annotated[
+    list[str] | None, typer.Option("--set", help="A method's own setting, METHOD.SETTING=VALUE, as opti_cam.steps=50. Repeat.")
+]
 Out = Annotated[str, typer.Option("--out", "-o", help="Folder for what is written.")]
 Json = Annotated[bool, typer.Option("--json", help="One JSON document on standard output, nothing else there.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
@@ -86,7 +90,8 @@ def open_model(
     names = None
     if classes is not None:
         try:
-            names = Path(classes).read_text(encoding="utf-8").splitlines()
+            lines = Path(classes).read_text(encoding="utf-8").splitlines()
+            names = [re.sub(r"^n\d{8}\s+", "", line) for line in lines]  # ImageNet's lists begin with WordNet ids
         except (OSError, UnicodeDecodeError):
             raise FoveateError(f"class file {classes!r} cannot be read: it is text with one name a line") from None
     loaded = load(
@@ -178,6 +183,39 @@ def class_index(text: str, classifier: Classifier) -> str | int:
     if re.fullmatch(r"-?\d+", text):
         return int(text)
     return classifier.class_index(text)
+
+
+def several(layer: str) -> str | list[str]:
+    """One layer, or a list of those that commas separate."""
+    names = [name.strip() for name in layer.split(",")]
+    return names if len(names) > 1 else layer
+
+
+def check_precision(precision: str) -> str:
+    if precision not in ("fp32", "bf16"):
+        raise FoveateError(f"--precision {precision!r} is unknown: use fp32 or bf16")
+    return precision
+
+
+def own_settings(given: list[str] | None) -> dict[str, dict[str, Any]]:
+    """Settings of methods from ``METHOD.SETTING=VALUE``, values as YAML: ``50``, ``true``, ``[0.1, 0.2]``.
+
+    Raises:
+        FoveateError: not of that form.
+    """
+    import yaml
+
+    settings: dict[str, dict[str, Any]] = {}
+    for text in given or []:
+        name, equals, value = text.partition("=")
+        method, dot, key = name.rpartition(".")
+        if not (equals and dot and method and key):
+            raise FoveateError(f"--set {text!r} is not METHOD.SETTING=VALUE, such as opti_cam.steps=50")
+        try:
+            settings.setdefault(method, {})[key] = yaml.safe_load(value)
+        except yaml.YAMLError:
+            raise FoveateError(f"--set {text!r}: {value!r} cannot be read as a value") from None
+    return settings
 
 
 def progress(steps: Any, label: str, quiet: bool) -> Any:

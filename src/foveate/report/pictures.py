@@ -113,6 +113,35 @@ def side_by_side(
     figure.savefig(path, facecolor="white")
 
 
+def sheet(path: str | Path, x: Tensor, rows: Sequence[tuple[str, float, Mapping[str, tuple[Tensor, float]]]]) -> None:
+    """Write a picture of several answers to one image: a row an answer, a column a method, the input in front.
+
+    Args:
+        x: ``[3,H,W]``.
+        rows: for each answer its question, the probability of its class, and for each method the map ``[H,W]`` in [0, 1]
+            and the probability that is left behind it.
+    """
+    from matplotlib.figure import Figure
+
+    height, width = x.shape[-2:]
+    columns = 1 + max(len(panels) for _, _, panels in rows)
+    tall = 2.5 * height / width + 0.55
+    figure = Figure(figsize=(2.5 * columns + 0.2, tall * len(rows)), dpi=110, layout="constrained")
+    parts: Any = figure.subfigures(len(rows), 1, squeeze=False)[:, 0]
+    for part, (question, before, panels) in zip(parts, rows, strict=True):
+        part.suptitle(question, x=0.008, ha="left", fontsize=11.5, color=INK, weight="bold")
+        axes: Any = part.subplots(1, columns, squeeze=False)[0]
+        shown = [("input", to_image(x), before)]
+        shown += [(title, to_image(overlay(x, saliency)), after) for title, (saliency, after) in panels.items()]
+        for axis in axes:
+            axis.axis("off")
+        for axis, (title, image, p) in zip(axes, shown, strict=False):
+            axis.imshow(image)
+            words = f"p = {p:.3f}" if title == "input" else f"{title}, p = {p:.3f} behind it"
+            axis.set_title(words, fontsize=8.5, color=MUTED, loc="left", pad=3)
+    figure.savefig(path, facecolor="white")
+
+
 def curves(runs: Mapping[str, Sequence[Mapping[str, float]]], panels: Sequence[tuple[str, str]]) -> str:
     """Training curves of several runs as one SVG: a panel for each ``(figure, title)`` that any run has."""
     from matplotlib.figure import Figure
