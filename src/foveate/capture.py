@@ -117,6 +117,11 @@ class Capture:
         return self.x.shape[-2], self.x.shape[-1]
 
     @property
+    def images(self) -> Tensor:
+        """The batch for methods that change it: float32 or better, also of a model in half precision, without a graph."""
+        return at_least_float32(self.x.detach())
+
+    @property
     def classes(self) -> int:
         """Number of classes that can be named (2 for one binary logit)."""
         return T.num_classes(self.logits, self.head)
@@ -149,7 +154,7 @@ class Capture:
         between two ways of running a network would count as a change.
         """
         if self._base is None:
-            self._base = self.score(self.x.detach())
+            self._base = self.score(self.images)
         return T.log_probability(self._base, y, self.head)
 
     # -- gradients -------------------------------------------------------------------------------------------------
@@ -225,7 +230,7 @@ class Capture:
         if images is None:
             if id(target) not in self._by_image:
                 self._kept.append(target)
-                self._by_image[id(target)] = self.image_gradient(target, self.x)
+                self._by_image[id(target)] = self.image_gradient(target, self.images)
             return self._by_image[id(target)]
         if rows is None:
             rows = torch.arange(len(images), device=images.device)

@@ -14,6 +14,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, Literal, TypeVar
 
+import torch
+
 from foveate.errors import FoveateError
 
 Direction = Literal["up", "down"]
@@ -52,8 +54,9 @@ class Method:
     aliases: tuple[str, ...] = ()
 
     def __call__(self, *args: Any, **settings: Any) -> Any:
-        """The raw map: ``(capture, layer, target, **own settings) -> S [B,h,w]``."""
-        return self.function(*args, **settings)
+        """The raw map: ``(capture, layer, target, **own settings) -> S [B,h,w]``; also under the caller's inference mode."""
+        with torch.inference_mode(False):
+            return self.function(*args, **settings)
 
 
 @dataclass(frozen=True)

@@ -79,6 +79,8 @@ class Runner:
     def detached(self, x: Tensor) -> Any:
         """The model on ``x`` with parameters that no gradient reaches."""
         detached = {name: p.detach().clone() if p.is_inference() else p.detach() for name, p in self.model.named_parameters()}
+        # A model made in inference mode has buffers there too, which no graph may hold.
+        detached |= {name: buffer.clone() for name, buffer in self.model.named_buffers() if buffer.is_inference()}
         return self._guarded(lambda images: functional_call(self.model, detached, (images,)), x)
 
     def differentiable(self, images: Tensor) -> Tensor:

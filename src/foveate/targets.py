@@ -156,6 +156,7 @@ def classes(
             raise FoveateError(f"{what} {target!r} is unknown: use 'pred', 'label', 'second', a class index or one an image")
     if isinstance(target, Tensor):
         indices = target.detach().to(logits.device)
+        indices = indices.clone() if indices.is_inference() else indices  # what a graph keeps was not made in inference mode
     else:
         try:
             indices = torch.as_tensor(target, device=logits.device)

@@ -89,7 +89,7 @@ def _captum(
         raise FoveateError(f"Captum explains one output of the model, and a {target.name!r} of a {capture.head} head is none")
     explainer = _built(attribution, capture, layer)
     taken = inspect.signature(explainer.attribute).parameters
-    x = capture.x.detach()
+    x = capture.images
     given: dict[str, Any] = {"target": target.y}
     if "feature_mask" in taken:
         labels = _grid(capture.size, cells).expand(len(x), -1, -1) if segments is None else segments(x)
@@ -115,7 +115,7 @@ def _captum(
             warnings.simplefilter("ignore")
             torch.manual_seed(seed)
             parts.append(explainer.attribute(x[rows].clone().requires_grad_(True), **here))
-    values = torch.cat([part[0] if isinstance(part, tuple) else part for part in parts]).detach()
+    values = torch.cat([part[0] if isinstance(part, tuple) else part for part in parts]).detach().to(x)
     if values.shape[-2:] == x.shape[-2:]:
         return over_colour(values.expand_as(x) if values.shape[1] == 1 else values, colour if values.shape[1] > 1 else "sum")
     return L.to_grid(values, capture.layout(layer)).sum(1)
@@ -130,14 +130,15 @@ def _pytorch_grad_cam(attribution: Any, capture: Capture, layer: str | None, tar
 
     try:
         result = explainer(
-            input_tensor=capture.x.detach().clone().requires_grad_(True),
+            input_tensor=capture.images.clone().requires_grad_(True),
             targets=[score_of(row) for row in range(len(capture.x))],
             **options,
         )
     finally:
-        if inspect.isclass(attribution):
-            explainer.activations_and_grads.release()
-    return torch.as_tensor(result).to(capture.x)
+        kept = getattr(getattr(explainer, "base_cam", explainer), "activations_and_grads", None)
+        if inspect.isclass(attribution) and kept is not None:
+            kept.release()
+    return torch.as_tensor(result).to(capture.images)
 
 
 def _built(attribution: Any, capture: Capture, layer: str | None) -> Any:
@@ -162,9 +163,24 @@ def _built(attribution: Any, capture: Capture, layer: str | None) -> Any:
         options["target_layers"] = [module]
     if "reshape_transform" in taken and capture.layout(layer).kind != "nchw":
         options["reshape_transform"] = lambda raw: L.to_grid(raw, capture.layout(layer))
-    if any(p.default is p.empty for k, p in list(taken.items())[1:] if k not in options and p.kind is p.POSITIONAL_OR_KEYWORD):
+    if attribution.__name__ == "Lime":
+        options |= _as_lime()
+    if next(iter(taken), "") not in ("model", "forward_func") or any(
+        p.default is p.empty for k, p in list(taken.items())[1:] if k not in options and p.kind is p.POSITIONAL_OR_KEYWORD
+    ):
         raise FoveateError(f"{attribution.__name__} needs more than a model to be built: build it and give the object")
     return build(capture.model, **options)
+
+
+def _as_lime() -> dict[str, Any]:
+    """LIME as its paper and code have it: a ridge, weighted by the cosine distance to the whole image.
+
+    Captum's own default is a lasso, which leaves nothing of the small effects of image segments.
+    """
+    lime = importlib.import_module("captum.attr._core.lime")
+    linear = importlib.import_module("captum._utils.models.linear_model")
+    similarity = lime.get_exp_kernel_similarity_function("cosine", kernel_width=0.25)
+    return {"interpretable_model": linear.SkLearnRidge(alpha=1.0), "similarity_func": similarity}
 
 
 def _grid(size: tuple[int, int], cells: int) -> Tensor:

@@ -76,7 +76,7 @@ def attentions(capture: Capture) -> list[Tensor]:
     """
     seen = _Attention(len(capture.x))
     with torch.no_grad(), seen:
-        capture.differentiable(capture.x.detach())
+        capture.differentiable(capture.images)
     sizes = [weights.shape[-1] for weights in seen.blocks]
     return [weights for weights in seen.blocks if weights.shape[-1] == max(sizes)]
 

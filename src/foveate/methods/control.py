@@ -32,7 +32,7 @@ def fake_cam(
     if resolution not in ("feature", "pixel"):
         raise FoveateError(f"resolution {resolution!r} is unknown: use 'feature' or 'pixel'")
     height, width = _grid(capture, layer) if resolution == "feature" else capture.size
-    saliency = capture.x.new_ones(len(capture.x), height, width)
+    saliency = capture.images.new_ones(len(capture.x), height, width)
     saliency[:, 0, 0] = 0
     return saliency
 
@@ -46,7 +46,7 @@ def random(capture: Capture, layer: str | None, target: Target, *, seed: int = 0
         content = zlib.crc32(image.detach().float().cpu().contiguous().numpy().tobytes(), seed & 0xFFFFFFFF)
         generator = torch.Generator().manual_seed(content)
         rows.append(torch.rand(height, width, generator=generator, dtype=torch.float64))
-    return torch.stack(rows).to(capture.x)
+    return torch.stack(rows).to(capture.images)
 
 
 @method("centre", title="Centre", paper="control", control=True, aliases=("center",))
@@ -55,7 +55,7 @@ def centre(capture: Capture, layer: str | None, target: Target, *, sigma: float 
     if not sigma > 0:
         raise FoveateError(f"sigma {sigma} is not above 0: it is a share of the map's side")
     height, width = _grid(capture, layer)
-    rows = (torch.arange(height).to(capture.x) + 0.5) / height - 0.5
-    columns = (torch.arange(width).to(capture.x) + 0.5) / width - 0.5
+    rows = (torch.arange(height).to(capture.images) + 0.5) / height - 0.5
+    columns = (torch.arange(width).to(capture.images) + 0.5) / width - 0.5
     prior = torch.exp(-(rows[:, None] ** 2 + columns[None, :] ** 2) / (2 * sigma**2))
-    return prior.expand(len(capture.x), -1, -1).clone()
+    return prior.expand(len(capture.images), -1, -1).clone()

@@ -81,7 +81,7 @@ def full_gradients(capture: Capture, target: Target) -> FullGradients:
 
         return hook
 
-    x = capture.x.detach().clone()
+    x = capture.images.clone()
     with ExitStack() as stack, torch.inference_mode(False), torch.enable_grad():
         for module in capture.model.modules():
             if (bias := _bias_of(module)) is not None:

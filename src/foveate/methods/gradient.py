@@ -64,7 +64,7 @@ def gradient(capture: Capture, layer: str | None, target: Target, *, colour: Col
 )
 def input_x_gradient(capture: Capture, layer: str | None, target: Target, *, colour: Colour = "sum") -> Tensor:
     """``S = sum_c x_c d score / d x_c``, ``[B,H,W]``, signed; ``x`` in [0, 1], so that black pixels have no say."""
-    return over_colour(capture.x.detach() * capture.image_gradient(target), colour)
+    return over_colour(capture.images * capture.image_gradient(target), colour)
 
 
 def path_completeness(
@@ -73,7 +73,7 @@ def path_completeness(
     """How far a map misses ``f(x) - f(baseline)``: ``|sum S - (f(x) - f(b))| / |f(x) - f(b)|``, ``[B]``."""
     with torch.no_grad():
         black = target(capture.score(baseline_of(capture, baseline)))
-        gain = target(capture.score(capture.x.detach())) - black
+        gain = target(capture.score(capture.images)) - black
         return (saliency.detach().sum((1, 2)) - gain).abs() / gain.abs().clamp(min=1e-6)
 
 
@@ -83,7 +83,7 @@ def baseline_of(capture: Capture, baseline: object) -> Tensor:
     Raises:
         FoveateError: none of these.
     """
-    x = capture.x.detach()
+    x = capture.images
     if isinstance(baseline, (int, float)):
         return torch.full_like(x, float(baseline))
     if baseline == "blur":
@@ -128,7 +128,7 @@ def integrated_gradients(
     if steps < 1:
         raise FoveateError(f"steps {steps} is not a number of points on the path: use 1 or more")
     points, weights = _quadrature(quadrature, steps)
-    x, start = capture.x.detach(), baseline_of(capture, baseline)
+    x, start = capture.images, baseline_of(capture, baseline)
 
     def images(rows: Tensor, numbers: Tensor) -> Tensor:
         a = points[numbers].to(x)[:, None, None, None]
@@ -166,8 +166,8 @@ def accumulate(
         images: ``(rows [n], numbers [n]) -> [n,3,H,W]``: copy ``numbers`` of images ``rows``.
         change: ``(gradients [n,3,H,W], numbers [n]) -> [n,3,H,W]``: what is done to each before it is added.
     """
-    x = capture.x
-    total = torch.zeros_like(x, dtype=torch.promote_types(x.dtype, torch.float32))
+    x = capture.images
+    total = torch.zeros_like(x)
     every = torch.arange(len(x) * count, device=x.device)
     for part in every.split(capture.chunk_size("backward")):
         rows, numbers = part // count, part % count
@@ -203,7 +203,7 @@ def smooth_grad(
     """
     if samples < 1 or sigma < 0:
         raise FoveateError(f"samples {samples} must be 1 or more, and sigma {sigma} not below 0")
-    x = capture.x.detach()
+    x = capture.images
     width = sigma * (x.amax((1, 2, 3), keepdim=True) - x.amin((1, 2, 3), keepdim=True))
 
     def noisy(rows: Tensor, numbers: Tensor) -> Tensor:
@@ -252,4 +252,4 @@ def guided_grad_cam(capture: Capture, layer: str | None, target: Target, *, colo
 
 def _guided_gradient(capture: Capture, target: Target) -> Tensor:
     with guided():
-        return capture.image_gradient(target, capture.x)
+        return capture.image_gradient(target, capture.images)

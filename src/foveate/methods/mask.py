@@ -64,7 +64,7 @@ def meaningful_perturbation(
     grid = (math.ceil(capture.size[0] / stride), math.ceil(capture.size[1] / stride))
 
     def found(rows: Tensor) -> Tensor:
-        x, blank, draws = capture.x.detach()[rows], hidden[rows], generator(seed)
+        x, blank, draws = capture.images[rows], hidden[rows], generator(seed)
         start = _circles(capture, target, x, blank, rows, grid) if init == "circle" else x.new_ones(len(x), *grid)
         m = start.clone().requires_grad_(True)  # [n,h,w], 1 keeps
         optimiser = torch.optim.Adam([m], lr)
@@ -173,12 +173,12 @@ def extremal_perturbation(
         raise FoveateError(f"areas {tuple(areas)} are shares of the image, each between 0 and 1")
     if steps < 1 or stride < 1 or blurs < 2 or not lr > 0:
         raise FoveateError(f"steps {steps}, stride {stride} are 1 or more, blurs {blurs} is 2 or more, lr {lr} is above 0")
-    smooth = SmoothMask(capture.size, stride, sigma, capture.x)
+    smooth = SmoothMask(capture.size, stride, sigma, capture.images)
     pixels = capture.size[0] * capture.size[1]
     inside = [pixels - math.ceil(pixels * (1 - area)) for area in areas]  # pixels of each area
 
     def found(images: Tensor) -> Tensor:
-        pyramid = blur_pyramid(capture.x.detach()[images], blurs, strongest)  # [L,n,3,H,W]
+        pyramid = blur_pyramid(capture.images[images], blurs, strongest)  # [L,n,3,H,W]
         place = torch.arange(len(images), device=images.device).repeat_interleave(len(areas))  # image of each mask
         rows = images[place]
         p = (torch.as_tensor(start).to(pyramid) * pyramid.new_ones(len(place), *smooth.grid)).requires_grad_(True)

@@ -170,7 +170,7 @@ class _Search:
         capture, target = self.capture, self.target.rows(rows)
         with torch.inference_mode(False), torch.set_grad_enabled(not last):
             mask = _mask(_combine(u, self.activations[rows]), self.normaliser, capture.size)
-            seen = maps.apply_mask(capture.x.detach()[rows], mask)
+            seen = maps.apply_mask(capture.images[rows], mask)
             logits = capture.score(seen) if last else capture.differentiable(seen)
             start = target(capture.logits.detach()[rows])
             value = _objective(self.objective, logits, target, start, capture)

@@ -47,8 +47,8 @@ def rise(
     if score not in ("probability", "target"):
         raise FoveateError(f"score {score!r} is unknown: use 'probability' or 'target'")
     shared = RiseMasks(capture.size, masks, cells, keep, seed)
-    x = capture.x.detach()
-    total = torch.zeros(len(x), *capture.size, device=x.device, dtype=torch.promote_types(x.dtype, torch.float32))
+    x = capture.images
+    total = torch.zeros(len(x), *capture.size, device=x.device, dtype=x.dtype)
     for numbers in torch.arange(masks).split(capture.chunk_size()):
         M = shared.part(numbers).to(x)  # [n,H,W]
         for b in range(len(x)):
@@ -76,7 +76,7 @@ def rise_maps(
         classes: only these columns, in this order: 1000 maps of 224 x 224 are 200 MB an image.
     """
     shared = RiseMasks(capture.size, masks, cells, keep, seed)
-    x = capture.x.detach()
+    x = capture.images
     columns = list(range(capture.logits.shape[1])) if classes is None else list(classes)
     total = torch.zeros(len(x), len(columns), *capture.size, device=x.device, dtype=capture.logits.dtype)
     for numbers in torch.arange(masks).split(capture.chunk_size()):
@@ -138,7 +138,7 @@ def occlusion(
     tops = range(0, height - tall + down, down)
     lefts = range(0, width - wide + right, right)
     corners = torch.tensor([(top, left) for top in tops for left in lefts])
-    x, hidden = capture.x.detach(), baseline_of(capture, baseline)
+    x, hidden = capture.images, baseline_of(capture, baseline)
     start = capture.score(x, target)  # [B]
     total = torch.zeros(len(x), height, width, device=x.device, dtype=start.dtype)
     covered = torch.zeros(height, width, device=x.device, dtype=start.dtype)

@@ -59,7 +59,7 @@ def smooth(method: str | Method, *, samples: int = 16, sigma: float = 0.15, seed
     ) -> Tensor:
         if samples < 1 or sigma < 0:
             raise FoveateError(f"samples {samples} must be 1 or more, and sigma {sigma} not below 0")
-        x = capture.x.detach()
+        x = capture.images
         width = sigma * (x.amax((1, 2, 3), keepdim=True) - x.amin((1, 2, 3), keepdim=True))
         target = contrast_of(capture, target, own.get("against")) if base.contrasts else target
 
@@ -115,7 +115,7 @@ def _mean_over(
     base: Method, capture: Capture, layer: str | None, target: Target, transforms: Sequence[Transform], own: dict[str, Any]
 ) -> Tensor:
     """Mean raw map of a method over transformed copies, as many at once as memory allows."""
-    x, count = capture.x.detach(), len(capture.x)
+    x, count = capture.images, len(capture.x)
     group = max(1, capture.chunk_size("backward") // count)
     total: Tensor | None = None
     for start in range(0, len(transforms), group):

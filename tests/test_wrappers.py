@@ -1,0 +1,250 @@
+"""Wrappers and adapters: noise, augmentation, several layers; other people's attributions in our tables."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from foveate import Capture, FoveateError, evaluate, explain, explain_each, maps, summarize
+from foveate.methods.adapt import adapt
+from foveate.methods.wrappers import FLIP_AND_LIGHT, Transform, augmented, fused, smooth
+from foveate.noise import gaussian
+from foveate.registry import METHODS, Method
+from foveate.testing import Batch, check_method, example, networks
+
+
+def run(method: str | Method, kind: str = "inplace", seed: int = 0, **own: object) -> torch.Tensor:
+    capture = Capture(networks()[kind], example(seed).x, "features")
+    return METHODS.get(method)(capture, "features", capture.target(1), **own)
+
+
+class TestSmooth:
+    @pytest.mark.parametrize("name", ["grad_cam", "contrastive_cam", "score_cam", "gradient", "centre"])
+    def test_the_contract(self, name: str) -> None:
+        check_method(f"{name}:smooth", samples=3)
+        check_method(f"{name}:augmented")
+
+    def test_it_is_the_mean_over_noisy_copies(self) -> None:
+        x = example().x
+        total = 0
+        for i in range(3):
+            noisy = x + 0.15 * (x.amax((1, 2, 3)) - x.amin((1, 2, 3)))[:, None, None, None] * gaussian(0, [i], x.shape[1:], x)
+            capture = Capture(networks()["inplace"], noisy, "features")
+            total = total + METHODS.get("layer_cam")(capture, None, capture.target(1))
+        torch.testing.assert_close(run("layer_cam:smooth", samples=3), total / 3)
+
+    def test_no_noise_is_the_method(self) -> None:
+        torch.testing.assert_close(run("grad_cam:smooth", sigma=0.0, samples=2), run("grad_cam"))
+
+    def test_the_gradients_mean_before_its_absolute_value_is_another_thing(self) -> None:
+        assert not torch.allclose(run("gradient:smooth", samples=4), run("smooth_grad", samples=4))
+        torch.testing.assert_close(
+            run("gradient:smooth", samples=4, colour="sum"), run("smooth_grad", samples=4, colour="sum"), rtol=1e-8, atol=1e-10
+        )
+
+    def test_settings_are_the_methods_and_the_wrappers(self) -> None:
+        own = {"score_cam:smooth": {"samples": 2, "weighting": "increase"}}
+        explanation = explain(networks()["gap"], example().x, "score_cam:smooth", layer="features", settings=own)
+        assert list(explanation.maps) == ["score_cam:smooth"]
+        with pytest.raises(FoveateError, match="has no setting 'sample': it has weighting, constant, samples, sigma, seed"):
+            explain(
+                networks()["gap"],
+                example().x,
+                "score_cam:smooth",
+                layer="features",
+                settings={"score_cam:smooth": {"sample": 2}},
+            )
+        with pytest.raises(FoveateError, match="samples 0"):
+            run("grad_cam:smooth", samples=0)
+
+    def test_an_unknown_wrapper_is_named(self) -> None:
+        with pytest.raises(FoveateError, match="asks for a wrapper 'sharp', and there are smooth, augmented, fused"):
+            METHODS.get("grad_cam:sharp")
+        with pytest.raises(FoveateError, match="'grad_cma' is unknown: did you mean grad_cam"):
+            METHODS.get("grad_cma:smooth")
+
+    def test_wrappers_can_be_nested_and_made_by_hand(self) -> None:
+        assert torch.isfinite(run("grad_cam:augmented:smooth", samples=2)).all()
+        torch.testing.assert_close(run(smooth("grad_cam", samples=2, sigma=0.3)), run("grad_cam:smooth", samples=2, sigma=0.3))
+
+
+class TestAugmented:
+    def test_maps_are_brought_back(self) -> None:
+        """A network that sums the pixels' own maps does not care how the image lies: the mean over flips is its own map."""
+        flip = Transform(lambda x: x.flip(-1), lambda S: S.flip(-1))
+        same = Transform(lambda x: x, lambda S: S)
+        direct = run("input_x_gradient", "gap")
+        x = example().x
+        capture = Capture(networks()["gap"], x.flip(-1), "features")
+        mirrored = METHODS.get("input_x_gradient")(capture, None, capture.target(1)).flip(-1)
+        torch.testing.assert_close(run(augmented("input_x_gradient", transforms=[same, flip]), "gap"), (direct + mirrored) / 2)
+
+    def test_six_copies_by_default(self) -> None:
+        assert len(FLIP_AND_LIGHT) == 6
+        capture = Capture(networks()["gap"], example().x, "features")
+        METHODS.get("grad_cam:augmented")(capture, None, capture.target(1))
+        assert capture.passes.forward == 2 + 6 * 2
+        with pytest.raises(FoveateError, match="over no copies"):
+            run(augmented("grad_cam", transforms=[]))
+
+
+class TestFused:
+    LAYERS = ("features.1", "features")
+
+    def several(self) -> Capture:
+        return Capture(networks()["gap"], example().x, list(self.LAYERS))
+
+    def each(self, capture: Capture, name: str) -> list[torch.Tensor]:
+        result = []
+        for layer in self.LAYERS:
+            S = METHODS.get(name)(capture, layer, capture.target(1)).clamp(min=0)
+            grown = maps.upsample(S, (17, 23))
+            result.append(grown / grown.amax((1, 2), keepdim=True))
+        return result
+
+    @pytest.mark.parametrize("how", ["mean", "max", "product", "tanh_max"])
+    def test_ways(self, how: str) -> None:
+        capture = self.several()
+        a, b = self.each(capture, "layer_cam")
+        expected = {
+            "mean": (a + b) / 2,
+            "max": torch.maximum(a, b),
+            "product": (a * b).sqrt(),
+            "tanh_max": torch.maximum((2 * a).tanh(), (2 * b).tanh()),
+        }[how]
+        torch.testing.assert_close(METHODS.get("layer_cam:fused")(capture, None, capture.target(1), how=how), expected)
+        explanation = explain(networks()["gap"], example().x, "layer_cam", layer=self.LAYERS, target=1, fuse=how)
+        torch.testing.assert_close(explanation.raw["layer_cam"], expected)
+        assert explanation.layer == "features.1, features"
+
+    def test_one_backward_for_all_layers(self) -> None:
+        capture = Capture(networks()["inplace"], example().x, ["features.0", "features"])
+        METHODS.get("grad_cam:fused")(capture, None, capture.target(1))
+        assert capture.passes.backward == 2
+
+    def test_an_unknown_way(self) -> None:
+        with pytest.raises(FoveateError, match="fusion 'sum'"):
+            run(fused("grad_cam", how="sum"))
+
+
+class TestEach:
+    def test_prediction_label_runner_up_and_their_contrasts_in_one_run(self) -> None:
+        network, x = networks()["gap"], example(count=3).x
+        logits = network(x).detach()
+        pred, second = logits.argmax(1), logits.topk(2, 1).indices[:, 1]
+        labels = torch.stack([pred[0], logits[1].argmin(), second[2]])
+        answers = explain_each(network, x, ["grad_cam", "hires_cam"], layer="features", labels=labels)
+        assert list(answers) == ["pred", "label", "second", "pred-label", "pred-second"]
+        assert len({id(answer.capture) for answer in answers.values()}) == 1
+        assert answers["pred"].capture.passes.forward == 3
+        assert torch.equal(answers["label"].target.y, labels)
+        for key, other in (("pred-label", torch.stack([second[0], labels[1], second[2]])), ("pred-second", second)):
+            assert torch.equal(answers[key].target.y, pred)
+            assert torch.equal(answers[key].target.other, other)
+        difference = answers["pred"].raw["hires_cam"] - answers["second"].raw["hires_cam"]
+        torch.testing.assert_close(answers["pred-second"].raw["hires_cam"], difference)
+
+    def test_without_contrasts_and_with_other_targets(self) -> None:
+        network, x = networks()["gap"], example().x
+        answers = explain_each(network, x, layer="features", targets=[0, "second"], contrasts=False)
+        assert list(answers) == ["0", "second"]
+        with pytest.raises(FoveateError, match="the images have no labels"):
+            explain_each(network, x, layer="features")
+        with pytest.raises(FoveateError, match="are a list of classes"):
+            explain_each(network, x, layer="features", targets="pred,label")
+
+
+class TestAdapted:
+    def test_captum_classes_are_built_for_the_model_and_its_layer(self) -> None:
+        attr = pytest.importorskip("captum.attr")
+        network, x = networks()["gap"], example().x
+        own = adapt(attr.LayerGradCam)
+        torch.testing.assert_close(run(own, "gap"), run("grad_cam", "gap"))
+        assert own.name == "captum.LayerGradCam"
+        theirs = attr.Saliency(network).attribute(x.clone(), target=1, abs=False)
+        torch.testing.assert_close(run(adapt(attr.Saliency, abs=False), "gap"), theirs.sum(1))
+        torch.testing.assert_close(run(adapt(attr.Saliency, colour="max_abs"), "gap"), run("gradient", "gap"))
+
+    def test_an_object_is_used_as_it_is_and_only_for_its_own_model(self) -> None:
+        attr = pytest.importorskip("captum.attr")
+        network = networks()["gap"]
+        method = adapt(attr.InputXGradient(network), "theirs")
+        capture = Capture(network, example().x, "features")
+        torch.testing.assert_close(
+            method(capture, None, capture.target(1)), METHODS.get("input_x_gradient")(capture, None, capture.target(1))
+        )
+        with pytest.raises(FoveateError, match="was built for another model"):
+            run(method, "flat")
+
+    @pytest.mark.parametrize("name", ["Lime", "KernelShap", "FeatureAblation", "Occlusion", "DeepLift", "GuidedGradCam"])
+    def test_attributions_that_need_more_than_a_class_get_it(self, name: str) -> None:
+        pytest.importorskip("captum.attr")
+        state = torch.random.get_rng_state()
+        first, again = (run(f"captum.{name}", "gap") for _ in range(2))
+        assert first.shape == (2, 17, 23)
+        assert torch.isfinite(first).all()
+        assert first.std() > 0
+        torch.testing.assert_close(first, again)
+        assert torch.equal(state, torch.random.get_rng_state())
+
+    def test_lime_recovers_a_model_that_adds_its_segments_up(self) -> None:
+        attr = pytest.importorskip("captum.attr")
+        network = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3 * 8 * 8, 3)).double().eval()
+        x = torch.rand(1, 3, 8, 8).double()
+        capture = Capture(network, x, "input")
+        saliency = adapt(attr.KernelShap, cells=4, n_samples=400)(capture, None, capture.target(1))
+        adds = (network[1].weight[1].detach().view(3, 8, 8) * x[0]).sum(0)
+        blocks = adds.view(4, 2, 4, 2).sum((1, 3)).repeat_interleave(2, 0).repeat_interleave(2, 1)
+        # Captum attributes a segment's value to each of its pixels, of each colour.
+        torch.testing.assert_close(saliency[0] / 3, blocks, rtol=1e-3, atol=1e-3)
+
+    def test_segments_of_ones_own(self) -> None:
+        attr = pytest.importorskip("captum.attr")
+        halves = adapt(attr.FeatureAblation, segments=lambda x: (torch.arange(x.shape[-1]) > 10).long().expand(len(x), 17, -1))
+        saliency = run(halves, "gap")
+        assert len(saliency[0].unique()) == 2
+
+    @pytest.mark.parametrize("name", ["GradCAM", "EigenCAM", "ScoreCAM", "AblationCAM", "FullGrad", "FinerCAM", "LayerCAM"])
+    def test_pytorch_grad_cam_classes(self, name: str) -> None:
+        pytest.importorskip("pytorch_grad_cam")
+        network, x = networks()["gap"].float(), example().x.float()
+        capture = Capture(network, x, "features")
+        saliency = METHODS.get(f"pytorch_grad_cam.{name}")(capture, None, capture.target(1))
+        assert saliency.shape == (2, 17, 23)
+        assert saliency.dtype == torch.float32
+        assert 0 <= float(saliency.min()) <= float(saliency.max()) <= 1
+
+    def test_tokens_are_read_as_a_grid(self) -> None:
+        pytest.importorskip("pytorch_grad_cam")
+        capture = Capture(networks()["tokens"].float(), example().x.float(), "features")
+        theirs = METHODS.get("pytorch_grad_cam.GradCAM")(capture, None, capture.target(1))
+        ours = maps.prepare(METHODS.get("grad_cam")(capture, None, capture.target(1)).detach(), capture.size)
+        for a, b in zip(theirs, ours, strict=True):
+            assert torch.corrcoef(torch.stack([a.flatten(), b.flatten()]))[0, 1] > 0.99 or b.std() == 0
+
+    def test_they_can_stand_in_a_table(self) -> None:
+        attr = pytest.importorskip("captum.attr")
+        network, batch = networks()["gap"], example(count=3)
+        methods = ["grad_cam", "captum.Saliency", adapt(attr.InputXGradient, "mine"), "grad_cam:smooth"]
+        rows = evaluate(network, [Batch(batch.x, batch.y)], methods, ["AD", "AI"], layer="features")
+        table = summarize(rows)
+        assert set(table.index.get_level_values("method")) == {"grad_cam", "captum.Saliency", "mine", "grad_cam:smooth"}
+
+    def test_what_cannot_be_adapted_says_why(self) -> None:
+        attr = pytest.importorskip("captum.attr")
+        with pytest.raises(FoveateError, match="dict is neither from"):
+            adapt({})
+        with pytest.raises(FoveateError, match="has no class 'Nothing'"):
+            METHODS.get("captum.Nothing")
+        with pytest.raises(FoveateError, match="needs more than a model to be built"):
+            run(adapt(attr.NoiseTunnel))
+        capture = Capture(networks()["gap"], example().x, "features")
+        with pytest.raises(FoveateError, match="Captum explains one output"):
+            METHODS.get("captum.Saliency")(capture, None, capture.target(1, score="probability"))
+
+    def test_a_library_that_is_not_there(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        import sys
+
+        monkeypatch.setitem(sys.modules, "captum.attr", None)
+        with pytest.raises(FoveateError, match=r"captum, which is not installed: pip install 'foveate\[captum\]'"):
+            METHODS.get("captum.Lime")
