@@ -96,7 +96,8 @@ def ablation_cam(
 
     Args:
         variant: ``pytorch_grad_cam``: that library's numbers: division by the signed score, and where the least
-            activation of an image is not 0, the channel is set to that minimum less 1e7. Only to reproduce them.
+            activation of an image is not 0, the channel is set to that minimum less 1e7, less 2e7 for the second, and so
+            on to the 32nd of those that run together. Only to reproduce them.
     """
     if variant not in ("paper", "pytorch_grad_cam"):
         raise FoveateError(f"variant {variant!r} is unknown: use 'paper' or 'pytorch_grad_cam'")
@@ -107,9 +108,11 @@ def ablation_cam(
     low = activations.amin((1, 2, 3))  # [B]
     if variant == "paper" or not low.any():
         ablated = _without_each(capture, head, target, activations) if head else None
-        value = torch.zeros_like(low)
+        value = torch.zeros_like(low)[:, None].expand(activations.shape[:2])
     else:
-        ablated, value = None, torch.where(low == 0, low, low - 1e7)
+        # Their minimum is taken anew for each of 32 channels that run together, with those before it ablated already.
+        place = torch.arange(activations.shape[1], device=low.device) % 32 + 1
+        ablated, value = None, torch.where(low == 0, low, low - 1e7 * place[:, None]).T
     if ablated is None:
         ablated = _rerun_without_each(capture, layer, target, activations, value)
     signed = score if variant == "pytorch_grad_cam" else score.abs()
@@ -134,13 +137,13 @@ def _without_each(capture: Capture, head: LinearHead, target: Target, activation
 
 
 def _rerun_without_each(capture: Capture, layer: str | None, target: Target, activations: Tensor, value: Tensor) -> Tensor:
-    """Scores ``[B,K]`` with each channel at ``value [B]``, by running what comes after the layer."""
+    """Scores ``[B,K]`` with each channel at ``value [B,K]``, by running what comes after the layer."""
     count, channels = activations.shape[:2]
     every = torch.arange(count * channels, device=activations.device)
     scores = []
     for part in every.split(capture.chunk_size("tail")):
         rows, columns = part // channels, part % channels
         changed = activations[rows]  # [n,K,h,w], a copy
-        changed[torch.arange(len(part), device=part.device), columns] = value[rows][:, None, None]
+        changed[torch.arange(len(part), device=part.device), columns] = value[rows, columns][:, None, None]
         scores.append(capture.tail(changed, layer, target, rows))
     return torch.cat(scores).view(count, channels)
