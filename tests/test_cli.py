@@ -134,6 +134,68 @@ class TestExplain:
         assert maps["contrastive_cam"]["completeness_error"] < 1e-4
         assert "against_0" in maps["grad_cam"]["picture"]
 
+    def test_several_targets_and_their_contrasts(self, place: Path) -> None:
+        result = explain(place, "--target", "pred,label,second", "--method", "grad_cam", "--json", images=("a.png", "b.png"))
+        assert result.exit_code == 0, result.output
+        for item, label in zip(json.loads(result.stdout)["images"], (2, 1), strict=True):
+            pred, second = item["top"][0][0], item["top"][1][0]
+            asked = [(answer["target"], answer["against"]) for answer in item["answers"]]
+            expected = [(pred, None), (label, None), (second, None), (pred, label if label != pred else second), (pred, second)]
+            assert asked == list(dict.fromkeys(expected))
+            assert item["maps"] == item["answers"][0]["maps"]
+            assert Image.open(item["picture"]).width > 500
+            pictures = [answer["maps"]["grad_cam"]["picture"] for answer in item["answers"]]
+            assert len(set(pictures)) == len(pictures)
+            assert all(Path(picture).exists() for picture in pictures)
+
+    def test_the_words_of_several_answers(self, place: Path) -> None:
+        result = explain(place, "--target", "pred,label", "--method", "grad_cam")
+        assert result.exit_code == 0
+        assert "predicted: why" in result.stdout
+        assert ", not " in result.stdout
+        assert "a.answers.png" in result.stdout.replace("\n", "")
+
+    def test_only_errors(self, place: Path) -> None:
+        top = json.loads(explain(place, "--json", images=("a.png", "b.png")).stdout)["images"]
+        lines = [f"{name}.png,{item['top'][wrong][0]}" for name, item, wrong in zip("ab", top, (0, 1), strict=True)]
+        (place / "labels.csv").write_text("file,class_index\n" + "\n".join(lines) + "\n")
+        shown = json.loads(explain(place, "--errors", "--json", images=("a.png", "b.png")).stdout)["images"]
+        assert [Path(item["file"]).name for item in shown] == ["b.png"]
+        assert "--errors: the model gets all 1 image(s) right" in sentence(explain(place, "--errors", "--json"))
+
+    def test_settings_and_precision(self, place: Path) -> None:
+        maps = {}
+        for steps in (1, 30):
+            arguments = ("--method", "opti_cam", "--set", f"opti_cam.steps={steps}", "--json")
+            maps[steps] = json.loads(explain(place, *arguments).stdout)["images"][0]["maps"]["opti_cam"]
+        assert maps[1]["p_after"] != maps[30]["p_after"]
+        half = json.loads(explain(place, "--method", "score_cam", "--precision", "bf16", "--json").stdout)
+        assert "score_cam" in half["images"][0]["maps"]
+        assert "--set 'steps=3' is not METHOD.SETTING=VALUE" in sentence(explain(place, "--set", "steps=3"))
+        assert "opti_cam has no setting 'step'" in sentence(explain(place, "--method", "opti_cam", "--set", "opti_cam.step=3"))
+        assert "--precision 'fp8' is unknown" in sentence(explain(place, "--precision", "fp8"))
+
+    def test_maps_of_several_layers_and_wrapped_methods(self, place: Path) -> None:
+        arguments = (
+            "--layer",
+            "features.0,features",
+            "--fuse",
+            "max",
+            "--method",
+            "grad_cam",
+            "--method",
+            "grad_cam:augmented",
+        )
+        item = json.loads(explain(place, *arguments, "--json").stdout)["images"][0]
+        assert item["layer"] == "features.0, features"
+        assert set(item["maps"]) == {"grad_cam", "grad_cam:augmented"}
+        assert all(Path(values["picture"]).exists() for values in item["maps"].values())
+        assert "fusion 'sum' is unknown" in sentence(explain(place, "--layer", "features.0,features", "--fuse", "sum"))
+
+    def test_contrasts_are_asked_for_once(self, place: Path) -> None:
+        result = explain(place, "--target", "pred,second", "--against", "1")
+        assert "asks for contrasts itself: leave out --against" in sentence(result)
+
     def test_files_of_the_same_name_do_not_overwrite_each_other(self, place: Path) -> None:
         (place / "more").mkdir()
         (place / "more" / "a.png").write_bytes((place / "b.png").read_bytes())

@@ -344,7 +344,7 @@ def _write(
     other = int(target.other[i]) if target.other is not None and not record.control else None
     completeness = float(error[i]) if error is not None else None
     flat = bool(explanation.degenerate[name][i])
-    suffix = f"{stem}.{name}" + ("" if other is None else f".against_{other}")
+    suffix = f"{stem}.{name.replace(':', '_')}" + ("" if other is None else f".against_{other}")
     picture, over = folder / f"{suffix}.png", folder / f"{suffix}.overlay.png"
     x, saliency = explanation.capture.x[i].detach(), explanation.maps[name][i]
     title = f"{record.title}: {_short(classifier.class_name(int(target.y[i])))}"
