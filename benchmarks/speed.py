@@ -3,7 +3,7 @@
     python benchmarks/speed.py [DATA] [--repeats 3] [--rows score,opti,...]
 
 A limit is the fewest passes that the definition allows, times the best time of such a pass here (batch 1 to 32, both memory
-layouts). ResNet-50 has random weights; with DATA, MobileNet-V2 has real ones, and real photographs show what bf16 does to a map.
+layouts). ResNet-50 has random weights. With DATA, MobileNet-V2 has real ones, and photographs show what bf16 does to a map.
 """
 
 from __future__ import annotations
