@@ -155,6 +155,13 @@ class TestExplain:
         assert ", not " in result.stdout
         assert "a.answers.png" in result.stdout.replace("\n", "")
 
+    def test_a_method_that_refuses_contrasts_leaves_the_other_answers(self, place: Path) -> None:
+        result = explain(place, "--target", "pred,second", "--method", "finer_cam", "--set", "finer_cam.similar=1", "--json")
+        assert result.exit_code == 1, result.output
+        document = json.loads(result.stdout)
+        assert [answer["question"] for answer in document["images"][0]["answers"]] == ["pred", "second"]
+        assert [failure["file"] for failure in document["failures"]] == ["finer_cam for pred-second"]
+
     def test_only_errors(self, place: Path) -> None:
         top = json.loads(explain(place, "--json", images=("a.png", "b.png")).stdout)["images"]
         lines = [f"{name}.png,{item['top'][wrong][0]}" for name, item, wrong in zip("ab", top, (0, 1), strict=True)]

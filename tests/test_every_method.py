@@ -21,11 +21,9 @@ from foveate.testing import assert_untouched, example, fingerprint, networks
 
 NAMES = [name for name in METHODS.all() if name != "random"]
 WRAPPED = [
-    "grad_cam:smooth",
-    "score_cam:augmented",
-    "layer_cam:fused",
-    "captum.IntegratedGradients",
-    "pytorch_grad_cam.GradCAM",
+    *("grad_cam:smooth", "score_cam:augmented", "layer_cam:fused"),
+    *("captum.IntegratedGradients", "captum.DeepLift", "captum.GuidedBackprop", "captum.Occlusion", "captum.Deconvolution"),
+    *("pytorch_grad_cam.GradCAM", "pytorch_grad_cam.AblationCAM", "pytorch_grad_cam.ScoreCAM", "pytorch_grad_cam.FullGrad"),
 ]
 
 
@@ -58,6 +56,8 @@ def interrupting(network: nn.Module, at: int, error: type[BaseException]) -> Cal
 @pytest.mark.parametrize("name", [*NAMES, *WRAPPED])
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
 def test_nothing_is_left_when_the_model_raises_midway(name: str, error: type[BaseException]) -> None:
+    if "." in name:
+        pytest.importorskip(name.split(".")[0])
     raised = 0
     for at in (1, 2, 3):
         network, x = networks()[kind_of(name)], example().x
@@ -176,10 +176,10 @@ def test_calls_keep_no_memory(name: str) -> None:
         gc.collect()
         return sum(isinstance(thing, Tensor) for thing in gc.get_objects())
 
-    for _ in range(3):
+    for _ in range(2):
         run(name, network, x)
     before = tensors()
-    for _ in range(10):
+    for _ in range(4):
         run(name, network, x)
     assert tensors() <= before
 

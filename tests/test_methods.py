@@ -240,6 +240,23 @@ def test_settings_of_methods() -> None:
         explain(network, x, "grad_cam", layer="features", settings={"random": {"seed": 1}})
 
 
+@pytest.mark.parametrize(
+    ("name", "setting", "value", "match"),
+    [
+        ("rise", "masks", 2.5, "rise.masks cannot be 2.5: input should be a valid integer"),
+        ("rise", "masks", "many", "rise.masks cannot be 'many': input should be a valid integer"),
+        ("extremal_perturbation", "areas", 0.1, "areas cannot be 0.1"),
+        ("smooth_grad", "sigma", float("nan"), "sigma cannot be nan: input should be a finite number"),
+        ("finer_cam", "strength", "x", "strength cannot be 'x'"),
+        ("eigen_cam", "centred", "perhaps", "centred cannot be 'perhaps'"),
+        ("score_cam", "weighting", "cic", "input should be 'channel_softmax', 'probability' or 'increase'"),
+    ],
+)
+def test_values_of_another_type(name: str, setting: str, value: object, match: str) -> None:
+    with pytest.raises(FoveateError, match=match):
+        explain(networks()["gap"], example().x, name, layer="features", settings={name: {setting: value}})
+
+
 def test_axiom_cam_is_xgrad_cam() -> None:
     assert METHODS.get("axiom_cam") is METHODS.get("xgrad_cam")
 

@@ -250,6 +250,8 @@ class TestOptiCam:
         torch.testing.assert_close(logits[:, 0] - logits[:, 2], result.scores.amax(0), rtol=1e-9, atol=1e-12)
 
     def test_options(self) -> None:
+        with pytest.raises(FoveateError, match="a margin is between"):
+            METHODS.get("opti_cam")(capture := on("gap"), None, capture.target(1, score="loss"), objective="margin")
         for own in ({"objective": "loss"}, {"normaliser": "tanh"}, {"steps": 0}, {"lr": 0}, {"patience": 0}):
             with pytest.raises(FoveateError):
                 run("opti_cam", on("gap"), **own)
@@ -284,6 +286,22 @@ class TestPerturbation:
     def test_rise_does_not_depend_on_the_chunk(self, chunk: int) -> None:
         whole = run("rise", on("gap", chunk=20), masks=20, cells=3)
         torch.testing.assert_close(run("rise", on("gap", chunk=chunk), masks=20, cells=3), whole, rtol=1e-12, atol=1e-14)
+
+    def test_the_two_classes_of_one_logit(self) -> None:
+        network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 1))
+        capture = Capture(network.double().eval(), example().x, "1")
+        every = rise_maps(capture, masks=20, cells=3)
+        assert every.shape[1] == 2
+        for c in (0, 1):
+            one = METHODS.get("rise")(capture, None, capture.target(c), masks=20, cells=3)
+            torch.testing.assert_close(every[:, c], one)
+        with pytest.raises(FoveateError, match="class 2 is out of range: the model has 2 classes"):
+            rise_maps(capture, [2], masks=2)
+
+    def test_rise_of_a_callable_is_of_its_own_score(self) -> None:
+        capture = on("gap")
+        score = METHODS.get("rise")(capture, None, capture.target(lambda logits: logits[:, 3]), masks=20, cells=3)
+        torch.testing.assert_close(score, run("rise", capture, 3, masks=20, cells=3, score="target"))
 
     def test_rise_is_seeded_and_leaves_the_global_seed_alone(self) -> None:
         capture, state = on("gap"), torch.random.get_rng_state()
@@ -322,9 +340,9 @@ class TestPerturbation:
         torch.testing.assert_close(saliency, expected)
 
     def test_windows_cover_every_pixel(self) -> None:
-        for window, stride in ((5, 5), (7, 3), (100, 100), ((4, 9), (3, 2))):
+        for window, stride in ((5, 5), (7, 3), (17, 17), ((4, 9), (3, 2)), (None, None), (6, None)):
             assert torch.isfinite(run("occlusion", on("gap"), window=window, stride=stride)).all()
-        for window, stride in ((4, 5), (0, 1)):
+        for window, stride in ((4, 5), (0, 1), (100, 50)):
             with pytest.raises(FoveateError, match="window"):
                 run("occlusion", on("gap"), window=window, stride=stride)
 
@@ -392,6 +410,11 @@ class TestPerturbation:
             ("extremal_perturbation", {"steps": 0}),
             ("meaningful_perturbation", {"init": "square"}),
             ("occlusion", {"baseline": "noise"}),
+            ("occlusion", {"baseline": 5}),
+            ("meaningful_perturbation", {"lr": -1}),
+            ("meaningful_perturbation", {"exponent": 0.5}),
+            ("meaningful_perturbation", {"smooth": -3}),
+            ("extremal_perturbation", {"sigma": 0}),
         ):
             with pytest.raises(FoveateError):
                 run(name, on("gap"), **own)
@@ -603,6 +626,18 @@ class TestFullGrad:
         capture = Capture(normalized(network), torch.rand(2, 3, 64, 64).double())
         assert full_gradients(capture, capture.target(1)).error.max() < 1e-10
 
+    def test_a_layer_can_be_scaled_as_one(self) -> None:
+        by_channel, by_layer = (run("full_grad", on("gap"), scaling=scaling) for scaling in ("channel", "layer"))
+        assert not torch.allclose(by_channel, by_layer)
+        parts = full_gradients(capture := on("gap"), capture.target(1))
+        expected = maps.scale(parts.image.abs().flatten(1, 2)).view_as(parts.image).sum(1)
+        for bias in parts.biases:
+            expected = expected + maps.upsample(maps.scale(bias.abs().flatten(1, 2)).view_as(bias).sum(1), (17, 23))
+        torch.testing.assert_close(by_layer, expected)
+
+    def test_chunks_change_nothing(self) -> None:
+        torch.testing.assert_close(run("full_grad", on("gap", count=3, chunk=1)), run("full_grad", on("gap", count=3)))
+
     def test_networks_of_other_parts_are_refused_with_the_error(self) -> None:
         with pytest.raises(FoveateError, match=r"miss the score by \d+ %"):
             run("full_grad", on("inplace"))
@@ -693,6 +728,22 @@ class TestRollout:
             with pytest.raises(FoveateError):
                 run("attention_rollout", on("tokens"), **own)
 
-    def test_convolutions_and_windows_are_refused(self) -> None:
-        with pytest.raises(FoveateError, match="needs blocks of attention between all tokens"):
+    def test_convolutions_are_refused(self) -> None:
+        with pytest.raises(FoveateError, match="needs blocks of attention between all tokens, and none of this model's is"):
             run("attention_rollout", on("gap"))
+
+    @pytest.mark.parametrize(
+        ("name", "options"),
+        [
+            ("swin_tiny_patch4_window7_224", {"depths": (1, 1, 1, 1)}),
+            ("pvt_v2_b0", {"depths": (1, 1, 1, 1)}),
+            ("xcit_nano_12_p16_224", {"depth": 2}),
+        ],
+    )
+    def test_windows_fewer_keys_and_channels_are_refused(self, name: str, options: dict[str, object]) -> None:
+        from foveate._torchvision import timm
+
+        network = timm().create_model(name, num_classes=3, **options).eval()
+        capture = Capture(network, torch.rand(1, 3, 224, 224))
+        with pytest.raises(FoveateError, match=r"rollout|grid"):
+            METHODS.get("attention_rollout")(capture, None, capture.target(1))

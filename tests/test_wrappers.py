@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import warnings
+
 import pytest
 import torch
 
+import reference
 from foveate import Capture, FoveateError, evaluate, explain, explain_each, maps, summarize
 from foveate.methods.adapt import adapt
 from foveate.methods.wrappers import FLIP_AND_LIGHT, Transform, augmented, fused, smooth
@@ -21,7 +24,7 @@ def run(method: str | Method, kind: str = "inplace", seed: int = 0, **own: objec
 class TestSmooth:
     @pytest.mark.parametrize("name", ["grad_cam", "contrastive_cam", "score_cam", "gradient", "centre"])
     def test_the_contract(self, name: str) -> None:
-        check_method(f"{name}:smooth", samples=3)
+        check_method(f"{name}:smooth", copies=3)
         check_method(f"{name}:augmented")
 
     def test_it_is_the_mean_over_noisy_copies(self) -> None:
@@ -31,22 +34,24 @@ class TestSmooth:
             noisy = x + 0.15 * (x.amax((1, 2, 3)) - x.amin((1, 2, 3)))[:, None, None, None] * gaussian(0, [i], x.shape[1:], x)
             capture = Capture(networks()["inplace"], noisy, "features")
             total = total + METHODS.get("layer_cam")(capture, None, capture.target(1))
-        torch.testing.assert_close(run("layer_cam:smooth", samples=3), total / 3)
+        torch.testing.assert_close(run("layer_cam:smooth", copies=3), total / 3)
 
     def test_no_noise_is_the_method(self) -> None:
-        torch.testing.assert_close(run("grad_cam:smooth", sigma=0.0, samples=2), run("grad_cam"))
+        torch.testing.assert_close(run("grad_cam:smooth", noise=0.0, copies=2), run("grad_cam"))
 
     def test_the_gradients_mean_before_its_absolute_value_is_another_thing(self) -> None:
-        assert not torch.allclose(run("gradient:smooth", samples=4), run("smooth_grad", samples=4))
+        assert not torch.allclose(run("gradient:smooth", copies=4), run("smooth_grad", samples=4))
         torch.testing.assert_close(
-            run("gradient:smooth", samples=4, colour="sum"), run("smooth_grad", samples=4, colour="sum"), rtol=1e-8, atol=1e-10
+            run("gradient:smooth", copies=4, colour="sum"), run("smooth_grad", samples=4, colour="sum"), rtol=1e-8, atol=1e-10
         )
 
     def test_settings_are_the_methods_and_the_wrappers(self) -> None:
-        own = {"score_cam:smooth": {"samples": 2, "weighting": "increase"}}
+        own = {"score_cam:smooth": {"copies": 2, "weighting": "increase"}}
         explanation = explain(networks()["gap"], example().x, "score_cam:smooth", layer="features", settings=own)
         assert list(explanation.maps) == ["score_cam:smooth"]
-        with pytest.raises(FoveateError, match="has no setting 'sample': it has weighting, constant, samples, sigma, seed"):
+        with pytest.raises(
+            FoveateError, match="has no setting 'sample': it has weighting, constant, copies, noise, noise_seed"
+        ):
             explain(
                 networks()["gap"],
                 example().x,
@@ -54,8 +59,21 @@ class TestSmooth:
                 layer="features",
                 settings={"score_cam:smooth": {"sample": 2}},
             )
-        with pytest.raises(FoveateError, match="samples 0"):
-            run("grad_cam:smooth", samples=0)
+        with pytest.raises(FoveateError, match="copies 0"):
+            run("grad_cam:smooth", copies=0)
+
+    def test_a_methods_own_settings_of_such_names_stay_settable(self) -> None:
+        x = example().x
+        own = {"smooth_grad:smooth": {"samples": 1, "sigma": 0.0, "copies": 2, "noise": 0.0}}
+        explanation = explain(networks()["inplace"], x, ["smooth_grad:smooth", "gradient"], layer="features", settings=own)
+        torch.testing.assert_close(explanation.raw["smooth_grad:smooth"], explanation.raw["gradient"])
+
+    def test_two_of_one_name_are_refused(self) -> None:
+        two = [smooth("grad_cam", copies=2), smooth("grad_cam", copies=4)]
+        with pytest.raises(FoveateError, match="two methods are called 'grad_cam:smooth': give one of them a name"):
+            explain(networks()["gap"], example().x, two, layer="features")
+        named = [two[0], smooth("grad_cam", copies=4, name="smoother")]
+        assert list(explain(networks()["gap"], example().x, named, layer="features").maps) == ["grad_cam:smooth", "smoother"]
 
     def test_an_unknown_wrapper_is_named(self) -> None:
         with pytest.raises(FoveateError, match="asks for a wrapper 'sharp', and there are smooth, augmented, fused"):
@@ -64,8 +82,8 @@ class TestSmooth:
             METHODS.get("grad_cma:smooth")
 
     def test_wrappers_can_be_nested_and_made_by_hand(self) -> None:
-        assert torch.isfinite(run("grad_cam:augmented:smooth", samples=2)).all()
-        torch.testing.assert_close(run(smooth("grad_cam", samples=2, sigma=0.3)), run("grad_cam:smooth", samples=2, sigma=0.3))
+        assert torch.isfinite(run("grad_cam:augmented:smooth", copies=2)).all()
+        torch.testing.assert_close(run(smooth("grad_cam", copies=2, noise=0.3)), run("grad_cam:smooth", copies=2, noise=0.3))
 
 
 class TestAugmented:
@@ -122,12 +140,39 @@ class TestFused:
         METHODS.get("grad_cam:fused")(capture, None, capture.target(1))
         assert capture.passes.backward == 2
 
+    def test_methods_that_look_at_the_image_run_once(self) -> None:
+        one = explain(networks()["inplace"], example().x, "integrated_gradients", layer="features", target=1)
+        several = explain(
+            networks()["inplace"], example().x, "integrated_gradients", layer=["features.0", "features"], target=1
+        )
+        torch.testing.assert_close(several.raw["integrated_gradients"], one.raw["integrated_gradients"])
+        assert several.completeness_error["integrated_gradients"] is not None
+        assert several.capture.passes.backward == one.capture.passes.backward
+
     def test_an_unknown_way(self) -> None:
         with pytest.raises(FoveateError, match="fusion 'sum'"):
             run(fused("grad_cam", how="sum"))
 
 
+IGNORE_THE_CLASS = {"attention_rollout", "centre", "eigen_cam", "fake_cam", "random"}
+
+
 class TestEach:
+    @pytest.mark.parametrize("name", [name for name in METHODS.all() if name not in IGNORE_THE_CLASS])
+    def test_a_contrast_is_another_answer_or_none(self, name: str) -> None:
+        kind = "tokens" if name not in reference.DEFINED_ON else reference.DEFINED_ON[name][0]
+        refused: dict[str, str] = {}
+        own = {name: reference.SETTINGS[name]} if name in reference.SETTINGS else {}
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            options = {"targets": ["pred", "second"], "layer": "features", "settings": own, "refused": refused}
+            answers = explain_each(networks()[kind], example(seed=2).x, name, **options)
+        if name == "finer_cam":
+            assert list(refused) == ["finer_cam for pred-second"]
+        elif name != "contrastive_cam":  # whose answer for the prediction is that contrast already
+            assert not refused
+            assert not torch.equal(answers["pred"].raw[name], answers["pred-second"].raw[name])
+
     def test_prediction_label_runner_up_and_their_contrasts_in_one_run(self) -> None:
         network, x = networks()["gap"], example(count=3).x
         logits = network(x).detach()
@@ -143,6 +188,10 @@ class TestEach:
             assert torch.equal(answers[key].target.other, other)
         difference = answers["pred"].raw["hires_cam"] - answers["second"].raw["hires_cam"]
         torch.testing.assert_close(answers["pred-second"].raw["hires_cam"], difference)
+
+    def test_a_callable_has_no_contrasts(self) -> None:
+        with pytest.raises(FoveateError, match="a callable target has no class to be asked against"):
+            explain_each(networks()["gap"], example().x, layer="features", targets=["pred", lambda logits: logits[:, 0]])
 
     def test_without_contrasts_and_with_other_targets(self) -> None:
         network, x = networks()["gap"], example().x

@@ -58,8 +58,8 @@ def test_every_cam_on_the_zoo(name: str) -> None:
     options = {"dynamic_img_size": True} if name.startswith("vit_small_patch14") else {}
     model = timm().create_model(name, num_classes=12, **options).eval()
     size = 224 if options else size
-    last = [module for module in model.modules() if isinstance(module, nn.Linear)][-1]
-    if not last.weight.any():
+    last = model.get_classifier()
+    if isinstance(last, nn.Linear) and not last.weight.any():
         nn.init.normal_(last.weight, std=0.02)  # some begin with a classifier of zeros, which says nothing of any layer
     x = torch.rand(1, 3, size, size)
     refused = {}

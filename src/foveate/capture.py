@@ -16,7 +16,7 @@ from foveate.chunks import in_chunks
 from foveate.classifier import check_eval, check_images, eager, hooked, read_logits, unwrap
 from foveate.errors import FoveateError, LayerError
 from foveate.feature import Feature, Passes
-from foveate.linear_head import LinearHead, at_least_float32, recognise
+from foveate.linear_head import LinearHead, at_least_float32, recognise_any
 from foveate.runner import Pass, Precision, Runner
 from foveate.tail import tail_behind
 
@@ -80,6 +80,7 @@ class Capture:
         self._by_image: dict[int, Tensor] = {}
         self._heads: dict[str, LinearHead | None] = {}
         self._tails: dict[str, Callable[[Tensor, Tensor], Tensor]] = {}
+        self._uncut: set[str] = set()
         self._linears: list[tuple[Tensor, Tensor | None, Tensor]] = []
         self._base: Tensor | None = None
         self._kept: list[T.Target] = []
@@ -130,6 +131,11 @@ class Capture:
     def pred(self) -> Tensor:
         """The predicted class of each image, ``[B]``."""
         return T.predicted(self.logits, self.head)
+
+    @property
+    def precision(self) -> Precision:
+        """In which changed images run, ``fp32`` or ``bf16``."""
+        return self._run.precision
 
     def layout(self, layer: str | None = None) -> L.Layout:
         """How a captured layer's output lies in memory."""
@@ -235,19 +241,7 @@ class Capture:
         if rows is None:
             rows = torch.arange(len(images), device=images.device)
         step = self.chunk_size("backward")
-        return torch.cat(list(in_chunks(lambda part, row: self._one_gradient(target, part, row), step, images, rows)))
-
-    def _one_gradient(self, target: T.Target, images: Tensor, rows: Tensor) -> Tensor:
-        with torch.inference_mode(False), torch.enable_grad():
-            images = images.detach().clone().requires_grad_(True)
-            score = target.rows(rows)(self._run.differentiable(images))
-            if not score.requires_grad:
-                raise FoveateError(
-                    f"the score {target.name!r} does not depend on the image: something in the model detaches it"
-                )
-            (gradient,) = torch.autograd.grad(score.sum(), images, create_graph=not self.frozen)
-        self.passes.backward += len(images)
-        return at_least_float32(gradient)
+        return torch.cat(list(in_chunks(lambda part, row: self._run.gradient(part, target.rows(row)), step, images, rows)))
 
     def _by_logits(self, target: T.Target) -> Tensor:
         """Gradient of the score by the logits, ``[B,C]``: what any score adds to the gradients of the logits."""
@@ -275,16 +269,9 @@ class Capture:
         """
         name = self._feature(layer).name
         if name not in self._heads:
-            self._heads[name] = self._recognise(name)
+            raw = self._feature(name).raw
+            self._heads[name] = recognise_any(self.activations(name), raw, self._linears, self.logits)
         return self._heads[name]
-
-    def _recognise(self, name: str) -> LinearHead | None:
-        activations, raw = self.activations(name), self._feature(name).raw
-        for weight, bias, features in reversed(self._linears):
-            head = recognise(activations, raw, weight, bias, features, self.logits)
-            if head is not None:
-                return head
-        return None
 
     def class_maps(self, layer: str | None = None, classes: Sequence[int] | None = None) -> Tensor:
         """HiResCAM of every class, ``M [B,C,h,w]``: ``M_c = sum_k (d y_c / d A_k) * A_k``; differentiable when live.
@@ -352,6 +339,20 @@ class Capture:
         other.passes = other._run.passes = self.passes
         return other
 
+    def tail_size(self, layer: str | None = None) -> int:
+        """How many changed features of a layer run at once in :meth:`tail`; fewer where the whole model has to run."""
+        feature = self._feature(layer)
+        self._make_tail(feature)
+        if feature.name in self._uncut:
+            return self.chunk_size()
+        return self._run.tail_size(self.activations(feature.name), self.size)
+
+    def _make_tail(self, feature: Feature) -> None:
+        if feature.name not in self._tails:
+            self._tails[feature.name], cut = tail_behind(self._run, feature, self.x.detach(), self.logits.detach())
+            if not cut:
+                self._uncut.add(feature.name)
+
     def chunk_size(self, kind: Pass = "forward") -> int:
         """How many changed images of this size run at once, ``forward``, ``backward`` or through the ``tail`` only."""
         return self._run.chunk_size(self.size, kind)
@@ -372,8 +373,7 @@ class Capture:
             rows = torch.arange(len(activations), device=activations.device)
         if len(activations) != len(rows) or (len(rows) and int(rows.max()) >= len(self.x)):
             raise FoveateError(f"{len(activations)} feature maps need as many rows, each below {len(self.x)}")
-        if feature.name not in self._tails:
-            self._tails[feature.name] = tail_behind(self._run, feature, self.x.detach(), self.logits.detach())
+        self._make_tail(feature)
         run = self._tails[feature.name]
         self.passes.tail += len(activations)
         if activations.requires_grad:
@@ -381,7 +381,7 @@ class Capture:
                 logits = run(activations, rows)
         else:
             with torch.inference_mode():
-                pieces = list(in_chunks(run, self.chunk_size("tail"), activations, rows))
+                pieces = list(in_chunks(run, self.tail_size(feature.name), activations, rows))
             logits = torch.cat(pieces).clone() if pieces else self.logits.detach()[:0]
         return self._scored(logits, target, rows)
 

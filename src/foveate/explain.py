@@ -127,23 +127,28 @@ def explain_each(
             classified rightly, ``pred`` against ``label``), the strongest other class takes its place: there is no
             question of the former kind, and ``targets[...].other`` says which class was asked against.
         labels: true classes ``[B]``, for ``"label"``.
+        refused: as in :func:`explain`, with keys such as ``finer_cam for pred-label``.
 
     Raises:
         FoveateError: as :func:`explain`.
     """
     if not targets or isinstance(targets, str):
         raise FoveateError(f"targets {targets!r} are a list of classes, such as ['pred', 'label', 'second']")
+    if contrasts and any(callable(target) for target in targets):
+        raise FoveateError("a callable target has no class to be asked against: give contrasts=False")
     records, own = chosen_methods(methods, settings)
     capture = Capture(model, x, layer, head=head, precision=precision)
     answers = {}
     for target in targets:
-        answers[_name(target)] = _answer(capture, records, capture.target(target, labels=labels), own, fuse, refused)
+        aim = capture.target(target, labels=labels)
+        answers[_name(target)] = _answer(capture, records, aim, own, fuse, refused, _name(target))
     first = capture.target(targets[0], labels=labels).y
     for target in targets[1:] if contrasts else ():
         other = capture.target(target, labels=labels).y
         other = torch.where(other == first, strongest_other(capture.logits, first, capture.head), other)
         contrast = capture.target(first, against=other)
-        answers[f"{_name(targets[0])}-{_name(target)}"] = _answer(capture, records, contrast, own, fuse, refused)
+        key = f"{_name(targets[0])}-{_name(target)}"
+        answers[key] = _answer(capture, records, contrast, own, fuse, refused, key)
     return answers
 
 
@@ -161,8 +166,7 @@ def chosen_methods(methods: Methods, settings: Settings | None) -> tuple[list[Me
             raise FoveateError(
                 f"there are settings for {record.name!r}, but it is not among the methods: {', '.join(r.name for r in records)}"
             )
-        check_settings(record, values)
-        own[record.name] = values
+        own[record.name] = check_settings(record, values)
     return records, own
 
 
@@ -173,6 +177,7 @@ def _answer(
     own: Mapping[str, Mapping[str, Any]],
     fuse: Fusion,
     refused: dict[str, str] | None,
+    question: str = "",
 ) -> Explanation:
     explanation = Explanation({}, {}, target, ", ".join(capture.layers), capture)
     if any("gradient" in record.needs and not record.contrasts for record in records):
@@ -185,7 +190,7 @@ def _answer(
         except FoveateError as error:
             if refused is None:
                 raise
-            refused[record.name] = str(error)
+            refused[f"{record.name} for {question}" if question else record.name] = str(error)
     return explanation
 
 
@@ -198,7 +203,7 @@ def _run(record: Method, explanation: Explanation, settings: Mapping[str, Any], 
     run, several = record, len(capture.layers) > 1
     if several and "layers" in inspect.signature(record.function).parameters:
         settings = {"layers": capture.layers, **settings}
-    elif several:
+    elif several and not record.whole:
         run = fused(record, how=fuse)
     start = time.perf_counter()
     raw = run(capture, capture.layer, target, **settings).detach()

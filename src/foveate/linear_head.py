@@ -105,3 +105,14 @@ def recognise(
     if pooled:
         return LinearHead(weight[:, :, None, None] / (height * width), bias, True)
     return LinearHead(weight.reshape(-1, count, height, width), bias, False)
+
+
+def recognise_any(
+    activations: Tensor, raw: Tensor, linears: list[tuple[Tensor, Tensor | None, Tensor]], logits: Tensor
+) -> LinearHead | None:
+    """The last of the linear layers ``(weight, bias, features)`` of a run that is the head behind a layer; None for none."""
+    for weight, bias, features in reversed(linears):
+        head = recognise(activations, raw, weight, bias, features, logits)
+        if head is not None:
+            return head
+    return None

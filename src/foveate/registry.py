@@ -10,6 +10,7 @@ import difflib
 import importlib
 import inspect
 import pkgutil
+import typing
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, Literal, TypeVar
@@ -36,6 +37,7 @@ class Method:
         contrasts: it explains a class against another, the strongest other one where none is named.
         needs: what the model must offer: of ``gradient`` (at the layer), ``image_gradient``, ``linear_head``, ``relu`` and
             ``attention``.
+        whole: it looks at the image and not at a layer, so that ``layer`` has no say.
         control: it ignores the model: every table must contain such rows, to show what a metric lets pass.
         aliases: other names that people know.
     """
@@ -50,6 +52,7 @@ class Method:
     complete_to: float = 1e-10
     contrasts: bool = False
     needs: tuple[str, ...] = ()
+    whole: bool = False
     control: bool = False
     aliases: tuple[str, ...] = ()
 
@@ -154,8 +157,12 @@ class Register(Generic[Record]):
         Raises:
             FoveateError: no such name, or none at all.
         """
-        found = [self.get(name) for name in (names if isinstance(names, Sequence) and not isinstance(names, str) else [names])]
+        given = names if isinstance(names, Sequence) and not isinstance(names, str) else [names]
+        found = [self.get(name) for name in dict.fromkeys(given)]
         records = list({record.name: record for record in found}.values())
+        for record in found:
+            if not any(record.function is known.function for known in records):
+                raise FoveateError(f"two {self.kind}s are called {record.name!r}: give one of them a name of its own")
         if not records:
             raise FoveateError(f"no {self.kind} was named: see 'foveate list {self.kind}s'")
         return records
@@ -189,14 +196,33 @@ def _plain(name: str) -> str:
     return name.lower().replace("+", "p").replace("_", "").replace("-", "").replace(" ", "")
 
 
-def check_settings(record: Method | Metric | Loss, settings: Mapping[str, Any]) -> None:
-    """Raise a FoveateError where a setting is not one of the record's own; the message has those that are."""
+def check_settings(record: Method | Metric | Loss, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings with values of the types that the function says: never ``"many"`` where it takes an int.
+
+    Raises:
+        FoveateError: not one of the record's own settings, or a value of another type; the message has what it takes.
+    """
     known = [p.name for p in inspect.signature(record.function).parameters.values() if p.kind is p.KEYWORD_ONLY]
     for name in settings:
         if name not in known:
             raise FoveateError(
                 f"{record.name} has no setting {name!r}: " + (f"it has {', '.join(known)}" if known else "it has none at all")
             )
+    return {name: _typed(record, name, value) for name, value in settings.items()}
+
+
+def _typed(record: Method | Metric | Loss, name: str, value: Any) -> Any:
+    from pydantic import ConfigDict, TypeAdapter, ValidationError
+
+    annotation = typing.get_type_hints(record.function).get(name, Any)
+    if annotation in (Any, object):
+        return value
+    options = ConfigDict(arbitrary_types_allowed=True, allow_inf_nan=False)
+    try:
+        return TypeAdapter(annotation, config=options).validate_python(value)
+    except ValidationError as error:
+        reasons = "; ".join(dict.fromkeys(problem["msg"][0].lower() + problem["msg"][1:] for problem in error.errors()))
+        raise FoveateError(f"{record.name}.{name} cannot be {value!r}: {reasons}") from None
 
 
 METHODS: Register[Method] = Register("method", "foveate.methods")
@@ -217,13 +243,15 @@ def method(
     complete_to: float = 1e-10,
     contrasts: bool = False,
     needs: tuple[str, ...] = (),
+    whole: bool = False,
     control: bool = False,
     aliases: tuple[str, ...] = (),
 ) -> Callable[[Function], Function]:
     """Register ``(capture, layer, target, **own settings) -> S [B,h,w]`` as a method; the function stays as it is."""
 
     def add(function: Function) -> Function:
-        flags: dict[str, Any] = {"signed": signed, "differentiable": differentiable, "contrasts": contrasts, "control": control}
+        flags: dict[str, Any] = {"signed": signed, "differentiable": differentiable, "contrasts": contrasts}
+        flags |= {"whole": whole, "control": control}
         promise: dict[str, Any] = {"complete": complete, "complete_to": complete_to}
         METHODS.add(Method(name, title, function, paper, needs=needs, aliases=aliases, **flags, **promise))
         return function

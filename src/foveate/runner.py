@@ -16,6 +16,7 @@ from foveate.errors import FoveateError
 from foveate.feature import Passes
 from foveate.linear_head import at_least_float32
 from foveate.memo import Memo
+from foveate.targets import Target
 
 Precision = Literal["fp32", "bf16"]
 Pass = Literal["forward", "backward", "tail"]
@@ -26,6 +27,7 @@ AT_ONCE: dict[str, dict[Pass, int]] = {
     "cpu": {"forward": 4, "backward": 8, "tail": 64},
     "other": {"forward": 64, "backward": 32, "tail": 512},
 }
+TAIL_BYTES = 64 * 2**20  # of features that run through a tail at once, on a CPU
 CHANNELS_LAST_FROM = 4  # images: fewer are faster channels-first
 _formats = Memo()
 
@@ -68,6 +70,12 @@ class Runner:
             at_once *= 2
         return max(1, at_once * 224 * 224 // (size[0] * size[1]))
 
+    def tail_size(self, activations: Tensor, size: tuple[int, int]) -> int:
+        """How many changed features run at once: as many as the ``tail`` rule says, and no more than fit its bytes."""
+        cpu = self.device is None or self.device.type == "cpu"
+        fitting = (TAIL_BYTES if cpu else 16 * TAIL_BYTES) // max(1, activations[0].numel() * activations.element_size())
+        return max(1, min(self.chunk_size(size, "tail"), fitting)) if self.chunk is None else self.chunk
+
     def placed(self, images: Tensor) -> Tensor:
         """Images on the model's device and in its precision."""
         return images if self.device is None else images.to(self.device, self.dtype)
@@ -90,6 +98,19 @@ class Runner:
             logits = at_least_float32(read_logits(self.laid_out(self, self.placed(images))))
         self.passes.forward += len(images)
         return logits
+
+    def gradient(self, images: Tensor, target: Target) -> Tensor:
+        """Gradient of the score by changed images, ``[N,3,H,W]``; a function of the parameters where live."""
+        with torch.inference_mode(False), torch.enable_grad():
+            images = images.detach().clone().requires_grad_(True)
+            score = target(self.differentiable(images))
+            if not score.requires_grad:
+                raise FoveateError(
+                    f"the score {target.name!r} does not depend on the image: something in the model detaches it"
+                )
+            (gradient,) = torch.autograd.grad(score.sum(), images, create_graph=not self.frozen)
+        self.passes.backward += len(images)
+        return at_least_float32(gradient)
 
     def logits(self, images: Tensor | Iterable[Tensor]) -> Iterable[Tensor]:
         """Logits of changed images without a graph, a chunk at a time: channels-last, in bf16 where asked for."""

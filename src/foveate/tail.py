@@ -16,8 +16,11 @@ from foveate.linear_head import at_least_float32
 from foveate.runner import Runner
 
 
-def tail_behind(run: Runner, feature: Feature, x: Tensor, logits: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
-    """``(A [N,K,h,w], rows [N]) -> logits [N,C]`` from a layer on; ``rows`` says which image of ``x`` each belongs to."""
+def tail_behind(run: Runner, feature: Feature, x: Tensor, logits: Tensor) -> tuple[Callable[[Tensor, Tensor], Tensor], bool]:
+    """``(A [N,K,h,w], rows [N]) -> logits [N,C]`` from a layer on; ``rows`` says which image of ``x`` each belongs to.
+
+    And whether the rest could be cut off; otherwise the whole model runs each time.
+    """
 
     def replaced(native: Tensor, rows: Tensor) -> Tensor:
         if feature.module is None:
@@ -35,4 +38,4 @@ def tail_behind(run: Runner, feature: Feature, x: Tensor, logits: Tensor) -> Cal
             stacklevel=4,
         )
     last = cut or replaced
-    return lambda A, rows: at_least_float32(last(L.from_grid(A.to(raw.dtype), raw[rows], layout), rows))
+    return lambda A, rows: at_least_float32(last(L.from_grid(A.to(raw.dtype), raw[rows], layout), rows)), cut is not None

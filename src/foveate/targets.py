@@ -113,6 +113,20 @@ class Target:
         """The scores ``[B]`` of ``logits [B,C]``."""
         return self.score(logits, self.y)
 
+    def log_probability(self, logits: Tensor, head: Head) -> Tensor:
+        """Log-probability ``[B]`` of what is explained, float64, for methods that are about a probability.
+
+        Of the class; for a contrast, of the class between the two: ``log sigmoid(y_c - y_other)``.
+
+        Raises:
+            FoveateError: a callable score has no probability.
+        """
+        if self.name == "contrast":
+            return F.logsigmoid(self(logits).double())
+        if self.name not in SCORES:
+            raise FoveateError(f"this method is about the probability of a class, and a {self.name!r} score has none")
+        return log_probability(logits, self.y, head)
+
     def rows(self, index: Tensor) -> Target:
         """The target of images ``index [N]`` of this batch: what changed copies of those images are scored with."""
         if self.other is not None and self.name == "contrast":

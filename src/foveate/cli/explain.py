@@ -198,8 +198,9 @@ def _explain_batch(
         x, labels = x[torch.tensor(wrong)], labels[torch.tensor(wrong)]
     start = time.perf_counter()
     answers = _ask(classifier, x, names, question, labels, refused)
-    if not next(iter(answers.values())).maps:
-        raise FoveateError("; ".join(refused.values()))
+    answers = {key: answer for key, answer in answers.items() if answer.maps}
+    if not answers:
+        raise FoveateError("; ".join(dict.fromkeys(refused.values())))
     shared = time.perf_counter() - start - sum(sum(answer.seconds.values()) for answer in answers.values())
     first = next(iter(answers.values()))
     capture = first.capture
@@ -280,7 +281,9 @@ def _add_answer(
     from foveate.targets import log_probability
 
     capture, y, names = answer.capture, answer.target.y, list(answer.maps)
-    before = log_probability(capture.logits.detach(), y, capture.head).exp()
+    # As masked images are run: two precisions differ by more than a map may change.
+    plain = capture.logits.detach() if capture.precision == "fp32" else capture.score(capture.images)
+    before = log_probability(plain, y, capture.head).exp()
     masked = (apply_mask(capture.x.detach(), answer.maps[name]) for name in names)
     after = log_probability(capture.score(masked), y.repeat(len(names)), capture.head).exp().view(len(names), -1)
     others = answer.target.other if answer.target.name == "contrast" else None

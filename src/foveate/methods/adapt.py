@@ -65,10 +65,16 @@ def adapt(
     title = name or f"{library}.{kind.__name__}"
 
     def function(capture: Capture, layer: str | None, target: Target) -> Tensor:
-        with torch.inference_mode(False), torch.enable_grad(), _gradients_kept(capture.model), eager(capture.model):
-            if library == "captum":
-                return _captum(attribution, capture, layer, target, colour, cells, segments, seed, options)
-            return _pytorch_grad_cam(attribution, capture, layer, target, options)
+        with torch.inference_mode(False), torch.enable_grad(), _kept(capture.model), eager(capture.model):
+            try:
+                if library == "captum":
+                    return _captum(attribution, capture, layer, target, colour, cells, segments, seed, options)
+                return _pytorch_grad_cam(attribution, capture, layer, target, options)
+            except (FoveateError, torch.OutOfMemoryError):
+                raise
+            except (RuntimeError, ValueError, TypeError, AssertionError, NotImplementedError, IndexError) as error:
+                reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+                raise FoveateError(f"{title} cannot explain this model: {reason}") from error
 
     function.__doc__ = f"{kind.__name__} of {library}."
     return Method(title, title, function, f"{library}", signed=library == "captum")
@@ -111,7 +117,7 @@ def _captum(
     for rows in range(len(x)) if drawn else [slice(None)]:
         rows = slice(rows, rows + 1) if isinstance(rows, int) else rows
         here = {k: v[rows] if isinstance(v, Tensor) and len(v) == len(x) else v for k, v in given.items()}
-        with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+        with torch.random.fork_rng(devices=[x.device] if x.is_cuda else []), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             torch.manual_seed(seed)
             parts.append(explainer.attribute(x[rows].clone().requires_grad_(True), **here))
@@ -190,16 +196,27 @@ def _grid(size: tuple[int, int], cells: int) -> Tensor:
 
 
 @contextmanager
-def _gradients_kept(model: nn.Module) -> Iterator[None]:
-    """What other people's code leaves in ``.grad``, taken away again."""
-    before = [(p, p.grad) for p in model.parameters()]
-    for p, _ in before:
+def _kept(model: nn.Module) -> Iterator[None]:
+    """What other people's code leaves on a model, taken away again: gradients, hooks, replaced modules, attributes, modes."""
+    modules = [(m, {k: (v, v.copy() if isinstance(v, dict) else v) for k, v in vars(m).items()}) for m in model.modules()]
+    parameters = [(p, p.grad, p.requires_grad) for p in model.parameters()]
+    for p, *_ in parameters:
         p.grad = None
     try:
         yield
     finally:
-        for p, grad in before:
+        for module, state in modules:
+            own = vars(module)
+            for name in own.keys() - state.keys():
+                del own[name]
+            for name, (value, content) in state.items():
+                if isinstance(value, dict):
+                    value.clear()
+                    value.update(content)
+                own[name] = value
+        for p, grad, flag in parameters:
             p.grad = grad
+            p.requires_grad_(flag)
 
 
 def by_name(name: str) -> Method | None:

@@ -17,7 +17,13 @@ from foveate.registry import method
 from foveate.targets import Target
 
 
-@method("attention_rollout", title="Attention rollout", paper="Abnar and Zuidema, ACL 2020, section 3", needs=("attention",))
+@method(
+    "attention_rollout",
+    title="Attention rollout",
+    whole=True,
+    paper="Abnar and Zuidema, ACL 2020, section 3",
+    needs=("attention",),
+)
 def attention_rollout(
     capture: Capture,
     layer: str | None,
@@ -40,20 +46,19 @@ def attention_rollout(
     """
     if heads not in ("mean", "max", "min") or not 0 <= discard < 1:
         raise FoveateError(f"heads {heads!r} must be 'mean', 'max' or 'min', and discard {discard} in [0, 1)")
-    blocks = attentions(capture)
-    if not blocks:
-        raise FoveateError(
-            "attention_rollout needs blocks of attention between all tokens, and none of this model's is: convolutions, "
-            "or attention in windows, as in Swin; use 'grad_cam', which works there"
-        )
+    x = capture.images
+    return torch.cat([_rollout(capture, part, heads, discard) for part in x.split(capture.chunk_size())])
+
+
+def _rollout(capture: Capture, x: Tensor, heads: str, discard: float) -> Tensor:
+    blocks = attentions(capture, x, heads)
     tokens = blocks[0].shape[-1]
     layout = L.token_layout(tokens, capture.size, capture.model)
     if layout is None:
         raise FoveateError(f"{tokens} tokens do not tell their grid at the image size {capture.size[0]}x{capture.size[1]}")
     eye = torch.eye(tokens, device=blocks[0].device, dtype=blocks[0].dtype)
-    rollout = eye.expand(len(blocks[0]), -1, -1)
-    for weights in blocks:
-        joined = weights.mean(1) if heads == "mean" else weights.amax(1) if heads == "max" else weights.amin(1)
+    rollout = eye.expand(len(x), -1, -1)
+    for joined in blocks:
         if discard:
             joined = _without_lowest(joined, discard, layout.prefix)
         step = joined + eye
@@ -69,24 +74,35 @@ def _without_lowest(weights: Tensor, share: float, prefix: int) -> Tensor:
     return torch.cat([weights[..., :prefix], kept[..., prefix:]], -1)
 
 
-def attentions(capture: Capture) -> list[Tensor]:
-    """The attention of each block on this batch, ``[B,heads,N,N]``, rows adding up to 1: one forward pass.
+def attentions(capture: Capture, x: Tensor, heads: str = "mean") -> list[Tensor]:
+    """The attention of each block, its heads made one, ``[B,N,N]``, rows adding up to 1: one forward pass.
 
     Seen where it is computed: softmax, scaled dot-product attention and ``nn.MultiheadAttention``, fused or not.
+
+    Raises:
+        FoveateError: there is none between all tokens, or also some of another kind: in windows, or to fewer keys.
     """
-    seen = _Attention(len(capture.x))
-    with torch.no_grad(), seen:
-        capture.differentiable(capture.images)
-    sizes = [weights.shape[-1] for weights in seen.blocks]
-    return [weights for weights in seen.blocks if weights.shape[-1] == max(sizes)]
+    seen = _Attention(len(x), heads)
+    with seen:
+        capture.differentiable(x)
+    sizes = {weights.shape[-1] for weights in seen.blocks}
+    if not seen.blocks or seen.others or len(sizes) > 1:
+        found = "none of this model's is" if not seen.blocks else "some of this model's are not"
+        raise FoveateError(
+            f"attention_rollout needs blocks of attention between all tokens, and {found}: convolutions, attention in windows "
+            "(Swin) or to fewer keys (PVT) have no rollout; use 'grad_cam', which works there"
+        )
+    return seen.blocks
 
 
 class _Attention(TorchFunctionMode):
-    """Keeps every square matrix of attention that the model computes for the batch."""
+    """Keeps every square matrix of attention that the model computes for the batch, and counts what else it attends to."""
 
-    def __init__(self, count: int) -> None:
+    def __init__(self, count: int, heads: str) -> None:
         super().__init__()
         self.count = count
+        self.heads = heads
+        self.others = 0
         self.blocks: list[Tensor] = []
 
     def __torch_function__(
@@ -107,9 +123,14 @@ class _Attention(TorchFunctionMode):
     def _keep(self, weights: Tensor) -> None:
         if weights.ndim == 3 and len(weights) == self.count:
             weights = weights[:, None]
-        square = weights.ndim == 4 and weights.shape[-1] == weights.shape[-2] and weights.shape[-1] > 1
-        if square and len(weights) == self.count:
-            self.blocks.append(weights.detach().float() if weights.element_size() < 4 else weights.detach())
+        if weights.ndim not in (3, 4) or weights.shape[-1] == 1:
+            return  # a softmax over something else
+        if weights.ndim == 3 or weights.shape[-1] != weights.shape[-2] or len(weights) != self.count:
+            self.others += 1
+            return
+        weights = weights.detach().float() if weights.element_size() < 4 else weights.detach()
+        joined = weights.mean(1) if self.heads == "mean" else weights.amax(1) if self.heads == "max" else weights.amin(1)
+        self.blocks.append(joined)
 
 
 def _weights_of(

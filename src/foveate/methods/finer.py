@@ -20,7 +20,6 @@ from foveate.targets import Target
     paper="Zhang et al., CVPR 2025",
     signed=True,
     differentiable=True,
-    needs=("gradient",),
 )
 def finer_cam(
     capture: Capture,
@@ -51,8 +50,10 @@ def finer_cam(
             f"finer_cam compares logits of several classes: a score {target.name!r} of a {capture.head} head has none to "
             "compare; use 'grad_cam'"
         )
-    if weights not in ("equal", "probability") or base not in ("grad_cam", "hires_cam"):
-        raise FoveateError(f"weights {weights!r} or base {base!r} is unknown: see the settings of finer_cam")
+    if weights not in ("equal", "probability"):
+        raise FoveateError(f"weights {weights!r} is unknown: use 'equal' or 'probability'")
+    if base not in ("grad_cam", "hires_cam"):
+        raise FoveateError(f"base {base!r} is unknown: use 'grad_cam' or 'hires_cam'")
     if not 1 <= similar < capture.classes:
         raise FoveateError(f"similar {similar} must be 1 or more, and below the number of classes, {capture.classes}")
     with torch.inference_mode(False), torch.no_grad():

@@ -39,6 +39,7 @@ def over_colour(values: Tensor, colour: Colour) -> Tensor:
 @method(
     "gradient",
     title="Gradient",
+    whole=True,
     paper="Simonyan et al., ICLR workshops 2014, eq. 4 and section 3.1",
     differentiable=True,
     needs=("image_gradient",),
@@ -56,6 +57,7 @@ def gradient(capture: Capture, layer: str | None, target: Target, *, colour: Col
 @method(
     "input_x_gradient",
     title="Input x gradient",
+    whole=True,
     paper="Shrikumar et al., 2016",
     signed=True,
     differentiable=True,
@@ -68,12 +70,25 @@ def input_x_gradient(capture: Capture, layer: str | None, target: Target, *, col
 
 
 def path_completeness(
-    capture: Capture, layer: str | None, target: Target, saliency: Tensor, *, baseline: object = 0.0, **settings: object
-) -> Tensor:
-    """How far a map misses ``f(x) - f(baseline)``: ``|sum S - (f(x) - f(b))| / |f(x) - f(b)|``, ``[B]``."""
+    capture: Capture,
+    layer: str | None,
+    target: Target,
+    saliency: Tensor,
+    *,
+    baseline: object = 0.0,
+    colour: Colour = "sum",
+    **settings: object,
+) -> Tensor | None:
+    """How far a map misses ``f(x) - f(baseline)``: ``|sum S - (f(x) - f(b))| / |f(x) - f(b)|``, ``[B]``.
+
+    None where colours were not added up, and there is nothing that the map promises.
+    """
+    if colour != "sum":
+        return None
     with torch.no_grad():
-        black = target(capture.score(baseline_of(capture, baseline)))
-        gain = target(capture.score(capture.images)) - black
+        empty = baseline_of(capture, baseline).split(capture.chunk_size("backward"))
+        black = target(torch.cat([capture.differentiable(part).detach() for part in empty]))
+        gain = target(capture.logits.detach()) - black
         return (saliency.detach().sum((1, 2)) - gain).abs() / gain.abs().clamp(min=1e-6)
 
 
@@ -84,7 +99,7 @@ def baseline_of(capture: Capture, baseline: object) -> Tensor:
         FoveateError: none of these.
     """
     x = capture.images
-    if isinstance(baseline, (int, float)):
+    if isinstance(baseline, (int, float)) and 0 <= baseline <= 1:
         return torch.full_like(x, float(baseline))
     if baseline == "blur":
         return maps.blur(x, max(capture.size) / 10)
@@ -99,6 +114,7 @@ def baseline_of(capture: Capture, baseline: object) -> Tensor:
 @method(
     "integrated_gradients",
     title="Integrated gradients",
+    whole=True,
     paper="Sundararajan et al., ICML 2017, eq. 1",
     signed=True,
     complete=path_completeness,
@@ -179,6 +195,7 @@ def accumulate(
 @method(
     "smooth_grad",
     title="SmoothGrad",
+    whole=True,
     paper="Smilkov et al., 2017",
     aliases=("smoothgrad",),
 )
@@ -217,6 +234,7 @@ def smooth_grad(
 @method(
     "guided_backprop",
     title="Guided backprop",
+    whole=True,
     paper="Springenberg et al., ICLR workshops 2015",
     differentiable=True,
     needs=("relu",),

@@ -16,12 +16,14 @@ from foveate.errors import FoveateError
 from foveate.methods.gradient import baseline_of
 from foveate.noise import generator
 from foveate.registry import method
-from foveate.targets import Target, log_probability
+from foveate.targets import Target
 
 # -- meaningful perturbation -----------------------------------------------------------------------------------------
 
 
-@method("meaningful_perturbation", title="Meaningful perturbation", paper="Fong and Vedaldi, ICCV 2017, eq. 4 and 5")
+@method(
+    "meaningful_perturbation", title="Meaningful perturbation", whole=True, paper="Fong and Vedaldi, ICCV 2017, eq. 4 and 5"
+)
 def meaningful_perturbation(
     capture: Capture,
     layer: str | None,
@@ -32,9 +34,9 @@ def meaningful_perturbation(
     area: float = 1e-4,
     variation: float = 1e-2,
     exponent: float = 3.0,
-    stride: int = 8,
-    smooth: float = 5.0,
-    jitter: int = 4,
+    stride: int | None = None,
+    smooth: float | None = None,
+    jitter: int | None = None,
     baseline: float | Literal["blur"] | Tensor = "blur",
     init: Literal["circle", "ones"] = "circle",
     seed: int = 0,
@@ -48,8 +50,9 @@ def meaningful_perturbation(
     Args:
         steps, lr: of Adam.
         area, variation, exponent: weights of the two penalties, and the power of the differences in the second.
-        smooth: standard deviation, in pixels, of the blur of the upsampled mask.
-        jitter: the image is shifted by up to so many pixels at each step, by the same draw for all images.
+        stride: of the mask's parameters, in pixels; a 28th of the shorter side by default, 8 of 224.
+        smooth: standard deviation, in pixels, of the blur of the upsampled mask; 5 of 224 by default.
+        jitter: the image is shifted by up to so many pixels at each step, by the same draw for all images; 4 of 224.
         baseline: what is seen where the mask is 0; a blur of a tenth of the longer side by default.
         init: ``circle``: the smallest of blurred circular holes at the centre after which 99 % of the drop that hiding
             everything brings is reached; ``ones``.
@@ -58,8 +61,20 @@ def meaningful_perturbation(
     Raises:
         FoveateError: a number out of range.
     """
-    if steps < 1 or stride < 1 or jitter < 0 or init not in ("circle", "ones"):
-        raise FoveateError(f"steps {steps}, stride {stride}, jitter {jitter} or init {init!r} is out of range")
+    side = min(capture.size)
+    stride = max(1, side // 28) if stride is None else stride
+    smooth = 5 * side / 224 if smooth is None else smooth
+    jitter = side // 56 if jitter is None else jitter
+    if steps < 1 or stride < 1 or jitter < 0 or smooth < 0 or init not in ("circle", "ones"):
+        raise FoveateError(
+            f"steps {steps}, stride {stride}, jitter {jitter}, smooth {smooth} or init {init!r} is out of range: steps and "
+            "stride are 1 or more, jitter and smooth 0 or more, init 'circle' or 'ones'"
+        )
+    if not lr > 0 or exponent < 1 or area < 0 or variation < 0:
+        raise FoveateError(
+            f"lr {lr} is above 0, exponent {exponent} 1 or more (below, its gradient is infinite at 0), area {area} and "
+            f"variation {variation} not below 0"
+        )
     hidden = baseline_of(capture, baseline)
     grid = (math.ceil(capture.size[0] / stride), math.ceil(capture.size[1] / stride))
 
@@ -71,7 +86,7 @@ def meaningful_perturbation(
         for _ in range(steps):
             down, right = (torch.randint(-jitter, jitter + 1, (2,), generator=draws)).tolist() if jitter else (0, 0)
             seen = _shifted(maps.apply_mask(x, _grown(m, capture.size, smooth), blank), down, right, jitter)
-            p = log_probability(capture.differentiable(seen), target.y[rows], capture.head).exp()
+            p = target.rows(rows).log_probability(capture.differentiable(seen), capture.head).exp()
             penalty = area * (1 - m).abs().sum((1, 2)) + variation * total_variation(m, exponent)
             (m.grad,) = torch.autograd.grad((penalty + p.to(penalty.dtype)).sum(), m)
             capture.passes.backward += len(x)
@@ -120,7 +135,7 @@ def _circles(capture: Capture, target: Target, x: Tensor, blank: Tensor, rows: T
     grown = maps.upsample(holes, capture.size)
 
     def p(images: Tensor) -> Tensor:
-        return log_probability(capture.score(images), target.y[rows], capture.head).exp()
+        return target.rows(rows).log_probability(capture.score(images), capture.head).exp()
 
     whole, nothing = p(x), p(blank)
     after = torch.stack([p(maps.apply_mask(x, hole.expand(len(x), -1, -1), blank)) for hole in grown], 1)  # [n,15]
@@ -132,7 +147,7 @@ def _circles(capture: Capture, target: Target, x: Tensor, blank: Tensor, rows: T
 # -- extremal perturbation -------------------------------------------------------------------------------------------
 
 
-@method("extremal_perturbation", title="Extremal perturbation", paper="Fong et al., ICCV 2019, eq. 2 to 6")
+@method("extremal_perturbation", title="Extremal perturbation", whole=True, paper="Fong et al., ICCV 2019, eq. 2 to 6")
 def extremal_perturbation(
     capture: Capture,
     layer: str | None,
@@ -141,10 +156,10 @@ def extremal_perturbation(
     areas: Sequence[float] = (0.1,),
     steps: int = 800,
     lr: float = 0.01,
-    stride: int = 7,
-    sigma: float = 21.0,
+    stride: int | None = None,
+    sigma: float | None = None,
     blurs: int = 8,
-    strongest: float = 20.0,
+    strongest: float | None = None,
     weight: float = 300.0,
     growth: float = 1.0035,
     start: float | Tensor = 1.0,
@@ -159,8 +174,9 @@ def extremal_perturbation(
 
     Args:
         areas: shares of the image in (0, 1).
-        stride, sigma: of the mask, in pixels: distance of its parameters, and radius of its smoothness.
-        strongest: the largest standard deviation of the blur, in pixels.
+        stride: of the mask's parameters, in pixels; a 32nd of the shorter side by default, 7 of 224.
+        sigma: radius of the mask's smoothness, in pixels; 21 of 224 by default.
+        strongest: the largest standard deviation of the blur, in pixels; 20 of 224 by default.
         weight, growth: of the area term, which is multiplied by ``growth`` at every step.
         start: of the mask's parameters: a number, or ``[h,w]`` at every ``stride`` pixels.
 
@@ -171,8 +187,15 @@ def extremal_perturbation(
     """
     if not areas or not all(0 < area < 1 for area in areas):
         raise FoveateError(f"areas {tuple(areas)} are shares of the image, each between 0 and 1")
-    if steps < 1 or stride < 1 or blurs < 2 or not lr > 0:
-        raise FoveateError(f"steps {steps}, stride {stride} are 1 or more, blurs {blurs} is 2 or more, lr {lr} is above 0")
+    side = min(capture.size)
+    stride = max(1, side // 32) if stride is None else stride
+    sigma = 21 * side / 224 if sigma is None else sigma
+    strongest = 20 * side / 224 if strongest is None else strongest
+    if steps < 1 or stride < 1 or blurs < 2 or not (lr > 0 and sigma > 0 and strongest >= 0):
+        raise FoveateError(
+            f"steps {steps} and stride {stride} are 1 or more, blurs {blurs} is 2 or more, lr {lr} and sigma {sigma} are "
+            f"above 0, strongest {strongest} is not below"
+        )
     smooth = SmoothMask(capture.size, stride, sigma, capture.images)
     pixels = capture.size[0] * capture.size[1]
     inside = [pixels - math.ceil(pixels * (1 - area)) for area in areas]  # pixels of each area

@@ -13,7 +13,7 @@ from foveate import maps
 from foveate.capture import Capture
 from foveate.errors import FoveateError
 from foveate.registry import method
-from foveate.targets import Target, log_probability
+from foveate.targets import Target
 
 Objective = Literal["logit", "probability", "margin", "difference"]
 Normaliser = Literal["range", "max", "sigmoid", "sigmoid_2"]
@@ -56,7 +56,11 @@ def opti_cam(
     patience: int | None = None,
     layers: Sequence[str] | None = None,
 ) -> Tensor:
-    """``S = sum_k softmax(u*)_k A_k`` with ``u* = argmax_u score(x * n(up(S(u))))``, ``[B,h,w]``; see :func:`optimise`."""
+    """``S = sum_k softmax(u*)_k A_k`` with ``u* = argmax_u score(x * n(up(S(u))))``, ``[B,h,w]``; see :func:`optimise`.
+
+    Tables and pictures scale every map to its range. With another normaliser the mask that was optimised is
+    ``optimise(...).mask``.
+    """
     return optimise(
         capture,
         layer,
@@ -85,7 +89,8 @@ def optimise(
     """Opti-CAM with its trajectory: ``steps`` forward and backward passes of the batch, one forward more.
 
     ``A = relu(features)`` is computed once and stays; ``u [B,K]`` starts at 0 for every channel, where S is the mean
-    feature map; Adam on ``u`` alone. Every image is optimised for itself: its result does not depend on the batch.
+    feature map; Adam on ``u`` alone. Every image is optimised for itself: its result does not depend on the batch, but
+    for the rounding of the network's own arithmetic, which a hundred steps carry on (about .01 of a mask in float32).
 
     Args:
         objective: ``logit``: the target's score, as the paper has it (a contrast, where the target is one);
@@ -105,6 +110,7 @@ def optimise(
         FoveateError: an unknown option, steps below 1, a layer that was not captured.
     """
     _check(objective, normaliser, steps, lr, patience)
+    layers = [layers] if isinstance(layers, str) else layers
     activations = _channels(capture, list(layers) if layers else [layer])  # [B,K,h,w]
     search = _Search(capture, activations, target, objective, normaliser, steps, lr, patience)
     every = torch.arange(len(activations), device=activations.device)
@@ -171,7 +177,7 @@ class _Search:
         with torch.inference_mode(False), torch.set_grad_enabled(not last):
             mask = _mask(_combine(u, self.activations[rows]), self.normaliser, capture.size)
             seen = maps.apply_mask(capture.images[rows], mask)
-            logits = capture.score(seen) if last else capture.differentiable(seen)
+            logits = capture.differentiable(seen)  # the last one too: another precision would be another scale
             start = target(capture.logits.detach()[rows])
             value = _objective(self.objective, logits, target, start, capture)
             if not last:
@@ -203,11 +209,13 @@ def _objective(objective: Objective, logits: Tensor, target: Target, start: Tens
     if objective == "logit":
         return target(logits)
     if objective == "probability":
-        return log_probability(logits, target.y, capture.head)
+        return target.log_probability(logits, capture.head)
     if objective == "difference":
         return -(target(logits) - start).abs()
-    if capture.head == "binary":
-        return target(logits)  # one logit is the margin between its two classes
+    if capture.head == "binary" or target.name == "contrast":
+        return target(logits)  # a contrast is a margin already, and so is one logit between its two classes
+    if target.name != "logit":
+        raise FoveateError(f"a margin is between the logits of classes: a {target.name!r} score has none")
     others = logits.scatter(1, target.y[:, None], float("-inf")).amax(1)
     return logits.gather(1, target.y[:, None])[:, 0] - others
 

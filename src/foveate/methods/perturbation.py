@@ -15,10 +15,10 @@ from foveate.errors import FoveateError
 from foveate.methods.gradient import baseline_of
 from foveate.noise import generator
 from foveate.registry import method
-from foveate.targets import Target, log_probability
+from foveate.targets import Target
 
 
-@method("rise", title="RISE", paper="Petsiuk et al., BMVC 2018, eq. 6")
+@method("rise", title="RISE", whole=True, paper="Petsiuk et al., BMVC 2018, eq. 6")
 def rise(
     capture: Capture,
     layer: str | None,
@@ -38,7 +38,8 @@ def rise(
 
     Args:
         masks: N, each a forward pass; the noise of the map falls with its root. The paper took 4000 to 8000.
-        score: the class's probability, or the target's own score.
+        score: the class's probability (of a contrast, that of the class between the two), or the target's own score;
+            always that of a loss or a callable, which has no probability.
         seed: of the masks.
 
     Raises:
@@ -46,6 +47,7 @@ def rise(
     """
     if score not in ("probability", "target"):
         raise FoveateError(f"score {score!r} is unknown: use 'probability' or 'target'")
+    own = score == "target" or target.name in ("loss", "callable")
     shared = RiseMasks(capture.size, masks, cells, keep, seed)
     x = capture.images
     total = torch.zeros(len(x), *capture.size, device=x.device, dtype=x.dtype)
@@ -53,10 +55,10 @@ def rise(
         M = shared.part(numbers).to(x)  # [n,H,W]
         for b in range(len(x)):
             seen, rows = maps.apply_mask(x[b : b + 1], M), torch.full((len(M),), b, device=x.device)
-            if score == "target":
+            if own:
                 values = capture.score(seen, target, rows)
             else:
-                values = log_probability(capture.score(seen), target.y[rows], capture.head).exp()
+                values = target.rows(rows).log_probability(capture.score(seen), capture.head).exp()
             total[b] += torch.einsum("n,nhw->hw", values.to(total.dtype), M.to(total.dtype))
     return total / (masks * keep)
 
@@ -77,13 +79,16 @@ def rise_maps(
     """
     shared = RiseMasks(capture.size, masks, cells, keep, seed)
     x = capture.images
-    columns = list(range(capture.logits.shape[1])) if classes is None else list(classes)
+    columns = list(range(capture.classes)) if classes is None else list(classes)
+    if wrong := [c for c in columns if not 0 <= c < capture.classes]:
+        raise FoveateError(f"class {wrong[0]} is out of range: the model has {capture.classes} classes, from 0")
     total = torch.zeros(len(x), len(columns), *capture.size, device=x.device, dtype=capture.logits.dtype)
     for numbers in torch.arange(masks).split(capture.chunk_size()):
         M = shared.part(numbers).to(x)  # [n,H,W]
         for b in range(len(x)):
             logits = capture.score(maps.apply_mask(x[b : b + 1], M))  # [n,C]
             p = logits.softmax(1) if capture.head == "softmax" else logits.sigmoid()
+            p = torch.cat([1 - p, p], 1) if capture.head == "binary" else p
             total[b] += torch.einsum("nc,nhw->chw", p[:, columns].to(total.dtype), M.to(total.dtype))
     return total / (masks * keep)
 
@@ -110,31 +115,35 @@ class RiseMasks:
         return torch.stack([mask[down : down + height, right : right + width] for mask, down, right in shifts])
 
 
-@method("occlusion", title="Occlusion", paper="Zeiler and Fergus, ECCV 2014, section 4.2", signed=True)
+@method("occlusion", title="Occlusion", whole=True, paper="Zeiler and Fergus, ECCV 2014, section 4.2", signed=True)
 def occlusion(
     capture: Capture,
     layer: str | None,
     target: Target,
     *,
-    window: int | tuple[int, int] = 32,
-    stride: int | tuple[int, int] = 16,
+    window: int | tuple[int, int] | None = None,
+    stride: int | tuple[int, int] | None = None,
     baseline: float | Literal["blur"] | Tensor = 0.0,
 ) -> Tensor:
     """``S(u) = mean over windows that cover u of s(x) - s(x without the window)``, ``[B,H,W]``, signed.
 
     Args:
-        window, stride: in pixels; a window at the border is cut off there. Not more than the image, nor 0.
+        window: side or sides in pixels, cut off at the border; a seventh of the image by default, 32 of 224.
+        stride: likewise; half a window by default, and never more than one.
         baseline: what a window shows; see :func:`foveate.methods.gradient.baseline_of`.
 
     Deviation: the paper draws one value at the centre of each window; here, as in Captum, each pixel has the mean of the
     windows that cover it.
     """
     height, width = capture.size
-    tall, wide = (window, window) if isinstance(window, int) else window
-    down, right = (stride, stride) if isinstance(stride, int) else stride
+    default = (max(1, height // 7), max(1, width // 7))
+    tall, wide = default if window is None else (window, window) if isinstance(window, int) else window
+    halves = (max(1, tall // 2), max(1, wide // 2))
+    down, right = halves if stride is None else (stride, stride) if isinstance(stride, int) else stride
     if min(tall, wide, down, right) < 1 or down > tall or right > wide:
         raise FoveateError(f"window {window} and stride {stride} are pixels, with a stride that is not above the window")
-    tall, wide = min(tall, height), min(wide, width)
+    if tall > height or wide > width:
+        raise FoveateError(f"window {window} is larger than the image, {height}x{width}: it would hide all of it")
     tops = range(0, height - tall + down, down)
     lefts = range(0, width - wide + right, right)
     corners = torch.tensor([(top, left) for top in tops for left in lefts])

@@ -13,7 +13,7 @@ from foveate.capture import Capture
 from foveate.errors import FoveateError
 from foveate.linear_head import LinearHead
 from foveate.registry import method
-from foveate.targets import Target, log_probability
+from foveate.targets import Target
 
 Weighting = Literal["channel_softmax", "probability", "increase"]
 Scorer = Callable[[Tensor, Tensor], Tensor]
@@ -75,7 +75,7 @@ def score_cam(
 
 def _scorer(capture: Capture, target: Target, weighting: Weighting) -> Scorer:
     if weighting == "probability":
-        return lambda images, rows: log_probability(capture.score(images), target.y[rows], capture.head).exp()
+        return lambda images, rows: target.rows(rows).log_probability(capture.score(images), capture.head).exp()
     return lambda images, rows: capture.score(images, target, rows)
 
 
@@ -141,7 +141,7 @@ def _rerun_without_each(capture: Capture, layer: str | None, target: Target, act
     count, channels = activations.shape[:2]
     every = torch.arange(count * channels, device=activations.device)
     scores = []
-    for part in every.split(capture.chunk_size("tail")):
+    for part in every.split(capture.tail_size(layer)):
         rows, columns = part // channels, part % channels
         changed = activations[rows]  # [n,K,h,w], a copy
         changed[torch.arange(len(part), device=part.device), columns] = value[rows, columns][:, None, None]

@@ -8,7 +8,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any, Literal, get_type_hints
 
 import torch
 from torch import Tensor
@@ -43,35 +43,38 @@ def _light(factor: float, mirrored: bool) -> Transform:
 FLIP_AND_LIGHT = tuple(_light(factor, mirrored) for mirrored in (False, True) for factor in (1.0, 0.9, 1.1))
 
 
-def smooth(method: str | Method, *, samples: int = 16, sigma: float = 0.15, seed: int = 0) -> Method:
-    """A method averaged over noisy copies of the image: ``S = mean_i S(x + e_i)``, ``e_i ~ N(0, (sigma (max x - min x))^2)``.
+def smooth(
+    method: str | Method, *, copies: int = 16, noise: float = 0.15, noise_seed: int = 0, name: str | None = None
+) -> Method:
+    """A method averaged over noisy copies of the image: ``S = mean_i S(x + e_i)``, ``e_i ~ N(0, (noise (max x - min x))^2)``.
 
     Raw maps are averaged, so that a copy of which the map is faint counts little. All images share the noise: a batch
     gives what single images give. The explained class is that of the clean image.
 
     Args:
-        samples, sigma, seed: defaults of the new method's own settings; those of ``method`` stay settable.
+        copies, noise, noise_seed: defaults of the new method's own settings; those of ``method`` stay settable.
+        name: in tables; ``METHOD:smooth`` where it is None.
     """
     base = METHODS.get(method)
 
     def function(
-        capture: Capture, layer: str | None, target: Target, *, samples: int, sigma: float, seed: int, **own: Any
+        capture: Capture, layer: str | None, target: Target, *, copies: int, noise: float, noise_seed: int, **own: Any
     ) -> Tensor:
-        if samples < 1 or sigma < 0:
-            raise FoveateError(f"samples {samples} must be 1 or more, and sigma {sigma} not below 0")
+        if copies < 1 or noise < 0:
+            raise FoveateError(f"copies {copies} must be 1 or more, and noise {noise} not below 0")
         x = capture.images
-        width = sigma * (x.amax((1, 2, 3), keepdim=True) - x.amin((1, 2, 3), keepdim=True))
+        width = noise * (x.amax((1, 2, 3), keepdim=True) - x.amin((1, 2, 3), keepdim=True))
         target = contrast_of(capture, target, own.get("against")) if base.contrasts else target
 
         def noisy(number: int) -> Transform:
-            return Transform(lambda images: images + width * gaussian(seed, [number], x.shape[1:], x), lambda S: S)
+            return Transform(lambda images: images + width * gaussian(noise_seed, [number], x.shape[1:], x), lambda S: S)
 
-        return _mean_over(base, capture, layer, target, [noisy(i) for i in range(samples)], own)
+        return _mean_over(base, capture, layer, target, [noisy(i) for i in range(copies)], own)
 
-    return _wrapped(base, function, "smooth", "under noise", samples=samples, sigma=sigma, seed=seed)
+    return _wrapped(base, function, name, "smooth", "under noise", copies=copies, noise=noise, noise_seed=noise_seed)
 
 
-def augmented(method: str | Method, *, transforms: Sequence[Transform] = FLIP_AND_LIGHT) -> Method:
+def augmented(method: str | Method, *, transforms: Sequence[Transform] = FLIP_AND_LIGHT, name: str | None = None) -> Method:
     """A method averaged over transformed copies of the image, each map brought back; mirrored and three lights by default."""
     base = METHODS.get(method)
 
@@ -79,23 +82,23 @@ def augmented(method: str | Method, *, transforms: Sequence[Transform] = FLIP_AN
         target = contrast_of(capture, target, own.get("against")) if base.contrasts else target
         return _mean_over(base, capture, layer, target, transforms, own)
 
-    return _wrapped(base, function, "augmented", "augmented", transforms=transforms)
+    return _wrapped(base, function, name, "augmented", "augmented", transforms=transforms)
 
 
-def fused(method: str | Method, *, layers: Sequence[str] | None = None, how: Fusion = "mean") -> Method:
+def fused(method: str | Method, *, over: Sequence[str] | None = None, how: Fusion = "mean", name: str | None = None) -> Method:
     """A method over several captured layers: its maps, positive parts scaled to [0, 1], as one on the largest grid.
 
     Args:
-        layers: paths; all that the capture has where it is None.
+        over: paths of layers; all that the capture has where it is None.
         how: ``mean``, ``max``, ``product`` (the geometric mean: what all layers agree on), or ``tanh_max``:
             ``max_l tanh(2 S_l / max S_l)``, the fusion of Layer-CAM.
     """
     base = METHODS.get(method)
 
     def function(
-        capture: Capture, layer: str | None, target: Target, *, layers: Sequence[str] | None, how: Fusion, **own: Any
+        capture: Capture, layer: str | None, target: Target, *, over: Sequence[str] | None, how: Fusion, **own: Any
     ) -> Tensor:
-        each = [maps.relu(base(capture, name, target, **own)) for name in (layers or capture.layers)]
+        each = [maps.relu(base(capture, path, target, **own)) for path in (over or capture.layers)]
         height, width = (max(S.shape[i] for S in each) for i in (-2, -1))
         stack = torch.stack([maps.scale(maps.upsample(S, (height, width)), "max") for S in each])  # [L,B,h,w]
         if how == "mean":
@@ -108,7 +111,7 @@ def fused(method: str | Method, *, layers: Sequence[str] | None = None, how: Fus
             return (2 * stack).tanh().amax(0)
         raise FoveateError(f"fusion {how!r} is unknown: use 'mean', 'max', 'product' or 'tanh_max'")
 
-    return _wrapped(base, function, "fused", "over layers", layers=layers, how=how, signed=False)
+    return _wrapped(base, function, name, "fused", "over layers", over=over, how=how, signed=False)
 
 
 def _mean_over(
@@ -131,26 +134,29 @@ def _mean_over(
     return total / len(transforms)
 
 
-def _wrapped(base: Method, function: Callable[..., Tensor], suffix: str, words: str, **defaults: Any) -> Method:
+def _wrapped(
+    base: Method, function: Callable[..., Tensor], name: str | None, suffix: str, words: str, **defaults: Any
+) -> Method:
     """The record of a wrapped method; its settings are those of the wrapper, and the method's own."""
     signed = bool(defaults.pop("signed", base.signed))
+    hints = get_type_hints(function)
 
     def call(capture: Capture, layer: str | None, target: Target, **settings: Any) -> Tensor:
         return function(capture, layer, target, **{**defaults, **settings})
 
     parameters = list(inspect.signature(base.function).parameters.values())
     own = [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=value) for name, value in defaults.items()]
-    taken = {p.name for p in parameters}
-    call.__signature__ = inspect.Signature(parameters + [p for p in own if p.name not in taken])  # type: ignore[attr-defined]
+    call.__signature__ = inspect.Signature(parameters + own)  # type: ignore[attr-defined]
+    call.__annotations__ = {**get_type_hints(base.function), **{p.name: hints[p.name] for p in own}}
     call.__doc__ = f"{base.title} {words}."
     return replace(
         base,
-        name=f"{base.name}:{suffix}",
+        name=name or f"{base.name}:{suffix}",
         title=f"{base.title}, {words}",
         function=call,
         signed=signed,
         complete=None,
-        contrasts=base.contrasts,
+        needs=tuple(need for need in base.needs if need != "gradient"),  # of other captures than the one at hand
         aliases=(),
     )
 

@@ -137,7 +137,7 @@ def sheet(path: str | Path, x: Tensor, rows: Sequence[tuple[str, float, Mapping[
             axis.axis("off")
         for axis, (title, image, p) in zip(axes, shown, strict=False):
             axis.imshow(image)
-            words = f"p = {p:.3f}" if title == "input" else f"{title}, p = {p:.3f} behind it"
+            words = f"p = {p:.3f}" if title == "input" else f"{title}\np = {p:.3f} behind it"
             axis.set_title(words, fontsize=8.5, color=MUTED, loc="left", pad=3)
     figure.savefig(path, facecolor="white")
 
