@@ -78,7 +78,6 @@ def best_pass(model: nn.Module, size: int, kind: str) -> float:
 def score_cam(name: str, model: nn.Module, layer: str, x: Tensor, repeats: int) -> None:
     inner = dict(model.named_modules())[layer]
     theirs = pytorch_grad_cam.ScoreCAM(model, [inner])
-    theirs.batch_size = 32
     y = int(model(x[:1]).argmax())
     live = int((~maps.is_constant(Capture(model, x[:1]).activations().detach()[0])).sum())
 
@@ -112,7 +111,7 @@ def ablation_cam(name: str, model: nn.Module, x: Tensor, repeats: int) -> None:
     line(f"Ablation-CAM, {name}: foveate, its run included / one forward", times, "ours", "forward")
 
 
-def opti_cam(name: str, model: nn.Module, x: Tensor, repeats: int, steps: int = 20) -> None:
+def opti_cam(name: str, model: nn.Module, x: Tensor, repeats: int, steps: int = 100) -> None:
     def ours() -> Tensor:
         capture = Capture(model, x)
         return METHODS.get("opti_cam")(capture, None, capture.target(0), steps=steps)

@@ -57,6 +57,7 @@ class Runner:
         self.precision: Precision = precision
         self.chunk = chunk
         self.passes = passes
+        self._state: dict[str, Tensor] | None = None
         first = next((p for p in model.parameters() if p.is_floating_point()), None)
         self.device: torch.device | None = None if first is None else first.device
         self.dtype: torch.dtype | None = None if first is None else first.dtype
@@ -86,10 +87,12 @@ class Runner:
 
     def detached(self, x: Tensor) -> Any:
         """The model on ``x`` with parameters that no gradient reaches."""
-        detached = {name: p.detach().clone() if p.is_inference() else p.detach() for name, p in self.model.named_parameters()}
-        # A model made in inference mode has buffers there too, which no graph may hold.
-        detached |= {name: buffer.clone() for name, buffer in self.model.named_buffers() if buffer.is_inference()}
-        return self._guarded(lambda images: functional_call(self.model, detached, (images,)), x)
+        if self._state is None:  # once: an optimisation calls the model a hundred times
+            self._state = {n: p.detach().clone() if p.is_inference() else p.detach() for n, p in self.model.named_parameters()}
+            # A model made in inference mode has buffers there too, which no graph may hold.
+            self._state |= {n: buffer.clone() for n, buffer in self.model.named_buffers() if buffer.is_inference()}
+        state = self._state
+        return self._guarded(lambda images: functional_call(self.model, state, (images,)), x)
 
     def differentiable(self, images: Tensor) -> Tensor:
         """Logits ``[N,C]`` of changed images, with a graph to the images, and to the parameters where live."""
