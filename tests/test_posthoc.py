@@ -626,6 +626,16 @@ class TestFullGrad:
         capture = Capture(normalized(network), torch.rand(2, 3, 64, 64).double())
         assert full_gradients(capture, capture.target(1)).error.max() < 1e-10
 
+    def test_a_relu6_is_a_bias_where_it_clips(self) -> None:
+        torch.manual_seed(0)
+        network = nn.Sequential(nn.Conv2d(3, 6, 3), nn.ReLU6(), nn.Conv2d(6, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+        network = network.double().eval()
+        with torch.no_grad():
+            network[0].weight *= 20
+        assert (network[:2](example().x) == 6).any()
+        capture = Capture(network, example().x, "1")
+        assert full_gradients(capture, capture.target(1)).error.max() < 1e-10
+
     def test_a_layer_can_be_scaled_as_one(self) -> None:
         by_channel, by_layer = (run("full_grad", on("gap"), scaling=scaling) for scaling in ("channel", "layer"))
         assert not torch.allclose(by_channel, by_layer)

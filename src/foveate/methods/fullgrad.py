@@ -77,7 +77,7 @@ def _saliency(parts: FullGradients, size: tuple[int, int], scaling: Scaling, tol
     if worst > tolerance:
         raise FoveateError(
             f"full_grad does not hold for this model: input and biases miss the score by {100 * worst:.0f} %, because it has "
-            "other parts than ReLUs, max-pooling and affine layers; use 'input_x_gradient', or strict=False"
+            "other parts than modules of ReLU, ReLU6, max-pooling and affine layers; use 'input_x_gradient', or strict=False"
         )
     saliency = _summed(parts.image, size, scaling)
     for bias in parts.biases:
@@ -100,11 +100,11 @@ def full_gradients(capture: Capture, target: Target, rows: Tensor | None = None)
     rows = torch.arange(len(capture.x), device=capture.x.device) if rows is None else rows
     outputs: list[tuple[Tensor, Tensor]] = []  # bias, and the output that it was added to
 
-    def keep(bias: Callable[[], Tensor]) -> Hook:
+    def keep(bias: Callable[[Tensor], Tensor]) -> Hook:
         def hook(module: nn.Module, inputs: Any, output: Any) -> Any:
             if not isinstance(output, Tensor) or not output.requires_grad:
                 return None
-            outputs.append((bias(), output))
+            outputs.append((bias(output.detach()), output))
             return output.clone()  # an in-place ReLU behind it must not overwrite it
 
         return hook
@@ -125,11 +125,12 @@ def full_gradients(capture: Capture, target: Target, rows: Tensor | None = None)
         for (b, output), gradient in zip(outputs, gradients[1:], strict=True):
             if gradient is None:
                 continue
+            if b.ndim == 1:  # one value a channel
+                b = b.view((1, -1, 1, 1) if output.ndim == 4 else (1,) * (output.ndim - 1) + (-1,))
             if output.ndim == 4 and output.shape[-1] * output.shape[-2] > 1:
-                biases.append(gradient * b.view(1, -1, 1, 1))
+                biases.append(gradient * b)
             else:
-                shape = (1, -1, 1, 1) if output.ndim == 4 else (1,) * (output.ndim - 1) + (-1,)
-                scalars = scalars + (gradient * b.view(shape)).flatten(1).sum(1)
+                scalars = scalars + (gradient * b).flatten(1).sum(1)
         total = image.flatten(1).sum(1) + scalars + sum(bias.flatten(1).sum(1) for bias in biases)
         size = score.abs() + image.flatten(1).sum(1).abs() + scalars.abs()
         size = size + sum(bias.flatten(1).sum(1).abs() for bias in biases)
@@ -137,12 +138,18 @@ def full_gradients(capture: Capture, target: Target, rows: Tensor | None = None)
     return FullGradients(image, biases, scalars, error)
 
 
-def _bias_of(module: nn.Module) -> Callable[[], Tensor] | None:
-    """What a module adds to a linear map of its input, one value a channel."""
+def _bias_of(module: nn.Module) -> Callable[[Tensor], Tensor] | None:
+    """What a module adds to a linear map of its input, from its output: a value a channel, or a position.
+
+    A ReLU6 is the constant 6 where it clips, which is a bias there.
+    """
+    if isinstance(module, nn.Hardtanh) and module.min_val == 0:
+        high = module.max_val
+        return lambda output: high * (output >= high).to(output.dtype)
     if isinstance(module, (nn.BatchNorm1d, nn.BatchNorm2d)) and module.running_mean is not None:
         norm = module
 
-        def shift() -> Tensor:
+        def shift(output: Tensor) -> Tensor:
             assert norm.running_mean is not None
             assert norm.running_var is not None
             scale = (norm.running_var + norm.eps).rsqrt()
@@ -154,7 +161,7 @@ def _bias_of(module: nn.Module) -> Callable[[], Tensor] | None:
         return shift
     bias = getattr(module, "bias", None)
     if isinstance(module, (nn.Conv2d, nn.Linear)) and isinstance(bias, Tensor):
-        return lambda: bias.detach()
+        return lambda output: bias.detach()
     return None
 
 
