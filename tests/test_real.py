@@ -72,3 +72,38 @@ def test_the_true_box_gets_more_of_the_map_than_noise_does(real_data: Path) -> N
     mean = summarize(rows)["mean"]
     assert mean["fake_cam", "AD"] < mean["grad_cam", "AD"] < mean["random", "AD"]
     assert mean["fake_cam", "AG"] < mean["grad_cam", "AG"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["mobilenet", "squeezenet"])
+def test_orders_that_survive_any_protocol(real_data: Path, name: str) -> None:
+    """Opti-CAM has by far the highest gain and increase, and a drop near Fake-CAM's; XGrad-CAM is Grad-CAM behind pooling."""
+    model = open_model(real_data, name)
+    methods = ["grad_cam", "xgrad_cam", "grad_cam_pp", "opti_cam", "fake_cam", "random"]
+    rows = evaluate(model, [photographs(real_data, model, 24)], methods, settings={"opti_cam": {"steps": 60}})
+    mean = summarize(rows)["mean"]
+    real = ("grad_cam", "xgrad_cam", "grad_cam_pp")
+    assert mean["opti_cam", "AG"] > 2.5 * max(mean[other, "AG"] for other in real)
+    assert mean["opti_cam", "AI"] > max(mean[other, "AI"] for other in (*real, "fake_cam"))
+    assert abs(mean["opti_cam", "AD"] - mean["fake_cam", "AD"]) < 5
+    if name == "mobilenet":
+        assert mean["xgrad_cam", "AD"] == pytest.approx(mean["grad_cam", "AD"], abs=0.05)
+
+
+@pytest.mark.slow
+def test_half_precision_hardly_changes_a_map_of_score_cam(real_data: Path) -> None:
+    from scipy.stats import spearmanr
+
+    model = open_model(real_data, "squeezenet")
+    x = photographs(real_data, model, 6).x
+    maps = [explain(model, x, "score_cam", precision=precision).raw["score_cam"] for precision in ("fp32", "bf16")]
+    for a, b in zip(*maps, strict=True):
+        assert spearmanr(a.flatten(), b.flatten()).statistic > 0.99
+
+
+def test_full_grad_is_complete_on_mobilenet(real_data: Path) -> None:
+    from foveate.methods.fullgrad import full_gradients
+
+    model = open_model(real_data, "mobilenet")
+    capture = Capture(model, photographs(real_data, model, 4).x)
+    assert full_gradients(capture, capture.target(None)).error.max() < 1e-4
