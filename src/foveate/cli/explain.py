@@ -282,8 +282,8 @@ def _add_answer(
 
     capture, y, names = answer.capture, answer.target.y, list(answer.maps)
     # As masked images are run: two precisions differ by more than a map may change.
-    plain = capture.logits.detach() if capture.precision == "fp32" else capture.score(capture.images)
-    before = log_probability(plain, y, capture.head).exp()
+    half = capture.precision != "fp32"
+    before = (capture.log_probability(y) if half else log_probability(capture.logits.detach(), y, capture.head)).exp()
     masked = (apply_mask(capture.x.detach(), answer.maps[name]) for name in names)
     after = log_probability(capture.score(masked), y.repeat(len(names)), capture.head).exp().view(len(names), -1)
     others = answer.target.other if answer.target.name == "contrast" else None

@@ -13,7 +13,7 @@ from foveate.capture import Capture
 from foveate.errors import FoveateError
 from foveate.guided import guided
 from foveate.methods.cam import grad_cam as _grad_cam
-from foveate.noise import gaussian
+from foveate.noise import gaussian, width
 from foveate.registry import method
 from foveate.targets import Target
 
@@ -221,11 +221,11 @@ def smooth_grad(
     if samples < 1 or sigma < 0:
         raise FoveateError(f"samples {samples} must be 1 or more, and sigma {sigma} not below 0")
     x = capture.images
-    width = sigma * (x.amax((1, 2, 3), keepdim=True) - x.amin((1, 2, 3), keepdim=True))
+    sizes = width(x, sigma)
 
     def noisy(rows: Tensor, numbers: Tensor) -> Tensor:
         unique, where = numbers.unique(return_inverse=True)
-        return x[rows] + width[rows] * gaussian(seed, unique.tolist(), x.shape[1:], x)[where]
+        return x[rows] + sizes[rows] * gaussian(seed, unique.tolist(), x.shape[1:], x)[where]
 
     total = accumulate(capture, target, samples, noisy, lambda g, _: g.square() if square else g)
     return over_colour(total / samples, colour)

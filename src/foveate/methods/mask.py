@@ -201,21 +201,20 @@ def extremal_perturbation(
     inside = [pixels - math.ceil(pixels * (1 - area)) for area in areas]  # pixels of each area
 
     def found(images: Tensor) -> Tensor:
-        pyramid = blur_pyramid(capture.images[images], blurs, strongest)  # [L,n,3,H,W]
-        place = torch.arange(len(images), device=images.device).repeat_interleave(len(areas))  # image of each mask
-        rows = images[place]
-        p = (torch.as_tensor(start).to(pyramid) * pyramid.new_ones(len(place), *smooth.grid)).requires_grad_(True)
+        rows = images.repeat_interleave(len(areas))  # image of each mask, [N]
+        pyramid = blur_pyramid(capture.images[rows], blurs, strongest)  # [L,N,3,H,W]
+        p = (torch.as_tensor(start).to(pyramid) * pyramid.new_ones(len(rows), *smooth.grid)).requires_grad_(True)
         optimiser = torch.optim.SGD([p], lr, momentum=0.9, dampening=0.9)
         for step in range(steps):
             m = smooth(p)
-            seen = through(pyramid, m, place)
+            seen = through(pyramid, m)
             if step % 2 == 0:
                 seen = seen.flip(-1)
             reward = target.rows(rows)(capture.differentiable(seen))
             miss = area_miss(m.flatten(1), inside * len(images))
             loss = weight * growth**step * miss - reward.to(miss.dtype)
             (p.grad,) = torch.autograd.grad(loss.sum(), p)
-            capture.passes.backward += len(place)
+            capture.passes.backward += len(rows)
             optimiser.step()
             with torch.no_grad():
                 p.clamp_(0, 1)
@@ -300,11 +299,10 @@ def blur_pyramid(x: Tensor, levels: int, strongest: float) -> Tensor:
     return torch.stack([maps.blur(x, (1 - level / (levels - 1)) * strongest) for level in range(levels)])
 
 
-def through(pyramid: Tensor, m: Tensor, rows: Tensor) -> Tensor:
-    """Images ``rows`` of a pyramid seen through masks ``[N,H,W]``: linear between the two nearest levels, ``[N,3,H,W]``."""
+def through(pyramid: Tensor, m: Tensor) -> Tensor:
+    """Images ``[L,N,3,H,W]`` seen through masks ``[N,H,W]``: linear between the two nearest levels, ``[N,3,H,W]``."""
     height = m * (len(pyramid) - 1)
     below = height.detach().long().clamp(max=len(pyramid) - 2)  # the level below each pixel
     index = below[None, :, None].expand(1, -1, pyramid.shape[2], -1, -1)  # [1,N,3,H,W]
-    images = pyramid[:, rows] if len(rows) != pyramid.shape[1] else pyramid
-    low, high = images.gather(0, index)[0], images.gather(0, index + 1)[0]
+    low, high = pyramid.gather(0, index)[0], pyramid.gather(0, index + 1)[0]
     return low + (height - below)[:, None] * (high - low)

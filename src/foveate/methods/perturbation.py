@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Literal
 
 import torch
@@ -48,19 +48,12 @@ def rise(
     if score not in ("probability", "target"):
         raise FoveateError(f"score {score!r} is unknown: use 'probability' or 'target'")
     own = score == "target" or target.name in ("loss", "callable")
-    shared = RiseMasks(capture.size, masks, cells, keep, seed)
-    x = capture.images
-    total = torch.zeros(len(x), *capture.size, device=x.device, dtype=x.dtype)
-    for numbers in torch.arange(masks).split(capture.chunk_size()):
-        M = shared.part(numbers).to(x)  # [n,H,W]
-        for b in range(len(x)):
-            seen, rows = maps.apply_mask(x[b : b + 1], M), torch.full((len(M),), b, device=x.device)
-            if own:
-                values = capture.score(seen, target, rows)
-            else:
-                values = target.rows(rows).log_probability(capture.score(seen), capture.head).exp()
-            total[b] += torch.einsum("n,nhw->hw", values.to(total.dtype), M.to(total.dtype))
-    return total / (masks * keep)
+
+    def values(logits: Tensor, rows: Tensor) -> Tensor:
+        bound = target.rows(rows)
+        return (bound(logits) if own else bound.log_probability(logits, capture.head).exp())[:, None]  # [n,1]
+
+    return _weighted(capture, RiseMasks(capture.size, masks, cells, keep, seed), 1, values)[:, 0] / (masks * keep)
 
 
 def rise_maps(
@@ -77,20 +70,29 @@ def rise_maps(
     Args:
         classes: only these columns, in this order: 1000 maps of 224 x 224 are 200 MB an image.
     """
-    shared = RiseMasks(capture.size, masks, cells, keep, seed)
-    x = capture.images
     columns = list(range(capture.classes)) if classes is None else list(classes)
     if wrong := [c for c in columns if not 0 <= c < capture.classes]:
         raise FoveateError(f"class {wrong[0]} is out of range: the model has {capture.classes} classes, from 0")
-    total = torch.zeros(len(x), len(columns), *capture.size, device=x.device, dtype=capture.logits.dtype)
-    for numbers in torch.arange(masks).split(capture.chunk_size()):
-        M = shared.part(numbers).to(x)  # [n,H,W]
+
+    def values(logits: Tensor, rows: Tensor) -> Tensor:
+        p = logits.softmax(1) if capture.head == "softmax" else logits.sigmoid()
+        p = torch.cat([1 - p, p], 1) if capture.head == "binary" else p
+        return p[:, columns]  # [n,C]
+
+    return _weighted(capture, RiseMasks(capture.size, masks, cells, keep, seed), len(columns), values) / (masks * keep)
+
+
+def _weighted(capture: Capture, masks: RiseMasks, columns: int, values: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+    """``sum_i v_i M_i``, ``[B,C,H,W]``, with ``v = values(logits [n,C], rows [n])`` of images seen through the masks M."""
+    x = capture.images
+    total = torch.zeros(len(x), columns, *capture.size, device=x.device, dtype=x.dtype)
+    for numbers in torch.arange(len(masks.grids)).split(capture.chunk_size()):
+        M = masks.part(numbers).to(x)  # [n,H,W]
         for b in range(len(x)):
-            logits = capture.score(maps.apply_mask(x[b : b + 1], M))  # [n,C]
-            p = logits.softmax(1) if capture.head == "softmax" else logits.sigmoid()
-            p = torch.cat([1 - p, p], 1) if capture.head == "binary" else p
-            total[b] += torch.einsum("nc,nhw->chw", p[:, columns].to(total.dtype), M.to(total.dtype))
-    return total / (masks * keep)
+            rows = torch.full((len(M),), b, device=x.device)
+            each = values(capture.score(maps.apply_mask(x[b : b + 1], M)), rows)  # [n,C]
+            total[b] += torch.einsum("nc,nhw->chw", each.to(total.dtype), M)
+    return total
 
 
 class RiseMasks:

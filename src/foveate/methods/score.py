@@ -57,12 +57,13 @@ def score_cam(
     count, channels = activations.shape[:2]
     flat = maps.is_constant(activations.flatten(0, 1)).view(count, channels)
     score = _scorer(capture, target, weighting)
-    black = score(torch.zeros_like(capture.images), torch.arange(count, device=flat.device))  # [B]
+    x = capture.images
+    black = score(torch.zeros_like(x), torch.arange(count, device=flat.device))  # [B]
     scores = black[:, None].repeat(1, channels)  # [B,K]
     rows, columns = (~flat).nonzero(as_tuple=True)
     for row, column in zip(rows.split(capture.chunk_size()), columns.split(capture.chunk_size()), strict=True):
         masks = maps.scale(maps.upsample(activations[row, column], capture.size))
-        scores[row, column] = score(maps.apply_mask(capture.images[row], masks), row)
+        scores[row, column] = score(maps.apply_mask(x[row], masks), row)
     if weighting == "channel_softmax":
         left_out = flat if constant == "skip" else torch.zeros_like(flat)
         left_out = left_out & ~flat.all(1, keepdim=True)  # a softmax over nothing is not a number

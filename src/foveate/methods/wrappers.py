@@ -17,7 +17,7 @@ from foveate import maps
 from foveate.capture import Capture
 from foveate.errors import FoveateError
 from foveate.methods.cam import contrast_of
-from foveate.noise import gaussian
+from foveate.noise import gaussian, width
 from foveate.registry import METHODS, Method
 from foveate.targets import Target
 
@@ -63,11 +63,11 @@ def smooth(
         if copies < 1 or noise < 0:
             raise FoveateError(f"copies {copies} must be 1 or more, and noise {noise} not below 0")
         x = capture.images
-        width = noise * (x.amax((1, 2, 3), keepdim=True) - x.amin((1, 2, 3), keepdim=True))
+        size = width(x, noise)
         target = contrast_of(capture, target, own.get("against")) if base.contrasts else target
 
         def noisy(number: int) -> Transform:
-            return Transform(lambda images: images + width * gaussian(noise_seed, [number], x.shape[1:], x), lambda S: S)
+            return Transform(lambda images: images + size * gaussian(noise_seed, [number], x.shape[1:], x), lambda S: S)
 
         return _mean_over(base, capture, layer, target, [noisy(i) for i in range(copies)], own)
 
