@@ -2,8 +2,10 @@
 
     python benchmarks/speed.py [DATA] [--repeats 3] [--rows score,opti,...]
 
-A limit is the fewest passes that the definition allows, times the best time of such a pass here (batch 1 to 32, both memory
-layouts). ResNet-50 has random weights. With DATA, MobileNet-V2 has real ones, and photographs show what bf16 does to a map.
+A limit is the fewest passes that the definition allows, times the time of such a pass at its best batch (1 to 32) and memory
+layout here, taken in the same turns over as many passes: the least of a few single passes is what no long run sustains.
+
+ResNet-50 has random weights. With DATA, MobileNet-V2 has real ones, and photographs show what bf16 does to a map.
 """
 
 from __future__ import annotations
@@ -35,12 +37,16 @@ def timed(run: Callable[[], object]) -> float:
     return time.perf_counter() - start
 
 
-def in_turns(runs: dict[str, Callable[[], object]], repeats: int) -> dict[str, list[float]]:
-    """Seconds of each, one after the other, ``repeats`` times round."""
-    times: dict[str, list[float]] = {name: [] for name in runs}
+def in_turns(
+    runs: dict[str, Callable[[], object]], repeats: int, limits: dict[str, Callable[[], float]] | None = None
+) -> dict[str, list[float]]:
+    """Seconds of each, one after the other, ``repeats`` times round; ``limits`` say their seconds themselves."""
+    times: dict[str, list[float]] = {name: [] for name in (*runs, *(limits or {}))}
     for _ in range(repeats):
         for name, run in runs.items():
             times[name].append(timed(run))
+        for name, limit in (limits or {}).items():
+            times[name].append(limit())
     return times
 
 
@@ -51,28 +57,34 @@ def line(title: str, times: dict[str, list[float]], over: str, under: str) -> No
     print(f"{title:66s} {statistics.median(ratios):8.2f} {spread:16s} {statistics.median(times[over]):9.3f} s", flush=True)
 
 
-def best_pass(model: nn.Module, size: int, kind: str) -> float:
-    """Seconds an image of the fastest forward pass, or forward and backward pass to the image."""
-    best = float("inf")
-    parameters = [p.requires_grad_(False) for p in model.parameters()]
-    assert parameters
+def best_pass(model: nn.Module, size: int, kind: str) -> Callable[[int], float]:
+    """The fastest forward pass, or forward and backward pass to the image: from a number of images to their seconds."""
+    for p in model.parameters():
+        p.requires_grad_(False)
     cast = torch.autocast("cpu", torch.bfloat16, enabled=kind == "bf16")
+
+    def run(x: Tensor, layout: torch.memory_format) -> None:
+        if kind == "backward":
+            leaf = x.clone().requires_grad_(True)
+            torch.autograd.grad(model(leaf.contiguous(memory_format=layout))[:, 0].sum(), leaf)
+        else:
+            with torch.inference_mode(), cast:
+                model(x.contiguous(memory_format=layout))
+
+    found: dict[tuple[int, torch.memory_format], float] = {}
     for count in (1, 4, 8, 16, 32):
         for layout in (torch.contiguous_format, torch.channels_last):
             x = torch.rand(count, 3, size, size)
+            run(x, layout)
+            found[count, layout] = min(timed(lambda x=x, layout=layout: run(x, layout)) for _ in range(3)) / count
+    count, layout = min(found, key=lambda key: found[key])
+    x = torch.rand(count, 3, size, size)
 
-            def run(x: Tensor = x, layout: torch.memory_format = layout) -> None:
-                if kind == "backward":
-                    leaf = x.clone().requires_grad_(True)
-                    score = model(leaf.contiguous(memory_format=layout))[:, 0].sum()
-                    torch.autograd.grad(score, leaf)
-                else:
-                    with torch.inference_mode(), cast:
-                        model(x.contiguous(memory_format=layout))
+    def sustained(images: int) -> float:
+        passes = max(1, min(images, 128) // count)
+        return timed(lambda: [run(x, layout) for _ in range(passes)]) * images / (passes * count)
 
-            run()
-            best = min(best, min(timed(run) for _ in range(3)) / count)
-    return best
+    return sustained
 
 
 def score_cam(name: str, model: nn.Module, layer: str, x: Tensor, repeats: int) -> None:
@@ -85,15 +97,13 @@ def score_cam(name: str, model: nn.Module, layer: str, x: Tensor, repeats: int) 
         capture = Capture(model, x[:1], precision=precision)
         return METHODS.get("score_cam")(capture, None, capture.target(y))
 
-    limit = live * best_pass(model, x.shape[-1], "forward")
-    half = live * best_pass(model, x.shape[-1], "bf16")
+    limit, half = (best_pass(model, x.shape[-1], kind) for kind in ("forward", "bf16"))
     runs = {
         "fp32": lambda: ours("fp32"),
         "bf16": lambda: ours("bf16"),
         "theirs": lambda: theirs(input_tensor=x[:1], targets=[ClassifierOutputTarget(y)]),
     }
-    times = in_turns(runs, repeats)
-    times |= {"limit": [limit] * repeats, "half": [half] * repeats}
+    times = in_turns(runs, repeats, {"limit": lambda: limit(live), "half": lambda: half(live)})
     line(f"Score-CAM, {name}: pytorch-grad-cam / foveate fp32", times, "theirs", "fp32")
     line(f"Score-CAM, {name}: pytorch-grad-cam / foveate bf16", times, "theirs", "bf16")
     line(f"Score-CAM, {name}: fp32 / {live} live channels x best forward", times, "fp32", "limit")
@@ -122,8 +132,8 @@ def opti_cam(name: str, model: nn.Module, x: Tensor, repeats: int, steps: int = 
             torch.autograd.grad(model(leaf)[:, 0].sum(), leaf)
 
     ours()
-    limit = steps * len(x) * best_pass(model, x.shape[-1], "backward")
-    times = in_turns({"ours": ours, "plain": plain}, repeats) | {"limit": [limit] * repeats}
+    limit = best_pass(model, x.shape[-1], "backward")
+    times = in_turns({"ours": ours, "plain": plain}, repeats, {"limit": lambda: limit(steps * len(x))})
     line(f"Opti-CAM, {name}, batch {len(x)}: / steps x forward and backward of that batch", times, "ours", "plain")
     line(f"Opti-CAM, {name}, batch {len(x)}: / steps x best forward and backward", times, "ours", "limit")
 
