@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import copy
+import itertools
 import math
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from scipy import ndimage, stats
 from torch import Tensor, nn
 
 from foveate.layers import Layout, to_grid
@@ -540,7 +544,234 @@ def mass_inside(network: nn.Module, x: Tensor, M: Tensor, y: int, mask: Tensor) 
     return {"mass_inside": inside / total if total else 0.0}
 
 
-METRICS = {"mass_inside": mass_inside, "recognition": recognition}
+def insertion_deletion(network: nn.Module, x: Tensor, M: Tensor, y: int, mask: Tensor) -> dict[str, Any]:
+    """Pixel by pixel, one copy of the image a step; the networks here have no normalisation, so that its zero is black."""
+    H, W = M.shape
+    order = sorted(range(H * W), key=lambda i: (-float(M.flatten()[i]), i))
+    side, step = 11, math.ceil(H * W / 28)
+    impulse = np.zeros((side, side))
+    impulse[5, 5] = 1
+    kernel = ndimage.gaussian_filter(impulse, 5)
+    blurred = torch.stack([torch.from_numpy(ndimage.correlate(c.numpy(), kernel, mode="constant")) for c in x])
+    values: dict[str, Any] = {}
+    for column, start, finish in (("I", blurred, x), ("D", x, torch.zeros_like(x))):
+        image, curve = start.clone(), [probability(network, start, y)]
+        for begin in range(0, H * W, step):
+            for pixel in order[begin : begin + step]:
+                image[:, pixel // W, pixel % W] = finish[:, pixel // W, pixel % W]
+            curve.append(probability(network, image, y))
+        values[column] = 100 * (sum(curve) - curve[0] / 2 - curve[-1] / 2) / (len(curve) - 1)
+        values[f"{column}_curve"] = curve
+    return values
+
+
+def flood(binary: list[list[bool]], diagonal: bool) -> list[list[tuple[int, int]]]:
+    """Connected components in raster order of their first pixel."""
+    H, W, seen, found = len(binary), len(binary[0]), set(), []
+    near = [(-1, 0), (1, 0), (0, -1), (0, 1)] + ([(-1, -1), (-1, 1), (1, -1), (1, 1)] if diagonal else [])
+    for i in range(H):
+        for j in range(W):
+            if not binary[i][j] or (i, j) in seen:
+                continue
+            part, waiting = [], [(i, j)]
+            seen.add((i, j))
+            while waiting:
+                a, b = waiting.pop()
+                part.append((a, b))
+                for da, db in near:
+                    c, d = a + da, b + db
+                    if 0 <= c < H and 0 <= d < W and binary[c][d] and (c, d) not in seen:
+                        seen.add((c, d))
+                        waiting.append((c, d))
+            found.append(part)
+    return found
+
+
+def box_of(binary: list[list[bool]], diagonal: bool = False) -> tuple[int, int, int, int] | None:
+    parts = flood(binary, diagonal)
+    if not parts:
+        return None
+    largest = max(parts, key=len)
+    return (
+        min(j for _, j in largest),
+        min(i for i, _ in largest),
+        max(j for _, j in largest) + 1,
+        max(i for i, _ in largest) + 1,
+    )
+
+
+def overlap(a: tuple[int, int, int, int] | None, b: tuple[int, int, int, int]) -> float:
+    if a is None:
+        return 0.0
+    pixels = [{(i, j) for i in range(y0, y1) for j in range(x0, x1)} for x0, y0, x1, y1 in (a, b)]
+    return len(pixels[0] & pixels[1]) / len(pixels[0] | pixels[1])
+
+
+def localization(network: nn.Module, x: Tensor, M: Tensor, y: int, mask: Tensor) -> dict[str, Any]:
+    """From a mask: its tight box for OM, LE, BA and SM, its pixels for F1, SP and EP."""
+    H, W = M.shape
+    grid = [[float(M[i, j]) for j in range(W)] for i in range(H)]
+    rows = [i for i in range(H) if any(bool(mask[i, j]) for j in range(W))]
+    columns = [j for j in range(W) if any(bool(mask[i, j]) for i in range(H))]
+    truth = (columns[0], rows[0], columns[-1] + 1, rows[-1] + 1)
+    mean = sum(map(sum, grid)) / (H * W)
+    box = box_of([[value > mean for value in row] for row in grid])
+    found = overlap(box, truth) > 0.5
+    right = int(network(x[None])[0].argmax()) == y
+    total = sum(map(sum, grid))
+    inside = sum(grid[i][j] for i in range(H) for j in range(W) if bool(mask[i, j]))
+    precision, recall = inside / (total + 1e-6), inside / int(mask.sum())
+    low, high = min(map(min, grid)), max(map(max, grid))
+    levels = [[int(255 * (value - low) / (high - low)) for value in row] for row in grid]
+    accuracy = []
+    for step in range(100):
+        threshold = int(step * 0.01 * 255)
+        accuracy.append(100.0 * (overlap(box_of([[v > threshold for v in row] for row in levels], True), truth) >= 0.5))
+    peaks = [bool(mask[i, j]) for i in range(H) for j in range(W) if grid[i][j] == high]
+    area, part = 0.0, torch.zeros_like(x)
+    if box is not None:
+        x0, y0, x1, y1 = box
+        area = (x1 - x0) * (y1 - y0) / (H * W)
+        part = nn.functional.interpolate(x[None, :, y0:y1, x0:x1], (H, W), mode="bicubic")[0].clamp(0, 1)
+    return {
+        "OM": 0.0 if found and right else 100.0,
+        "LE": 0.0 if found else 100.0,
+        "F1": 100 * 2 * precision * recall / (precision + recall + 1e-6),
+        "BA": accuracy,
+        "SP": 100 * sum(peaks) / len(peaks),
+        "EP": 100 * inside / total,
+        "SM": math.log(max(area, 0.05)) - math.log(probability(network, part, y)),
+    }
+
+
+def sparsity(network: nn.Module, x: Tensor, M: Tensor, y: int, mask: Tensor) -> dict[str, float]:
+    """Of HiResCAM, as the tests explain with it; Gini by its definition over all pairs."""
+    values = [abs(float(v)) for v in hires_cam(network, x, y).flatten()]
+    pairs = sum(abs(a - b) for a in values for b in values)
+    return {
+        "sparsity": sum(v == 0 for v in values) / len(values),
+        "gini": pairs / (2 * len(values) * sum(values)),
+    }
+
+
+def completeness_error(network: nn.Module, x: Tensor, M: Tensor, y: int, mask: Tensor) -> dict[str, float]:
+    """Of HiResCAM before a linear head: the sum of the map and the bias is the logit."""
+    logit = float(network(x[None])[0, y].detach())
+    if type(network).__name__ not in ("_GapNet", "_FlatNet"):  # no linear head behind their layer
+        return {"completeness_error": float("nan")}
+    total = float(hires_cam(network, x, y).sum()) + float(network.classifier.bias[y].detach())
+    return {"completeness_error": abs(total - logit) / abs(logit)}
+
+
+def class_sensitivity(network: nn.Module, x: Tensor, M: Tensor, y: int, mask: Tensor) -> dict[str, float]:
+    order = network(x[None])[0].argsort(descending=True)
+    first, second = (hires_cam(network, x, int(c)).flatten() for c in order[:2])
+    return {"class_sensitivity": 1 - float(stats.spearmanr(first, second).statistic)}
+
+
+def structural(a: Tensor, b: Tensor, side: int) -> float:
+    """SSIM with a square window, over windows that lie wholly inside."""
+    values = []
+    for i in range(a.shape[0] - side + 1):
+        for j in range(a.shape[1] - side + 1):
+            u, v = (m[i : i + side, j : j + side].flatten() for m in (a, b))
+            mu, mv = u.mean(), v.mean()
+            cov = (u * v).mean() - mu * mv
+            up, down = (2 * mu * mv + 1e-4) * (2 * cov + 9e-4), (mu**2 + mv**2 + 1e-4)
+            values.append(float(up / (down * (u.var(correction=0) + v.var(correction=0) + 9e-4))))
+    return sum(values) / len(values)
+
+
+def randomisation(network: nn.Module, x: Tensor, M: Tensor, y: int, mask: Tensor) -> dict[str, Any]:
+    """A cascade of five stages: the head, then quarters of the other layers with parameters, from the output back."""
+    changed = copy.deepcopy(network)
+    layers = [m for m in changed.modules() if list(m.parameters(recurse=False))][::-1]
+    count = min(5, len(layers))
+    if count == len(layers):
+        parts = [[m] for m in layers]
+    else:
+        edges = [round(i * (len(layers) - 1) / 4) for i in range(5)]
+        parts = [layers[:1]] + [layers[1:][a:b] for a, b in itertools.pairwise(edges)]
+    before = hires_cam(network, x, y)
+    ranks, structures = [], []
+    for number, part in enumerate(parts):
+        torch.manual_seed(number)
+        for module in part:
+            if hasattr(module, "reset_parameters"):
+                module.reset_parameters()
+            else:  # what has no initialisation of its own: normal, with its own standard deviation
+                with torch.no_grad():
+                    for parameter in module.parameters(recurse=False):
+                        parameter.copy_(torch.randn_like(parameter) * parameter.std(correction=0))
+        after = hires_cam(changed, x, y)
+        positive = after.clamp(min=0)
+        flat = bool((after == after[0, 0]).all())
+        ranks.append(float("nan") if flat else float(stats.spearmanr(before.flatten(), after.flatten()).statistic))
+        if float(positive.max() - positive.min()) == 0:
+            structures.append(float("nan"))
+        else:
+            structures.append(structural(M, to_range(up(positive, x)), 7))
+    return {
+        "randomisation": float(np.nanmean(ranks)),
+        "randomisation_ssim": float(np.nanmean(structures)) if not np.isnan(structures).all() else float("nan"),
+        "randomisation_curve": ranks,
+        "randomisation_ssim_curve": structures,
+    }
+
+
+def accuracy(network: nn.Module, x: Tensor, M: None, y: int, mask: Tensor) -> dict[str, float]:
+    logits = network(x[None])[0].tolist()
+    return {"accuracy": 100.0 if max(logits) == logits[y] else 0.0}
+
+
+def foreground_share(network: nn.Module, x: Tensor, M: None, y: int, mask: Tensor) -> dict[str, float]:
+    maps = [hires_cam(network, x, c) for c in range(network(x[None]).shape[1])]
+    h, w = maps[0].shape
+    share = nn.functional.adaptive_avg_pool2d(mask.double()[None], (h, w))[0]
+    inside = total = 0.0
+    for S in maps:
+        for i in range(h):
+            for j in range(w):
+                K = abs(float(maps[y][i, j] - S[i, j]))
+                total += K
+                inside += K * float(share[i, j])
+    return {"foreground_share": inside / total}
+
+
+def relative_foreground_sensitivity(network: nn.Module, x: Tensor, M: None, y: int, mask: Tensor) -> dict[str, Any]:
+    generator = torch.Generator().manual_seed(0)
+    right = [0.0, 0.0]
+    for _ in range(4):
+        drawn = 0.25 * torch.randn(x.shape, generator=generator, dtype=torch.float64)
+        for column in (0, 1):
+            image = x.clone()
+            for i in range(x.shape[1]):
+                for j in range(x.shape[2]):
+                    if bool(mask[i, j]) == bool(column):
+                        image[:, i, j] = (x[:, i, j] + drawn[:, i, j]).clamp(0, 1)
+            right[column] += (int(network(image[None])[0].argmax()) == y) / 4
+    return {"relative_foreground_sensitivity": right}
+
+
+def cost(network: nn.Module, x: Tensor, M: Tensor, y: int, mask: Tensor) -> dict[str, float]:
+    """What the tests say was spent."""
+    return {"T": 0.5, "forwards": 4.0, "backwards": 1.0, "memory": 2.0}
+
+
+METRICS = {
+    "accuracy": accuracy,
+    "class_sensitivity": class_sensitivity,
+    "completeness_error": completeness_error,
+    "cost": cost,
+    "foreground_share": foreground_share,
+    "insertion_deletion": insertion_deletion,
+    "localization": localization,
+    "mass_inside": mass_inside,
+    "randomisation": randomisation,
+    "recognition": recognition,
+    "relative_foreground_sensitivity": relative_foreground_sensitivity,
+    "sparsity": sparsity,
+}
 
 
 # -- losses --------------------------------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import reference
-from foveate import Capture, FoveateError, evaluate, explain, explain_each, maps, summarize
+from foveate import Capture, FoveateError, evaluate, explain, explain_each, maps
 from foveate.methods.adapt import adapt
 from foveate.methods.wrappers import FLIP_AND_LIGHT, Transform, augmented, fused, smooth
 from foveate.noise import gaussian
@@ -275,8 +275,7 @@ class TestAdapted:
         attr = pytest.importorskip("captum.attr")
         network, batch = networks()["gap"], example(count=3)
         methods = ["grad_cam", "captum.Saliency", adapt(attr.InputXGradient, "mine"), "grad_cam:smooth"]
-        rows = evaluate(network, [Batch(batch.x, batch.y)], methods, ["AD", "AI"], layer="features")
-        table = summarize(rows)
+        table = evaluate(network, [Batch(batch.x, batch.y)], methods, ["AD", "AI"], layer="features")
         assert set(table.index.get_level_values("method")) == {"grad_cam", "captum.Saliency", "mine", "grad_cam:smooth"}
 
     def test_what_cannot_be_adapted_says_why(self) -> None:

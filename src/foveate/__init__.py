@@ -13,7 +13,7 @@ from foveate.batch import Batch
 from foveate.capture import Capture
 from foveate.classifier import Normalized, normalized
 from foveate.errors import DegenerateMapWarning, FoveateError, ImageError, LayerError, SlowPathWarning
-from foveate.evaluate import evaluate, summarize  # eager: the module has the name of the function
+from foveate.evaluate import evaluate, measure  # eager: the module has the name of the function
 from foveate.explain import Explanation, explain, explain_each, saliency
 from foveate.registry import loss, method, metric
 from foveate.targets import Target
@@ -51,11 +51,11 @@ __all__ = [
     "explain_each",
     "load",
     "loss",
+    "measure",
     "method",
     "metric",
     "normalized",
     "saliency",
-    "summarize",
 ]
 
 

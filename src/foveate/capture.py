@@ -327,14 +327,12 @@ class Capture:
         """
         return self._run.differentiable(images)
 
-    def again(self, x: Tensor, layers: str | nn.Module | Sequence[str | nn.Module] | None = None) -> Capture:
-        """The same capture of other images: the same model, layers and options, and the same counters.
-
-        Args:
-            layers: other layers than those of this capture.
-        """
+    def again(
+        self, x: Tensor, layers: str | nn.Module | Sequence[str | nn.Module] | None = None, model: nn.Module | None = None
+    ) -> Capture:
+        """The same capture of other images, layers or a changed model: the same options, and the same counters."""
         wanted = list(self.layers) if layers is None else layers
-        other = Capture(self._run.live, x, wanted, head=self.head, **self._options)
+        other = Capture(self._run.live if model is None else model, x, wanted, head=self.head, **self._options)
         self.passes.add(other.passes)
         other.passes = other._run.passes = self.passes
         return other

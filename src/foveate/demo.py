@@ -16,7 +16,7 @@ import foveate
 from foveate import maps, train
 from foveate.batch import Batch
 from foveate.data import scenes
-from foveate.evaluate import evaluate, summarize
+from foveate.evaluate import evaluate
 from foveate.explain import Explanation, explain
 from foveate.recipe import read_recipe
 from foveate.registry import METHODS, METRICS
@@ -25,6 +25,7 @@ from foveate.report.page import Look, render
 
 METHOD = "contrastive_cam"
 METHOD_NAMES = (METHOD, "grad_cam", "layer_cam", "fake_cam", "random", "centre")
+COLUMNS = ("mass_inside", "AD", "AG", "AI")
 RUNS = {
     "plain": ("scenes_plain", "Plain", "cross-entropy"),
     "cam_loss": ("scenes_cam_loss", "With the CAM loss", "cross-entropy + CAM loss"),
@@ -39,7 +40,7 @@ class Measured:
 
     run: train.Run
     accuracy: dict[str, float]
-    rows: pd.DataFrame
+    table: pd.DataFrame
     test: Explanation
     val: Explanation
     inside_test: Tensor
@@ -80,7 +81,7 @@ def demo(
     page = _page(out, seed, data, measured)
     document: dict[str, Any] = {"runs": {}, "report": str(page), "seed": seed}
     for key, one in measured.items():
-        table = summarize(one.rows)
+        table = one.table
         document["runs"][key] = {
             "accuracy": one.accuracy,
             "mass_inside": float(one.inside_val.mean()),
@@ -97,7 +98,7 @@ def measure(run: train.Run) -> Measured:
     test, val = run.data["test"], run.data["val"]
     assert isinstance(test, scenes.Scenes) and isinstance(val, scenes.Scenes)
     on_test, on_val = (explain(run.classifier, split.batch().x, METHOD) for split in (test, val))
-    rows = evaluate(run.classifier, [test.batch()], METHOD_NAMES, "all", target="pred")
+    table = evaluate(run.classifier, [test.batch()], METHOD_NAMES, COLUMNS, target="pred")
     accuracy = {split: run.accuracy(split) for split in run.data}
     through = on_test.capture.score(maps.apply_mask(test.batch().x, on_test[METHOD])).argmax(1)
     counts = torch.bincount(through, minlength=len(scenes.CLASSES))
@@ -105,7 +106,7 @@ def measure(run: train.Run) -> Measured:
     return Measured(
         run=run,
         accuracy=accuracy,
-        rows=rows,
+        table=table,
         test=on_test,
         val=on_val,
         inside_test=maps.mass_inside(on_test[METHOD], test.masks),
@@ -158,7 +159,7 @@ def _page(out: Path, seed: int, data: dict[str, scenes.Scenes], measured: dict[s
             for metric in METRICS.all().values()
             for name, way in metric.columns.items()
         ],
-        "tables": [{"title": RUNS[key][1], "lines": _lines(one.rows)} for key, one in measured.items()],
+        "tables": [{"title": RUNS[key][1], "lines": _lines(one.table)} for key, one in measured.items()],
         "area": float(test.masks.float().mean()),
         "findings": _findings(measured),
         "curves": pictures.curves(
@@ -225,17 +226,15 @@ def _changed(test: scenes.Scenes, plain: Explanation, cam: Explanation) -> dict[
     }
 
 
-def _lines(rows: pd.DataFrame) -> list[dict[str, Any]]:
-    table = summarize(rows)
+def _lines(table: pd.DataFrame) -> list[dict[str, Any]]:
     lines = []
     for name in METHOD_NAMES:
         record = METHODS.get(name)
         cells = []
-        for metric in METRICS.all().values():
-            for column in metric.columns:
-                factor = 100 if column == "mass_inside" else 1
-                mean, low, high = (factor * float(table.loc[(record.name, column), part]) for part in ("mean", "low", "high"))
-                cells.append({"mean": f"{mean:.1f}", "low": f"{low:.1f}", "high": f"{high:.1f}"})
+        for column in COLUMNS:
+            factor = 100 if column == "mass_inside" else 1
+            mean, low, high = (factor * float(table.loc[(record.name, column), part]) for part in ("mean", "low", "high"))
+            cells.append({"mean": f"{mean:.1f}", "low": f"{low:.1f}", "high": f"{high:.1f}"})
         lines.append({"title": record.title, "control": record.control, "cells": cells})
     return lines
 
@@ -244,7 +243,7 @@ def _findings(measured: dict[str, Measured]) -> list[str]:
     """What the table shows that a reader might pass over, in plain sentences."""
     sentences = []
     for key, one in measured.items():
-        title, table = RUNS[key][1], summarize(one.rows)["mean"]
+        title, table = RUNS[key][1], one.table["mean"]
         own, prior = (float(table[(name, "mass_inside")]) for name in (METHOD, "centre"))
         if own < prior:
             sentences.append(f"{title}: less of its map lies on the animal than of a blob in the middle that knows nothing.")

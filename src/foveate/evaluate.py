@@ -1,32 +1,41 @@
-"""Evaluate: methods x metrics x data, to one row a value, and to a table with intervals."""
+"""Evaluate: methods x metrics x data, to every value of every image, and to a table with intervals."""
 
 from __future__ import annotations
 
 import inspect
+import time
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from torch import nn
+import torch.nn.functional as F
+from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from foveate import maps
+from foveate import maps, memory
 from foveate.batch import Batch
 from foveate.capture import Capture
 from foveate.errors import DegenerateMapWarning, FoveateError, ImageError
 from foveate.explain import chosen_methods
-from foveate.registry import METRICS, Method, Metric
+from foveate.protocol import Protocol, preset
+from foveate.registry import METHODS, METRICS, Explained, Method, Metric, Spent
+from foveate.results import MAP, MAP_SIDE, MODEL, Results, joined
 from foveate.runner import Precision
-from foveate.targets import Head
+from foveate.targets import Head, log_probability
 
 if TYPE_CHECKING:
     import pandas as pd
 
+Methods = str | Method | Sequence[str | Method]
+GROUPS = ("all", "all-fast", "controls")
+COSTED_BATCHES = 3
+SAME = 1e-6  # maps in [0, 1] that differ by less are one map: a 4000th of what an 8-bit picture can show
 
-def batches(data: Iterable[Any] | Dataset[Batch], batch_size: int = 32) -> Iterator[Batch]:
+
+def batches(data: Iterable[Any] | Dataset[Batch], batch_size: int = 8) -> Iterator[Batch]:
     """Batches of any data: batches as they come, data sets of single images collated, ``(x, y)`` pairs of a DataLoader."""
     waiting: list[Batch] = []
     number = 0
@@ -54,61 +63,232 @@ def batches(data: Iterable[Any] | Dataset[Batch], batch_size: int = 32) -> Itera
 def evaluate(
     model: nn.Module,
     data: Iterable[Any] | Dataset[Batch],
-    methods: str | Method | Sequence[str | Method] = "grad_cam",
+    methods: Methods = "grad_cam",
+    metrics: str | Sequence[str] = "all",
+    *,
+    baseline: str | None = None,
+    **options: Any,
+) -> pd.DataFrame:
+    """The table of methods and metrics on data: one line a method and column, as :func:`foveate.statistics.table` says.
+
+    ``attrs`` has the ``findings`` (sentences), the ``protocol`` and the ``degenerate`` maps of each method.
+
+    Args:
+        baseline: the method that others are compared with, image by image.
+        options: those of :func:`measure`, which gives every value of every image instead.
+    """
+    from foveate.statistics import findings
+
+    results = measure(model, data, methods, metrics, **options)
+    frame = results.table(baseline)
+    protocol = preset(options.get("protocol", "foveate")).with_settings({}, options.get("target"))
+    frame.attrs |= {
+        "findings": findings(frame, results),
+        "protocol": protocol.record(),
+        "degenerate": dict(results.degenerate),
+        "left_out": dict(results.left_out),
+    }
+    return frame
+
+
+def measure(
+    model: nn.Module,
+    data: Iterable[Any] | Dataset[Batch],
+    methods: Methods = "grad_cam",
     metrics: str | Sequence[str] = "all",
     *,
     layer: str | nn.Module = "auto",
-    target: str = "label",
+    target: str | None = None,
+    protocol: str | Protocol = "foveate",
     settings: Mapping[str, Mapping[str, Any]] | None = None,
-    batch_size: int = 32,
+    batch_size: int = 8,
     head: Head | None = None,
     precision: Precision = "fp32",
-) -> pd.DataFrame:
-    """Every metric of every method on every image: a DataFrame with the columns ``id, method, column, value``.
+    keep_maps: bool = False,
+) -> Results:
+    """Every metric of every method on every image: :class:`foveate.results.Results`, with ``.frame()`` and ``.table()``.
 
-    ``attrs["degenerate"]`` counts the maps of each method that are constant, which are scored as maps of zeros.
-
-    Methods share the forward and backward pass of a batch; :func:`summarize` makes the table.
+    Methods share the forward and backward pass of a batch, metrics the masked one, and equal maps are scored once.
 
     Args:
         data: batches, a data set of :mod:`foveate.data`, or a DataLoader of ``(x, y)`` with ``x`` in [0, 1].
-        methods: names in the registry, or records, such as ``foveate.methods.adapt`` makes.
-        settings: own settings of methods, by name: ``{"opti_cam": {"steps": 50}}``.
-        metrics: names or columns; ``"all"`` for all that the data has masks or boxes for.
-        target: the class that is explained and scored: ``label``, ``pred`` or ``second``.
+        methods: names in the registry, or records, such as ``foveate.methods.adapt`` makes; ``all``, ``all-fast`` (those of
+            a single pass, and the controls) and ``controls`` stand for several, of which those the model allows are taken.
+        metrics: names or columns; ``"all"`` for all that the data has labels, masks or boxes for, but the costly ones,
+            which run each method again (``class_sensitivity``, ``randomisation``): name them beside it.
+        target: the class that is explained and scored: ``label``, ``pred`` or ``second``; the protocol's where it is None.
+        protocol: ``foveate``, ``opti_cam``, ``ca_stream``, ``rise``, ``legacy``, or a :class:`foveate.protocol.Protocol`.
+        settings: of methods and metrics, by name: ``{"opti_cam": {"steps": 50}, "insertion_deletion": {"kernel": 5}}``.
         head: ``softmax``, ``binary`` or ``multilabel``; by the number of outputs where it is None.
+        keep_maps: keep a small copy of each map, for pictures of the data as a whole.
 
     Raises:
         FoveateError: an unknown method or metric, or one that needs what the data has not.
     """
-    import pandas as pd
-
-    if target not in ("label", "pred", "second"):
-        raise FoveateError(f"target {target!r} is unknown: a table explains 'label', 'pred' or 'second' of each image")
-    chosen, own = chosen_methods(methods, settings)
-    rows: list[tuple[str, str, str, float]] = []
-    degenerate = dict.fromkeys((record.name for record in chosen), 0)
-    for batch in batches(data, batch_size):
-        capture = Capture(model, batch.x, layer, head=head, precision=precision)
-        batch = batch.to(capture.x.device)
-        aim = capture.target(target, labels=batch.y)
-        scored = choose(metrics, batch)
-        for record in chosen:
-            raw = record(capture, None, aim, **own.get(record.name, {})).detach()
-            degenerate[record.name] += int(maps.is_constant(maps.relu(raw)).sum())
-            M = maps.prepare(raw, capture.size)
-            for name, values in _values(scored, capture, M, batch, target).items():
-                rows += [(id_, record.name, name, value) for id_, value in zip(batch.id, values, strict=True)]
-    if flat := {name: count for name, count in degenerate.items() if count}:
+    plan = Plan.of(methods, metrics, protocol, settings, target, layer, head, precision, keep_maps)
+    results = joined(plan.run(model, batch, number) for number, batch in enumerate(batches(data, batch_size)))
+    if flat := {name: count for name, count in results.degenerate.items() if count}:
         warnings.warn(
             f"some maps are constant and count as a map of zeros: {', '.join(f'{n} of {name}' for name, n in flat.items())}; "
             "nothing at this layer speaks for the class there",
             DegenerateMapWarning,
             stacklevel=2,
         )
-    frame = pd.DataFrame(rows, columns=["id", "method", "column", "value"])
-    frame.attrs["degenerate"] = degenerate
-    return frame
+    return results
+
+
+@dataclass
+class Plan:
+    """What is done with each batch: checked once, before the first image is read."""
+
+    records: list[Method]
+    own: dict[str, Mapping[str, Any]]
+    optional: set[str]
+    metrics: str | list[str]
+    protocol: Protocol
+    layer: str | nn.Module = "auto"
+    head: Head | None = None
+    precision: Precision = "fp32"
+    keep_maps: bool = False
+
+    @staticmethod
+    def of(
+        methods: Methods,
+        metrics: str | Sequence[str],
+        protocol: str | Protocol = "foveate",
+        settings: Mapping[str, Mapping[str, Any]] | None = None,
+        target: str | None = None,
+        layer: str | nn.Module = "auto",
+        head: Head | None = None,
+        precision: Precision = "fp32",
+        keep_maps: bool = False,
+    ) -> Plan:
+        """Look every name up.
+
+        Raises:
+            FoveateError: an unknown name or setting.
+        """
+        base, given = preset(protocol), dict(settings or {})
+        of_methods = {name: own for name, own in given.items() if name not in METRICS.all()}
+        names, optional = expanded(methods)
+        records, own = chosen_methods(names, of_methods)
+        for name, values in base.methods.items():
+            if name in [record.name for record in records]:
+                own[name] = {**values, **own.get(name, {})}
+        wanted = metrics if metrics == "all" else [metrics] if isinstance(metrics, str) else list(metrics)
+        for name in [] if isinstance(wanted, str) else wanted:
+            if name != "all":
+                METRICS.get(name)
+        full = base.with_settings({**given, **own}, target)
+        return Plan(records, own, optional, wanted, full, layer, head, precision, keep_maps)
+
+    def run(self, model: nn.Module, batch: Batch, number: int = 0) -> Results:
+        """Measure one batch; costs are measured where it is one of the first."""
+        capture = Capture(model, batch.x, self.layer, head=self.head, precision=self.precision)
+        batch = batch.to(capture.x.device)
+        if batch.y is not None:
+            capture.target("label", labels=batch.y)  # a label out of range stops the run before the work
+        scored = choose(self.metrics, batch)
+        target = capture.target(self.protocol.target, labels=batch.y)
+        shared = log_probability(capture.logits.detach(), capture.pred, capture.head).exp()
+        part = Results(
+            list(batch.id),
+            {},
+            np.full(len(batch), -1) if batch.y is None else batch.y.cpu().numpy(),
+            capture.pred.cpu().numpy(),
+            shared.cpu().numpy(),
+        )
+        known: list[tuple[str, Tensor, dict[str, np.ndarray]]] = []
+        for record in list(self.records):
+            try:
+                raw, spent = self._map(model, capture, batch, record, target, number < COSTED_BATCHES)
+            except FoveateError as error:
+                if record.name not in self.optional:
+                    raise
+                part.left_out[record.name] = str(error)
+                continue
+            self.optional.discard(record.name)
+            part.degenerate[record.name] = int(maps.is_constant(maps.relu(raw)).sum())
+            M = self._prepared(raw, capture.size)
+            explained = Explained(record, raw, target, self.own.get(record.name, {}), spent)
+            twin = next(((name, values) for name, other, values in known if _same(M, other)), None)
+            values = self._values(scored, capture, M, batch, explained, {} if twin is None else twin[1])
+            if twin is not None:
+                part.same[record.name] = twin[0]
+            else:
+                known.append((record.name, M, values))
+            part.values |= {(record.name, name): array for name, array in values.items()}
+            if self.keep_maps:
+                small = F.adaptive_avg_pool2d(M[:, None].float(), MAP_SIDE)[:, 0].flatten(1)
+                part.values[record.name, MAP] = (small * 255).round().div(255).cpu().numpy()
+        for metric, columns in scored:
+            if metric.of_model:
+                result = metric(capture, None, batch, **self.protocol.metrics.get(metric.name, {}))
+                part.values |= {(MODEL, name): array for name, array in _arrays(result, columns).items()}
+        return part
+
+    def _map(
+        self, model: nn.Module, capture: Capture, batch: Batch, record: Method, target: Any, costed: bool
+    ) -> tuple[Tensor, Spent | None]:
+        own = self.own.get(record.name, {})
+        if not costed:
+            return record(capture, None, target, **own).detach(), None
+        with memory.peak(capture.x.device) as megabytes:
+            start = time.perf_counter()
+            fresh = Capture(model, batch.x, list(capture.layers), head=self.head, precision=self.precision)
+            raw = record(fresh, None, fresh.target(self.protocol.target, labels=batch.y), **own).detach()
+            if raw.is_cuda:
+                torch.cuda.synchronize(raw.device)
+            seconds = time.perf_counter() - start
+        done, count = fresh.passes, len(batch)
+        spent = (seconds / count, done.forward / count, done.backward / count, done.tail / count)
+        return raw, Spent(*spent, megabytes())
+
+    def _prepared(self, raw: Tensor, size: tuple[int, int]) -> Tensor:
+        if self.protocol.scaling == "first":
+            raw = maps.scale(maps.relu(raw))
+            return maps.upsample(raw, size).clamp(0, 1)
+        return maps.prepare(raw, size)
+
+    def _values(
+        self,
+        scored: list[tuple[Metric, list[str]]],
+        capture: Capture,
+        M: Tensor,
+        batch: Batch,
+        explained: Explained,
+        known: Mapping[str, np.ndarray],
+    ) -> dict[str, np.ndarray]:
+        values: dict[str, np.ndarray] = {}
+        for metric, columns in scored:
+            if metric.of_model:
+                continue
+            asked = inspect.signature(metric.function).parameters
+            if "explained" not in asked and set(columns) <= set(known):
+                values |= {name: known[name] for name in known if name.removesuffix("_curve") in columns}
+                continue
+            filled: dict[str, Any] = {"target": self.protocol.target} if "target" in asked else {}
+            filled |= {"explained": explained} if "explained" in asked else {}
+            own = self.protocol.metrics.get(metric.name, {})
+            values |= _arrays(metric(capture, M, batch, **filled, **own), columns)
+        return values
+
+
+def expanded(methods: Methods) -> tuple[list[str | Method], set[str]]:
+    """Methods with ``all``, ``all-fast`` and ``controls`` written out, and the names that came in only so."""
+    given = [methods] if isinstance(methods, (str, Method)) else list(methods)
+    named, optional = [], set()
+    for item in given:
+        if not isinstance(item, str) or item not in GROUPS:
+            named.append(item)
+            continue
+        for name, record in METHODS.all().items():
+            if (item == "controls" and not record.control) or (item == "all-fast" and record.repeats):
+                continue
+            named.append(name)
+            optional.add(name)
+    asked = {METHODS.get(item).name for item in given if not isinstance(item, str) or item not in GROUPS}
+    return named, optional - asked
 
 
 def choose(metrics: str | Sequence[str], batch: Batch) -> list[tuple[Metric, list[str]]]:
@@ -117,14 +297,17 @@ def choose(metrics: str | Sequence[str], batch: Batch) -> list[tuple[Metric, lis
     Raises:
         FoveateError: an unknown name, or one that needs what the batch has not.
     """
-    has = {"mask": batch.mask is not None, "boxes": batch.boxes is not None}
+    has = {"mask": batch.mask is not None, "boxes": batch.boxes is not None, "labels": batch.y is not None}
+    has["region"] = has["mask"] or has["boxes"]
     chosen: dict[str, tuple[Metric, list[str]]] = {}
-    if metrics == "all":
-        usable = [record for record in METRICS.all().values() if all(has[need] for need in record.needs)]
-        return [(record, list(record.columns)) for record in usable]
     for name in [metrics] if isinstance(metrics, str) else metrics:
+        if name == "all":
+            for record in METRICS.all().values():
+                if all(has[need] for need in record.needs) and not record.costly:
+                    chosen[record.name] = (record, list(record.columns))
+            continue
         record = METRICS.get(name)
-        if missing := [need for need in record.needs if not has[need]]:
+        if missing := ["boxes or masks" if need == "region" else need for need in record.needs if not has[need]]:
             raise FoveateError(f"metric {name!r} needs {' and '.join(missing)}, and this data has none")
         columns = [column for column in record.columns if column.lower() == name.lower()] or list(record.columns)
         kept = chosen.setdefault(record.name, (record, []))[1]
@@ -132,51 +315,16 @@ def choose(metrics: str | Sequence[str], batch: Batch) -> list[tuple[Metric, lis
     return list(chosen.values())
 
 
-def _values(
-    scored: list[tuple[Metric, list[str]]], capture: Capture, M: Any, batch: Batch, target: str
-) -> dict[str, list[float]]:
-    values: dict[str, list[float]] = {}
-    for metric, columns in scored:
-        settings = {"target": target} if "target" in inspect.signature(metric.function).parameters else {}
-        result = metric(capture, M, batch, **settings)
-        values.update({column: result[column].double().cpu().tolist() for column in columns})
-    return values
+def _arrays(result: Mapping[str, Tensor], columns: Sequence[str]) -> dict[str, np.ndarray]:
+    return {
+        name: values.detach().cpu().double().numpy() if values.ndim == 1 else values.detach().cpu().float().numpy()
+        for name, values in result.items()
+        if name.removesuffix("_curve") in columns
+    }
 
 
-def summarize(rows: pd.DataFrame, *, samples: int = 2000, seed: int = 0) -> pd.DataFrame:
-    """The table of rows: mean with a 95 % bootstrap interval for each method and column.
-
-    Args:
-        rows: from :func:`evaluate`.
-        samples: of the bootstrap, which draws images with replacement.
-
-    Returns:
-        A DataFrame with the index ``method, column`` and the columns ``mean, low, high, n``.
-    """
-    import pandas as pd
-
-    lines = []
-    for (method, column), group in rows.groupby(["method", "column"], sort=False):
-        values = group["value"].to_numpy(dtype=float)
-        values = values[np.isfinite(values)]
-        low, high = interval(values, samples, seed)
-        lines.append((method, column, float(values.mean()) if len(values) else float("nan"), low, high, len(values)))
-    table = pd.DataFrame(lines, columns=["method", "column", "mean", "low", "high", "n"])
-    return table.set_index(["method", "column"])
-
-
-def interval(values: np.ndarray, samples: int = 2000, seed: int = 0) -> tuple[float, float]:
-    """95 % percentile bootstrap interval of the mean; not a number where there are no values."""
-    if len(values) == 0:
-        return float("nan"), float("nan")
-    rng = np.random.default_rng(seed)
-    step = max(1, 4_000_000 // len(values))  # keeps the resampled block below 32 MB
-    means = [
-        values[rng.integers(0, len(values), (min(step, samples - start), len(values)))].mean(1)
-        for start in range(0, samples, step)
-    ]
-    low, high = np.quantile(np.concatenate(means), [0.025, 0.975])
-    return float(low), float(high)
+def _same(a: Tensor, b: Tensor) -> bool:
+    return a.shape == b.shape and bool((a - b).abs().max() <= SAME)
 
 
 def readable(data: Any, order: Iterable[int], failures: list[tuple[str, str]]) -> Iterator[Batch]:

@@ -157,16 +157,16 @@ class Preprocess:
         binary = Image.fromarray(np.uint8(255 * (values > values.max() / 2)), "L")
         return torch.from_numpy(np.array(replace(self, interpolation="nearest").image(binary)) > 0)
 
-    def boxes(self, boxes: Sequence[Sequence[float]], size: tuple[int, int]) -> Tensor:
+    def boxes(self, boxes: Sequence[Sequence[float]], size: tuple[int, int], clip: bool = True) -> Tensor:
         """Boxes ``x0, y0, x1, y1`` in pixels of a file of ``size`` (width, height) as ``[n,4]`` in pixels of the crop.
 
-        Clipped to what is left; a box of which nothing is left has no area.
+        Clipped to what is left, where ``clip`` is not False; a box of which nothing is left has no area.
         """
         width, height = self._resized(size)
         left, top = self._offset(width, height)
         scaled = torch.tensor(boxes, dtype=torch.float32).reshape(-1, 4)
         scaled = scaled * torch.tensor([width / size[0], height / size[1]]).repeat(2) - torch.tensor([left, top]).repeat(2)
-        return scaled.minimum(torch.tensor([self.crop[1], self.crop[0]]).repeat(2)).clamp(min=0)
+        return scaled if not clip else scaled.minimum(torch.tensor([self.crop[1], self.crop[0]]).repeat(2)).clamp(min=0)
 
 
 def floor_resize(crop: int, share: float) -> int:

@@ -12,7 +12,7 @@ import inspect
 import pkgutil
 import typing
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Generic, Literal, TypeVar
 
 import torch
@@ -39,6 +39,7 @@ class Method:
             ``attention``.
         whole: it looks at the image and not at a layer, so that ``layer`` has no say.
         control: it ignores the model: every table must contain such rows, to show what a metric lets pass.
+        repeats: it runs the model, or a part of it, many times for one map: seconds and not milliseconds.
         aliases: other names that people know.
     """
 
@@ -54,6 +55,7 @@ class Method:
     needs: tuple[str, ...] = ()
     whole: bool = False
     control: bool = False
+    repeats: bool = False
     aliases: tuple[str, ...] = ()
 
     def __call__(self, *args: Any, **settings: Any) -> Any:
@@ -63,13 +65,54 @@ class Method:
 
 
 @dataclass(frozen=True)
+class Spent:
+    """What one image cost a method, its share of the run of the model included."""
+
+    seconds: float
+    forwards: float
+    backwards: float
+    tails: float
+    megabytes: float
+
+
+@dataclass(frozen=True)
+class Explained:
+    """Where a map came from, for metrics that ask for it by a parameter ``explained``.
+
+    Attributes:
+        method: the record that made it.
+        raw: the map as the method gave it, ``[B,h,w]``.
+        target: the score that was explained.
+        settings: the method's own.
+        spent: what it cost, where that was measured.
+    """
+
+    method: Method
+    raw: torch.Tensor
+    target: Any
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    spent: Spent | None = None
+
+    def again(self, capture: Any, target: Any = None) -> torch.Tensor:
+        """The same method on another capture, or for another target: ``[B,h,w]``, without a graph."""
+        return self.method(capture, None, self.target if target is None else target, **self.settings).detach()  # type: ignore[no-any-return]
+
+
+@dataclass(frozen=True)
 class Metric:
     """A number, or several that share their work, that says something about a map.
 
     Attributes:
-        function: ``(capture, M [B,H,W], batch, **own settings) -> {column: [B]}``.
+        function: ``(capture, M [B,H,W], batch, **own settings) -> {column: [B]}``; what else it gives as ``[B,k]`` are curves,
+            kept beside the columns. Parameters called ``target`` and ``explained`` are filled in.
         columns: each column with the direction that is better.
-        needs: what the batch must have: of ``mask`` and ``boxes``.
+        needs: what the batch must have: of ``labels``, ``mask`` and ``region`` (boxes or masks).
+        pooled: columns that belong to the whole data and not to one image: the function gives ``{column: [B,k]}``, and this
+            makes the column of the mean over images, ``[...,k] -> [...]``, such as the best of k thresholds.
+        statistic: of the images that makes the table: ``mean``, or ``median`` with the range instead of an interval.
+        of_model: it says something about the model and takes no map (``M`` is None): one row a table.
+        costly: it runs the method again, on other networks or for other classes: left out of ``all``.
+        digits: decimals that are worth printing.
     """
 
     name: str
@@ -78,6 +121,11 @@ class Metric:
     paper: str
     columns: Mapping[str, Direction]
     needs: tuple[str, ...] = ()
+    pooled: Mapping[str, Callable[[Any], Any]] = field(default_factory=dict)
+    of_model: bool = False
+    costly: bool = False
+    digits: int = 1
+    statistic: Literal["mean", "median"] = "mean"
     aliases: tuple[str, ...] = ()
 
     def __call__(self, *args: Any, **settings: Any) -> Any:
@@ -150,6 +198,13 @@ class Register(Generic[Record]):
             hint = f"did you mean {' or '.join(near)}?" if near else f"there are {', '.join(sorted(names))}"
             raise FoveateError(f"{self.kind} {name!r} is unknown: {hint}")
         return record
+
+    def known(self, name: str) -> Record | None:
+        """The record of a name, or None."""
+        try:
+            return self.get(name)
+        except FoveateError:
+            return None
 
     def select(self, names: str | Record | Sequence[str | Record]) -> list[Record]:
         """The records of one name or several, or records themselves, each once, in the order given.
@@ -229,6 +284,19 @@ METHODS: Register[Method] = Register("method", "foveate.methods")
 METRICS: Register[Metric] = Register("metric", "foveate.metrics")
 LOSSES: Register[Loss] = Register("loss", "foveate.losses")
 
+
+def is_control(name: str) -> bool:
+    """Whether a method of a table ignores the model; a method that is not registered is none."""
+    record = METHODS.known(name)
+    return record is not None and record.control
+
+
+def title_of(name: str) -> str:
+    """How a method is called in a sentence."""
+    record = METHODS.known(name)
+    return name if record is None else record.title
+
+
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 
@@ -245,13 +313,14 @@ def method(
     needs: tuple[str, ...] = (),
     whole: bool = False,
     control: bool = False,
+    repeats: bool = False,
     aliases: tuple[str, ...] = (),
 ) -> Callable[[Function], Function]:
     """Register ``(capture, layer, target, **own settings) -> S [B,h,w]`` as a method; the function stays as it is."""
 
     def add(function: Function) -> Function:
         flags: dict[str, Any] = {"signed": signed, "differentiable": differentiable, "contrasts": contrasts}
-        flags |= {"whole": whole, "control": control}
+        flags |= {"whole": whole, "control": control, "repeats": repeats}
         promise: dict[str, Any] = {"complete": complete, "complete_to": complete_to}
         METHODS.add(Method(name, title, function, paper, needs=needs, aliases=aliases, **flags, **promise))
         return function
@@ -266,12 +335,18 @@ def metric(
     paper: str,
     columns: Mapping[str, Direction],
     needs: tuple[str, ...] = (),
+    pooled: Mapping[str, Callable[[Any], Any]] | None = None,
+    of_model: bool = False,
+    costly: bool = False,
+    digits: int = 1,
+    statistic: Literal["mean", "median"] = "mean",
     aliases: tuple[str, ...] = (),
 ) -> Callable[[Function], Function]:
     """Register ``(capture, M [B,H,W], batch, **own settings) -> {column: [B]}`` as a metric."""
 
     def add(function: Function) -> Function:
-        METRICS.add(Metric(name, title, function, paper, dict(columns), needs, (*columns, *aliases)))
+        names, rest = (*columns, *aliases), (of_model, costly, digits, statistic)
+        METRICS.add(Metric(name, title, function, paper, dict(columns), needs, dict(pooled or {}), *rest, names))
         return function
 
     return add

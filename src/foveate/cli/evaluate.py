@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-import math
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from foveate.cli.options import (
@@ -35,26 +35,50 @@ from foveate.cli.options import (
     out_folder,
     own_settings,
     print_notes,
-    progress,
     renumbered,
     sentences,
 )
 from foveate.errors import FoveateError
 
+CELL, NAME = 17, 28  # characters of the terminal that a column and the names take
+
+Data = Annotated[
+    str,
+    typer.Argument(
+        help="A folder with labels.csv or one folder a class, 'imagenet:FOLDER' (validation images with XML boxes), "
+        "'pets:FOLDER' (Oxford-IIIT, masks), 'torchvision:NAME:FOLDER', or 'scenes'."
+    ),
+]
+
 
 def evaluate(
-    data: Annotated[str, typer.Argument(help="A folder with labels.csv, a folder with one folder a class, or 'scenes'.")],
+    data: Data,
     model: Model,
     weights: Weights = None,
     pretrained: Pretrained = False,
-    methods: Annotated[str, typer.Option(help="Names, separated by commas.")] = "grad_cam,fake_cam,random,centre",
-    metrics: Annotated[str, typer.Option(help="Columns, separated by commas, or 'all' that the data allows.")] = "all",
+    methods: Annotated[
+        str, typer.Option(help="Names, separated by commas; all, all-fast (those of one pass, and controls), controls.")
+    ] = "grad_cam,fake_cam,random,centre",
+    metrics: Annotated[
+        str,
+        typer.Option(
+            help="Columns or metrics, separated by commas; 'all' that the data allows, but randomisation and "
+            "class_sensitivity, which run every method again: 'all,randomisation'."
+        ),
+    ] = "all",
     layer: Layer = "auto",
-    target: Annotated[str, typer.Option(help="The class explained and scored: label, pred or second.")] = "label",
+    target: Annotated[
+        str | None, typer.Option(help="The class explained and scored: label, pred or second; the protocol's by default.")
+    ] = None,
+    protocol: Annotated[str, typer.Option(help="Preset: foveate, opti_cam, ca_stream, rise, legacy.")] = "foveate",
+    baseline: Annotated[str | None, typer.Option(help="The method that others are compared with, image by image.")] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="The first N images only.")] = None,
-    batch_size: Annotated[int, typer.Option(min=1)] = 32,
+    batch_size: Annotated[int, typer.Option(min=1)] = 8,
     setting: Setting = None,
     precision: PrecisionOption = "fp32",
+    devices: Annotated[int, typer.Option(min=1, help="Processes: GPUs where there are some, else CPU processes.")] = 1,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --out.")] = False,
+    strict: Annotated[bool, typer.Option("--strict", help="Stop at the first image that cannot be read.")] = False,
     out: Out = "evaluated",
     head: HeadKind = None,
     num_classes: NumClasses = None,
@@ -66,127 +90,141 @@ def evaluate(
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """A table of methods and metrics on a data set, with 95 % intervals."""
+    """A table of methods and metrics on a data set, with 95 % intervals, and a page to look at."""
     with sentences(debug):
-        import pandas as pd
-        import torch
-        from torch.utils.data import Subset
+        from foveate import runs
+        from foveate.evaluate import Plan
+        from foveate.report import evaluation
+        from foveate.results import read_all
 
-        from foveate import __version__
-        from foveate.data import scenes
-        from foveate.data.folder import open_folder
-        from foveate.evaluate import evaluate as run
-        from foveate.evaluate import readable, summarize
-
-        classifier = open_model(model, weights, pretrained, num_classes, size, mean, std, classes, device)
         check_precision(precision)
         settings = own_settings(setting)
-        source: Any
-        if data == "scenes":
-            source = scenes.make("test", 0, classifier.preprocess.crop[0])
-        else:
-            source = open_folder(data, classifier.preprocess)
-        source = renumbered(source, classifier, data)
+        plan = Plan.of(
+            [name.strip() for name in methods.split(",") if name.strip()],
+            metrics if metrics == "all" else [name.strip() for name in metrics.split(",") if name.strip()],
+            protocol,
+            settings,
+            target,
+            layer,
+            head,  # type: ignore[arg-type]
+            precision,  # type: ignore[arg-type]
+            keep_maps=True,
+        )
+        classifier = open_model(model, weights, pretrained, num_classes, size, mean, std, classes, device)
+        source = open_data(data, classifier, plan.protocol.name == "legacy", limit)
         folder = out_folder(out)
-        if limit is not None and limit < len(source):
-            source = Subset(source, range(limit))
-        failures: list[tuple[str, str]] = []
-        order = progress(range(len(source)), "measuring", quiet=as_json)
-        rows = run(
-            classifier,
-            readable(source, order, failures),
-            methods.split(","),
-            "all" if metrics == "all" else metrics.split(","),
-            layer=layer,
-            target=target,
-            batch_size=batch_size,
-            head=head,  # type: ignore[arg-type]
-            precision=precision,  # type: ignore[arg-type]
-            settings=settings,
-        )
-        if rows.empty:
-            raise FoveateError("; ".join(reason for _, reason in failures[:3]) or f"{data!r} holds no images")
-        table = summarize(rows)
-        (folder / "rows").mkdir(parents=True, exist_ok=True)
-        rows.to_parquet(folder / "rows" / "rows.parquet")
-        table.to_csv(folder / "table.csv")
-        wide = _wide(table)
-        (folder / "table.md").write_text(_markdown(wide), encoding="utf-8")
-        call = {"data": data, "model": model, "methods": methods, "metrics": metrics, "layer": layer, "target": target}
-        versions = {"foveate": __version__, "torch": torch.__version__, "pandas": pd.__version__}
-        left_out = [{"file": file, "reason": reason} for file, reason in failures]
-        (folder / "run.json").write_text(
-            json.dumps(
-                {
-                    "arguments": {**call, "limit": limit, "precision": precision, "settings": settings},
-                    "versions": versions,
-                    "failures": left_out,
-                    "degenerate": rows.attrs["degenerate"],
-                },
-                indent=2,
-            )
-            + "\n",
-            encoding="utf-8",
-        )
+        kind = next(classifier.parameters()).device.type
+        workers = runs.Workers(devices, "cuda" if kind == "cuda" else "cpu")
+        if workers.device is not None:
+            classifier.to(workers.device)
+        call: dict[str, Any] = {
+            "data": data,
+            "model": model,
+            "layer": layer,
+            "methods": methods,
+            "metrics": metrics,
+            "precision": precision,
+        }
+        call |= {"limit": limit, "batch_size": batch_size, "head": head, "size": size}
+        if workers.rank == 0:
+            identity = runs.fingerprint(classifier, names_of(source), plan, call)
+            runs.prepare(folder, identity, resume, evaluation.about(plan, call))
+        workers.wait()
+        with _bar(len(source), quiet=as_json or workers.rank > 0, share=workers.count) as tick:
+            runs.run(classifier, source, plan, folder, batch_size=batch_size, workers=workers, strict=strict, tick=tick)
+        workers.wait()
+        if workers.rank > 0:
+            return
+        results = read_all(folder / runs.ROWS)
+        if not len(results):
+            raise FoveateError("; ".join(reason for _, reason in results.failures[:3]) or f"{data!r} holds no images")
+        written = evaluation.write(folder, results, plan, source, classifier, baseline, call)
         if as_json:
-            nested: dict[str, dict[str, Any]] = {}
-            for (name, column), line in table.iterrows():  # type: ignore[misc]
-                numbers = {key: _finite(line[key]) for key in ("mean", "low", "high")}
-                nested.setdefault(name, {})[column] = {**numbers, "n": int(line["n"])}
-            print(
-                json.dumps(
-                    {"table": nested, "out": str(folder), "failures": left_out, "degenerate": rows.attrs["degenerate"]},
-                    indent=2,
-                )
-            )
+            print(json.dumps(written.document(folder), indent=2))
         else:
-            _print_wide(wide)
-            Console(highlight=False, soft_wrap=True).print(
-                f"class: {target}; masked in pixel space, black; 95 % bootstrap intervals; written to [bold]{escape(out)}[/]"
-            )
+            print_table(written)
+            console = Console(highlight=False, soft_wrap=True)
+            console.print(f"[dim]{escape(written.protocol_line())}[/]")
+            for sentence in written.findings:
+                console.print(f"• {escape(sentence)}")
+            console.print(f"written to [bold]{escape(out)}[/]: table.md, rows/, and the page [bold]report.html[/]")
         print_notes(classifier)
-        for _, reason in failures:
+        for name, reason in results.left_out.items():
+            err.print(f"[yellow]note:[/] {escape(f'{name} is left out: {reason}')}", soft_wrap=True)
+        for _, reason in results.failures:
             err.print(f"[bold red]left out:[/] {escape(reason)}", soft_wrap=True)
-        if failures:
+        if results.failures:
             raise typer.Exit(FAILURES)
 
 
-def _finite(value: float) -> float | None:
-    return float(value) if math.isfinite(value) else None
+def open_data(data: str, classifier: Any, unclipped: bool, limit: int | None) -> Any:
+    """A data set by what a person may call it, its labels in the model's numbering.
+
+    Raises:
+        FoveateError: no such data, or classes that the model does not have.
+    """
+    from torch.utils.data import Subset
+
+    from foveate.data.benchmarks import open_benchmark
+
+    source = renumbered(open_benchmark(data, classifier.preprocess, clip_boxes=not unclipped), classifier, data)
+    return Subset(source, range(limit)) if limit is not None and limit < len(source) else source
 
 
-def _wide(table: Any) -> list[list[str]]:
-    """Lines of a table with a row a method: the header first, then ``mean [low, high]``."""
-    from foveate.registry import METHODS, METRICS
-
-    # The thesis' order first, then what it has not.
-    order = ["AD", "AG", "AI", "I", "D", "OM", "LE", "F1", "BA", "SP", "EP", "SM", "T"]
-    columns = sorted(
-        dict.fromkeys(table.index.get_level_values("column")),
-        key=lambda column: order.index(column) if column in order else len(order),
-    )
-    arrows = {name: "↓" if way == "down" else "↑" for record in METRICS.all().values() for name, way in record.columns.items()}
-    lines = [["method", *(f"{column} {arrows[column]}" for column in columns)]]
-    for name in dict.fromkeys(table.index.get_level_values("method")):
-        cells = []
-        for column in columns:
-            line = table.loc[(name, column)]
-            digits = 3 if column == "mass_inside" else 1
-            cells.append(f"{line['mean']:.{digits}f} [{line['low']:.{digits}f}, {line['high']:.{digits}f}]")
-        lines.append([name + (" (control)" if METHODS.get(name).control else ""), *cells])
-    return lines
+def names_of(source: Any) -> list[str]:
+    """What tells one data set from another: the files and labels, or the number of images."""
+    inner, count = getattr(source, "dataset", source), len(source)
+    if hasattr(inner, "entries"):
+        return [f"{entry.path.name}:{entry.label}:{entry.boxes}:{entry.mask}" for entry in inner.entries[:count]]
+    return [f"{type(inner).__name__}:{count}"]
 
 
-def _markdown(lines: list[list[str]]) -> str:
-    rows = [lines[0], ["---"] + ["---:"] * (len(lines[0]) - 1), *lines[1:]]
-    return "\n".join("| " + " | ".join(row) + " |" for row in rows) + "\n"
+class _bar:
+    """A progress bar with the rate and the time left; nothing where it is to be quiet."""
+
+    def __init__(self, total: int, quiet: bool, share: int = 1) -> None:
+        self.share = share
+        parts = (TextColumn("measuring"), BarColumn(), MofNCompleteColumn(), TextColumn("images  {task.fields[rate]}"))
+        self.progress = Progress(*parts, TimeRemainingColumn(), console=err, disable=quiet)
+        self.task = self.progress.add_task("", total=total, rate="")
+        self.done = 0
+
+    def __enter__(self) -> Any:
+        self.progress.start()
+        return self.tick
+
+    def tick(self, images: int) -> None:
+        self.done += images * self.share  # the other processes are about as far
+        task = self.progress.tasks[0]
+        rate = f"{task.speed:.2f}/s" if task.speed else ""
+        self.progress.update(self.task, completed=min(self.done, task.total or 0), rate=rate)
+
+    def __exit__(self, *error: object) -> None:
+        self.progress.stop()
 
 
-def _print_wide(lines: list[list[str]]) -> None:
-    table = Table(box=None, padding=(0, 2), header_style="dim")
-    for i, column in enumerate(lines[0]):
-        table.add_column(column, justify="right" if i else "left", no_wrap=i > 0)
-    for line in lines[1:]:
-        cells = [cell.partition(" [") for cell in line[1:]]
-        table.add_row(escape(line[0]), *(f"{mean}\n[dim]{low.rstrip(']').replace(', ', '–')}[/]" for mean, _, low in cells))
-    Console(highlight=False).print(table)
+def print_table(written: Any) -> None:
+    """The table on the terminal, some columns beside each other, means above their intervals, the best in bold."""
+    from foveate.registry import is_control
+    from foveate.report import tables
+
+    frame, console = written.frame, Console(highlight=False)
+    shown = tables.columns(frame)
+    row = max(1, (console.width - NAME) // CELL)
+    for start in range(0, len(shown), row):
+        table = Table(box=None, padding=(0, 2), header_style="dim")
+        table.add_column("method", no_wrap=True)
+        part = shown[start : start + row]
+        for column in part:
+            table.add_column(tables.title(column), justify="right", no_wrap=True)
+        for method in tables.methods(frame):
+            cells = []
+            for column in part:
+                middle, low, high = tables.cell(frame, method, column)
+                text = f"[bold]{middle}[/]" if tables.is_best(frame, method, column) else middle
+                cells.append(text if middle == "–" else f"{text}\n[dim]{low}–{high}[/]")
+            table.add_row(f"{method} [dim](control)[/]" if is_control(method) else method, *cells)
+        console.print(table)
+    for column in tables.columns(frame, model=True):
+        middle, low, high = tables.cell(frame, "(model)", column)
+        console.print(f"the model's {column.replace('_', ' ')}: [bold]{middle}[/] [dim]{low}–{high}[/]")

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
 import torch
 from PIL import Image
 from torch.utils.data import Dataset
@@ -27,6 +28,7 @@ class Entry:
     label: int | None = None
     boxes: tuple[tuple[float, ...], ...] | None = None
     mask: Path | None = None
+    mask_value: int | None = None  # the value of the object's pixels; above half of the largest where it is None
 
 
 @dataclass(frozen=True)
@@ -37,12 +39,14 @@ class Folder(Dataset[Batch]):
         entries: one an image, in a stable order.
         preprocess: from a file to what the network takes; boxes and masks follow.
         class_names: in index order, or None where only indices are known.
+        clip_boxes: boxes end where the crop ends; False keeps them as they are.
     """
 
     entries: tuple[Entry, ...]
     preprocess: Preprocess
     class_names: tuple[str, ...] | None = None
     root: Path = Path()
+    clip_boxes: bool = True
 
     def __len__(self) -> int:
         return len(self.entries)
@@ -65,14 +69,15 @@ class Folder(Dataset[Batch]):
                             f"{image.size[0]}x{image.size[1]}",
                             entry.path,
                         )
-                    mask = self.preprocess.mask(opened)[None]
+                    values = opened if entry.mask_value is None else _only(opened, entry.mask_value)
+                    mask = self.preprocess.mask(values)[None]
             except OSError:
                 raise ImageError(f"mask {entry.mask} of {entry.path} cannot be read", entry.path) from None
         return Batch(
             x=self.preprocess(image)[None],
             y=None if entry.label is None else torch.tensor([entry.label]),
             mask=mask,
-            boxes=None if entry.boxes is None else (self.preprocess.boxes(entry.boxes, image.size),),
+            boxes=None if entry.boxes is None else (self.preprocess.boxes(entry.boxes, image.size, self.clip_boxes),),
             id=(str(entry.path.relative_to(self.root)) if self.root in entry.path.parents else str(entry.path),),
         )
 
@@ -83,6 +88,10 @@ class Folder(Dataset[Batch]):
         """The same images with labels in another numbering, such as that of a model which knows the classes by name."""
         entries = [replace(entry, label=None if entry.label is None else order[entry.label]) for entry in self.entries]
         return replace(self, entries=tuple(entries))
+
+
+def _only(mask: Image.Image, value: int) -> Image.Image:
+    return Image.fromarray(np.uint8(255 * (np.asarray(mask) == value)), "L")
 
 
 def open_folder(root: str | Path, preprocess: Preprocess) -> Folder:

@@ -120,6 +120,7 @@ def baseline_of(capture: Capture, baseline: object) -> Tensor:
     complete=path_completeness,
     complete_to=0.05,
     aliases=("ig",),
+    repeats=True,
 )
 def integrated_gradients(
     capture: Capture,
@@ -192,13 +193,7 @@ def accumulate(
     return total
 
 
-@method(
-    "smooth_grad",
-    title="SmoothGrad",
-    whole=True,
-    paper="Smilkov et al., 2017",
-    aliases=("smoothgrad",),
-)
+@method("smooth_grad", title="SmoothGrad", whole=True, paper="Smilkov et al., 2017", aliases=("smoothgrad",), repeats=True)
 def smooth_grad(
     capture: Capture,
     layer: str | None,

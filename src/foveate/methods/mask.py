@@ -22,7 +22,11 @@ from foveate.targets import Target
 
 
 @method(
-    "meaningful_perturbation", title="Meaningful perturbation", whole=True, paper="Fong and Vedaldi, ICCV 2017, eq. 4 and 5"
+    "meaningful_perturbation",
+    title="Meaningful perturbation",
+    whole=True,
+    paper="Fong and Vedaldi, ICCV 2017, eq. 4 and 5",
+    repeats=True,
 )
 def meaningful_perturbation(
     capture: Capture,
@@ -147,7 +151,9 @@ def _circles(capture: Capture, target: Target, x: Tensor, blank: Tensor, rows: T
 # -- extremal perturbation -------------------------------------------------------------------------------------------
 
 
-@method("extremal_perturbation", title="Extremal perturbation", whole=True, paper="Fong et al., ICCV 2019, eq. 2 to 6")
+@method(
+    "extremal_perturbation", title="Extremal perturbation", whole=True, paper="Fong et al., ICCV 2019, eq. 2 to 6", repeats=True
+)
 def extremal_perturbation(
     capture: Capture,
     layer: str | None,

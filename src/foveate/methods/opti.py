@@ -38,12 +38,7 @@ class Optimised:
     steps: Tensor
 
 
-@method(
-    "opti_cam",
-    title="Opti-CAM",
-    paper="Zhang, Torres et al., CVIU 2024, eq. 7 to 11",
-    aliases=("opticam",),
-)
+@method("opti_cam", title="Opti-CAM", paper="Zhang, Torres et al., CVIU 2024, eq. 7 to 11", aliases=("opticam",), repeats=True)
 def opti_cam(
     capture: Capture,
     layer: str | None,

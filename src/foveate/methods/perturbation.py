@@ -18,7 +18,7 @@ from foveate.registry import method
 from foveate.targets import Target
 
 
-@method("rise", title="RISE", whole=True, paper="Petsiuk et al., BMVC 2018, eq. 6")
+@method("rise", title="RISE", whole=True, paper="Petsiuk et al., BMVC 2018, eq. 6", repeats=True)
 def rise(
     capture: Capture,
     layer: str | None,
@@ -117,7 +117,9 @@ class RiseMasks:
         return torch.stack([mask[down : down + height, right : right + width] for mask, down, right in shifts])
 
 
-@method("occlusion", title="Occlusion", whole=True, paper="Zeiler and Fergus, ECCV 2014, section 4.2", signed=True)
+@method(
+    "occlusion", title="Occlusion", whole=True, paper="Zeiler and Fergus, ECCV 2014, section 4.2", signed=True, repeats=True
+)
 def occlusion(
     capture: Capture,
     layer: str | None,

@@ -19,12 +19,7 @@ Weighting = Literal["channel_softmax", "probability", "increase"]
 Scorer = Callable[[Tensor, Tensor], Tensor]
 
 
-@method(
-    "score_cam",
-    title="Score-CAM",
-    paper="Wang et al., CVPR workshops 2020, eq. 4 to 7",
-    signed=True,
-)
+@method("score_cam", title="Score-CAM", paper="Wang et al., CVPR workshops 2020, eq. 4 to 7", signed=True, repeats=True)
 def score_cam(
     capture: Capture,
     layer: str | None,
@@ -80,12 +75,7 @@ def _scorer(capture: Capture, target: Target, weighting: Weighting) -> Scorer:
     return lambda images, rows: capture.score(images, target, rows)
 
 
-@method(
-    "ablation_cam",
-    title="Ablation-CAM",
-    paper="Desai and Ramaswamy, WACV 2020, eq. 3 and 4",
-    signed=True,
-)
+@method("ablation_cam", title="Ablation-CAM", paper="Desai and Ramaswamy, WACV 2020, eq. 3 and 4", signed=True, repeats=True)
 def ablation_cam(
     capture: Capture, layer: str | None, target: Target, *, variant: Literal["paper", "pytorch_grad_cam"] = "paper"
 ) -> Tensor:

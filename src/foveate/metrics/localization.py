@@ -1,14 +1,26 @@
-"""Localization: how much of a map lies on the object."""
+"""Localization: how well a map finds the object, from boxes or masks."""
 
 from __future__ import annotations
 
+import math
+from typing import Any, Literal
+
+import numpy as np
+import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from foveate import maps
 from foveate.batch import Batch
+from foveate.boxes import NONE, Object, Region, intersection_over_union, largest_component, objects, predicted_box
 from foveate.capture import Capture
 from foveate.errors import FoveateError
 from foveate.registry import metric
+from foveate.targets import log_probability
+
+Ties = Literal["expected", "any", "first"]
+THRESHOLDS = np.arange(0, 1, 0.01)
+LEAST_AREA = 0.05
 
 
 @metric(
@@ -17,6 +29,7 @@ from foveate.registry import metric
     paper="Wang et al., CVPR workshops 2020 (energy-based pointing game), on masks",
     columns={"mass_inside": "up"},
     needs=("mask",),
+    digits=3,
 )
 def mass_inside(capture: Capture, M: Tensor, batch: Batch) -> dict[str, Tensor]:
     """Share of the map's mass inside the object's mask, in [0, 1], one value an image; 0 for a map without mass.
@@ -32,3 +45,142 @@ def mass_inside(capture: Capture, M: Tensor, batch: Batch) -> dict[str, Tensor]:
     if batch.mask.shape != M.shape:
         raise FoveateError(f"masks of shape {list(batch.mask.shape)} do not fit maps of shape {list(M.shape)}")
     return {"mass_inside": maps.mass_inside(M.double(), batch.mask)}
+
+
+def best_threshold(mean: Any) -> Any:
+    """The accuracy of box predictions at the threshold where it is best over the data: ``[...,k] -> [...]``."""
+    return mean.max(-1)
+
+
+@metric(
+    "localization",
+    title="Localization: OM LE F1 BA SP EP SM",
+    paper="Zhang et al., CVIU 2024 (table); Russakovsky et al., IJCV 2015 (OM, LE); Choe et al., CVPR 2020 (BA); "
+    "Zhang et al., ECCV 2016 (SP); Wang et al., CVPR workshops 2020 (EP); Dabkowski and Gal, NeurIPS 2017 (SM)",
+    columns={"OM": "down", "LE": "down", "F1": "up", "BA": "up", "SP": "up", "EP": "up", "SM": "down"},
+    needs=("region",),
+    pooled={"BA": best_threshold},
+)
+def localization(
+    capture: Capture,
+    M: Tensor,
+    batch: Batch,
+    *,
+    region: Region = "auto",
+    ties: Ties = "expected",
+    empty: Literal["none", "image"] = "none",
+    swap_axes: bool = False,
+    short_box: bool = False,
+    clip: bool = True,
+    largest_share: float = 1.0,
+) -> dict[str, Tensor]:
+    """Seven columns from boxes (or masks, with the tight box around them): percent, but SM; one value an image.
+
+    The predicted box ``P`` is that of the largest 4-connected component of ``M > mean(M)``; ``G`` are the image's boxes.
+
+    - ``LE``: 100 unless ``max_G IoU(P, G) > .5``. ``OM``: 100 unless that holds and the model predicts the label.
+    - ``F1``: ``2PR / (P + R)`` of the map itself as a soft segmentation, ``P = sum_in M / sum M``, ``R = sum_in M / |G|``;
+      the best of the image's boxes.
+    - ``BA``: MaxBoxAcc: share of images with ``IoU >= .5`` of the largest 8-connected component of ``M >= t``, at the best of
+      100 thresholds over the whole data (so each image has a curve of 0 and 1, ``[B,100]``).
+    - ``SP``: pointing game: is the maximum in a box? Of tied maxima the share that is (``expected``), whether ``any`` is, or
+      the ``first`` in raster order. ``EP``: energy pointing game: the share of the map's mass in the boxes' union.
+    - ``SM``: ``log max(a, .05) - log p``, ``a`` the area of ``P``, ``p`` the label's probability on ``P`` cut out and enlarged.
+
+    An image without a box (all of it cropped away) is not a number in every column; without labels OM and SM are.
+
+    Args:
+        region: ``boxes``, ``mask``, or ``auto``: boxes where there are some.
+        empty: what a constant map predicts: nothing, or the whole image.
+        swap_axes, short_box, clip: what the published code does otherwise: x for y in SP and EP; boxes that end one pixel
+            early; boxes that reach beyond the image, which Python slices then read from the other end. To reproduce only.
+        largest_share: leave images out whose boxes cover more than this share.
+
+    Deviations: components are compared by their pixels, where the code of MaxBoxAcc compares contour areas. What SM cuts
+    out stays in [0, 1] after bicubic enlargement; an empty box shows black.
+
+    Raises:
+        FoveateError: neither boxes nor masks, or masks of another size.
+    """
+    if ties not in ("expected", "any", "first"):
+        raise FoveateError(f"ties {ties!r} is unknown: use 'expected', 'any' or 'first'")
+    height, width = M.shape[-2:]
+    found = objects(batch, (height, width), region, clip)
+    grey = M.detach().double().cpu()
+    arrays = grey.numpy()
+    boxes = [predicted_box(array, empty) for array in arrays]
+    if short_box:
+        boxes = [(x0, y0, max(x0, x1 - 1), max(y0, y1 - 1)) for x0, y0, x1, y1 in boxes]
+    overlap = [intersection_over_union(box, o.boxes) for box, o in zip(boxes, found, strict=True)]
+    located = np.array([len(iou) > 0 and iou.max() > 0.5 for iou in overlap])
+    nan = np.full(len(M), np.nan)
+    right = nan if batch.y is None else (capture.pred == batch.y.to(capture.pred.device)).cpu().numpy().astype(float)
+    point = swap_axes and clip is False
+    values: dict[str, np.ndarray] = {
+        "OM": 100 - 100 * located * right,
+        "LE": 100 - 100.0 * located,
+        "F1": np.array([_f1(m, o) for m, o in zip(grey, found, strict=True)]),
+        "BA": np.stack([_box_accuracy(m, o) for m, o in zip(arrays, found, strict=True)]),
+        "SP": np.array([_pointing(m, o, ties, swap_axes) for m, o in zip(grey, found, strict=True)]),
+        "EP": np.array([_energy(m, o, swap_axes, point) for m, o in zip(grey, found, strict=True)]),
+        "SM": nan if batch.y is None else _saliency_metric(capture, boxes, batch.y),
+    }
+    share = np.array([float(o.areas.any(0).double().mean()) if len(o.areas) else np.nan for o in found])
+    out = ~(share <= largest_share)
+    for column in values.values():
+        column[out] = np.nan
+    return {name: torch.from_numpy(np.asarray(column, dtype=float)).to(M.device) for name, column in values.items()}
+
+
+def _f1(m: Tensor, o: Object) -> float:
+    best = 0.0
+    for area in o.areas:
+        inside = float(m[area].sum())
+        precision, recall = inside / (float(m.sum()) + 1e-6), inside / max(1, int(area.sum()))
+        best = max(best, 2 * precision * recall / (precision + recall + 1e-6))
+    return 100 * best
+
+
+def _box_accuracy(m: np.ndarray, o: Object) -> np.ndarray:
+    low, high = m.min(), m.max()
+    grey = np.uint8(255 * (m - low) / (high - low)) if high > low else np.zeros(m.shape, np.uint8)
+    known: dict[int, float] = {}
+    for threshold in (levels := (THRESHOLDS * int(grey.max())).astype(int)):
+        if threshold not in known:
+            box = largest_component(grey > threshold, diagonal=True)
+            iou = intersection_over_union(box, o.boxes) if box != NONE else np.zeros(1)
+            known[threshold] = 100.0 * (len(iou) > 0 and iou.max() >= 0.5)
+    return np.array([known[threshold] for threshold in levels])
+
+
+def _pointing(m: Tensor, o: Object, ties: Ties, swap_axes: bool) -> float:
+    union = o.areas.any(0) if len(o.areas) else torch.zeros_like(m, dtype=torch.bool)
+    hits = (union.T if swap_axes and m.shape[0] == m.shape[1] else union)[m == m.max()].double()
+    return 100 * float(hits[0] if ties == "first" else hits.max() if ties == "any" else hits.mean())
+
+
+def _energy(m: Tensor, o: Object, swap_axes: bool, sliced: bool) -> float:
+    if not float(m.sum()) > 0:
+        return 0.0
+    inside = torch.zeros_like(m, dtype=torch.bool)
+    if sliced:
+        for x0, y0, x1, y1 in o.boxes.astype(int):
+            inside[x0:x1, y0:y1] = True
+    elif len(o.areas):
+        inside = o.areas.any(0)
+        inside = inside.T if swap_axes and m.shape[0] == m.shape[1] else inside
+    return 100 * float(m[inside].sum() / m.sum())
+
+
+def _saliency_metric(capture: Capture, boxes: list[tuple[float, float, float, float]], y: Tensor) -> np.ndarray:
+    height, width = capture.size
+    cut = []
+    for image, (x0, y0, x1, y1) in zip(capture.images, boxes, strict=True):
+        part = image[None, :, int(y0) : int(y1), int(x0) : int(x1)]
+        if part.numel():
+            cut.append(F.interpolate(part, (height, width), mode="bicubic", align_corners=False).clamp(0, 1))
+        else:
+            cut.append(torch.zeros_like(image)[None])
+    log_p = log_probability(capture.score(torch.cat(cut)), y.to(capture.logits.device), capture.head).cpu().numpy()
+    areas = [(x1 - x0) * (y1 - y0) / (height * width) for x0, y0, x1, y1 in boxes]
+    return np.array([math.log(max(area, LEAST_AREA)) for area in areas]) - log_p

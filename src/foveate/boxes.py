@@ -1,0 +1,100 @@
+"""Boxes: regions of the object, the box that a map predicts, and how much two boxes share."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from foveate.batch import Batch
+from foveate.errors import FoveateError
+
+Region = Literal["auto", "boxes", "mask"]
+NONE = (0.0, 0.0, 0.0, 0.0)
+
+
+@dataclass(frozen=True)
+class Object:
+    """Where the object of one image is.
+
+    Attributes:
+        boxes: ``[n,4]``, ``x0, y0, x1, y1`` in pixels, the far edges exclusive; one around it where only a mask is known.
+        areas: ``[n,H,W]`` bool, the pixels of each box, or the mask itself as one; a pixel is in where its centre is.
+    """
+
+    boxes: np.ndarray
+    areas: Tensor
+
+
+def objects(batch: Batch, size: tuple[int, int], region: Region = "auto", clip: bool = True) -> list[Object]:
+    """The object of each image from boxes, or from masks; boxes go first where both are known (``auto``).
+
+    Boxes are clipped to the image; one of which nothing is left does not count. ``clip=False`` keeps them as they are.
+
+    Raises:
+        FoveateError: neither is known, the one asked for is not, or masks are of another size.
+    """
+    if region not in ("auto", "boxes", "mask"):
+        raise FoveateError(f"region {region!r} is unknown: use 'auto', 'boxes' or 'mask'")
+    if batch.boxes is not None and region != "mask":
+        return [_from_boxes(boxes, size, clip) for boxes in batch.boxes]
+    if batch.mask is None or region == "boxes":
+        raise FoveateError(f"localization needs boxes or masks (region {region!r}), and this data has none")
+    if tuple(batch.mask.shape[-2:]) != tuple(size):
+        raise FoveateError(f"masks of shape {list(batch.mask.shape)} do not fit maps of {size[0]} x {size[1]}")
+    return [_from_mask(mask) for mask in batch.mask.cpu()]
+
+
+def _from_boxes(boxes: Tensor, size: tuple[int, int], clip: bool) -> Object:
+    given = boxes.detach().double().reshape(-1, 4).cpu()
+    inside = given.minimum(torch.tensor([size[1], size[0]] * 2)).clamp(min=0)
+    there = (inside[:, 2] > inside[:, 0]) & (inside[:, 3] > inside[:, 1])
+    given, inside = (given if not clip else inside)[there], inside[there]
+    columns, rows = torch.arange(size[1]) + 0.5, torch.arange(size[0]) + 0.5
+    across = (columns >= inside[:, :1]) & (columns < inside[:, 2:3])  # [n,W]
+    down = (rows >= inside[:, 1:2]) & (rows < inside[:, 3:])  # [n,H]
+    return Object(given.numpy(), down[:, :, None] & across[:, None])
+
+
+def _from_mask(mask: Tensor) -> Object:
+    rows, columns = mask.any(1).nonzero()[:, 0], mask.any(0).nonzero()[:, 0]
+    if not len(rows):
+        return Object(np.zeros((0, 4)), torch.zeros(0, *mask.shape, dtype=torch.bool))
+    box = [int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1]
+    return Object(np.array([box], dtype=float), mask[None].bool())
+
+
+def intersection_over_union(box: Sequence[float], others: np.ndarray) -> np.ndarray:
+    """``|P and G| / |P or G|`` of one box with each of ``[n,4]``; 0 for an empty box."""
+    near, far = np.maximum(others[:, :2], box[:2]), np.minimum(others[:, 2:], box[2:])
+    shared = np.clip(far - near, 0, None).prod(1)
+    union = (box[2] - box[0]) * (box[3] - box[1]) + (others[:, 2:] - others[:, :2]).prod(1) - shared
+    return np.divide(shared, union, out=np.zeros_like(shared), where=union > 0)
+
+
+def largest_component(binary: np.ndarray, diagonal: bool = False) -> tuple[float, float, float, float]:
+    """The tight box of the largest connected component of ``[H,W]`` bool, far edges exclusive; empty where all is False.
+
+    Of two of equal size the first in raster order. ``diagonal`` connects pixels at their corners too.
+    """
+    from scipy import ndimage
+
+    labels, count = ndimage.label(binary, np.ones((3, 3)) if diagonal else None)
+    if not count:
+        return NONE
+    number = int(np.bincount(labels.ravel())[1:].argmax())
+    rows, columns = ndimage.find_objects(labels)[number]
+    return float(columns.start), float(rows.start), float(columns.stop), float(rows.stop)
+
+
+def predicted_box(M: np.ndarray, empty: Literal["none", "image"] = "none") -> tuple[float, float, float, float]:
+    """The box that a map predicts: of the largest 4-connected component of ``M > mean(M)``, ``[H,W]``.
+
+    A constant map predicts nothing, or with ``empty="image"`` the whole image.
+    """
+    box = largest_component(M - M.mean() > 0)
+    return (0.0, 0.0, float(M.shape[1]), float(M.shape[0])) if box == NONE and empty == "image" else box

@@ -1,0 +1,110 @@
+"""The model itself: what it gets right, and how much of its evidence and of its accuracy is the object's."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from foveate.batch import Batch
+from foveate.capture import Capture
+from foveate.errors import FoveateError
+from foveate.registry import metric
+from foveate.targets import log_probability
+
+
+@metric(
+    "accuracy",
+    title="Accuracy",
+    paper="Russakovsky et al., IJCV 2015 (top-1)",
+    columns={"accuracy": "up"},
+    needs=("labels",),
+    of_model=True,
+)
+def accuracy(capture: Capture, M: None, batch: Batch) -> dict[str, Tensor]:
+    """100 where the model predicts the label, 0 elsewhere."""
+    assert batch.y is not None
+    return {"accuracy": 100.0 * (capture.pred == batch.y.to(capture.pred.device)).double()}
+
+
+@metric(
+    "foreground_share",
+    title="Foreground share of contrastive maps",
+    paper="Setpal, contrastive optimization (2025): 1 - context ratio",
+    columns={"foreground_share": "up"},
+    needs=("mask", "labels"),
+    of_model=True,
+    digits=3,
+)
+def foreground_share(capture: Capture, M: None, batch: Batch, *, classes: int = 10) -> dict[str, Tensor]:
+    """``sum_c sum_ij h |K_tc| / sum_c sum_ij |K_tc|``: the share of ``K_tc = M_t - M_c`` inside the mask ``h``, in [0, 1].
+
+    ``M_c`` is the HiResCAM of class c, t the label. The mask is averaged over the cells of the map, so that a thin object
+    does not vanish. Behind a linear head all classes count; elsewhere the ``classes`` the model finds likeliest.
+    """
+    assert batch.y is not None
+    assert batch.mask is not None
+    y = batch.y.to(capture.logits.device)
+    rows = torch.arange(len(y), device=y.device)
+    if capture.linear_head() is not None:
+        M_c = capture.class_maps()  # [B,C,h,w]
+    else:
+        likely = capture.logits.detach().topk(min(classes, capture.logits.shape[1]), 1).indices
+        chosen = torch.cat([likely.flatten(), y]).unique()
+        M_c = capture.class_maps(classes=chosen.tolist())
+        y = torch.searchsorted(chosen, y)
+    K = (M_c[rows, y][:, None] - M_c).detach().double().abs().sum(1)  # [B,h,w]
+    h = torch.nn.functional.adaptive_avg_pool2d(batch.mask.to(K)[:, None], (K.shape[-2], K.shape[-1]))[:, 0]
+    total = K.sum((1, 2))
+    return {"foreground_share": (K * h).sum((1, 2)) / torch.where(total > 0, total, torch.nan)}
+
+
+def foreground_sensitivity(mean: Any) -> Any:
+    """``(a_b - a_f) / (2 min(a, 1 - a))``, ``a`` their mean: ``[...,2] -> [...]`` in [-1, 1]; 0 where ``a`` is 0 or 1."""
+    background, foreground = mean[..., 0], mean[..., 1]
+    middle = (background + foreground) / 2
+    width = 2 * np.minimum(middle, 1 - middle)
+    return np.divide(background - foreground, width, out=np.zeros_like(middle), where=width > 0)
+
+
+@metric(
+    "relative_foreground_sensitivity",
+    title="Relative foreground sensitivity",
+    paper="Moayeri et al., CVPR 2022",
+    columns={"relative_foreground_sensitivity": "up"},
+    needs=("mask", "labels"),
+    pooled={"relative_foreground_sensitivity": foreground_sensitivity},
+    of_model=True,
+    digits=3,
+)
+def relative_foreground_sensitivity(
+    capture: Capture, M: None, batch: Batch, *, sigma: float = 0.25, samples: int = 4, seed: int = 0
+) -> dict[str, Tensor]:
+    """RFS: does noise on the object hurt more than noise behind it? ``(a_b - a_f) / (2 min(a, 1 - a))`` over the data.
+
+    ``a_b`` and ``a_f`` are the accuracies with Gaussian noise of ``sigma`` (of the range [0, 1]) on the background and on the
+    foreground, the same noise in both, clipped to [0, 1]; each image has the two shares of ``samples`` draws that were right.
+    """
+    assert batch.y is not None
+    assert batch.mask is not None
+    if sigma <= 0 or samples < 1:
+        raise FoveateError(f"sigma {sigma} and samples {samples} must be above 0")
+    x, y = capture.images, batch.y.to(capture.logits.device)
+    mask = batch.mask.to(x)[:, None]
+    right = torch.zeros(len(x), 2, dtype=torch.float64, device=x.device)
+    draws = torch.Generator().manual_seed(seed)
+    for _ in range(samples):
+        # One draw for all images, so that an image's value does not depend on its batch.
+        drawn = sigma * torch.randn(x.shape[1:], generator=draws, dtype=torch.float64).to(x)
+        for column, where in enumerate((1 - mask, mask)):
+            logits = capture.score((x + drawn * where).clamp(0, 1))
+            right[:, column] += _right(logits, y, capture) / samples
+    return {"relative_foreground_sensitivity": right}
+
+
+def _right(logits: Tensor, y: Tensor, capture: Capture) -> Tensor:
+    if capture.head == "softmax":
+        return (logits.argmax(1) == y).double()
+    return (log_probability(logits, y, capture.head) > np.log(0.5)).double()

@@ -1,0 +1,141 @@
+"""Sanity: does a map add up, does it change with the class, and does it change when the model forgets what it learnt?"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from foveate import maps
+from foveate.batch import Batch
+from foveate.capture import Capture
+from foveate.errors import FoveateError
+from foveate.randomize import Init, Mode, randomized
+from foveate.registry import Explained, metric
+
+
+@metric(
+    "completeness_error",
+    title="Completeness error",
+    paper="Draelos and Carin, 2020 (HiResCAM); Sundararajan et al., ICML 2017 (integrated gradients)",
+    columns={"completeness_error": "down"},
+    digits=4,
+)
+def completeness_error(capture: Capture, M: Tensor, batch: Batch, *, explained: Explained | None = None) -> dict[str, Tensor]:
+    """How far the sum of the map misses what a theorem says it adds up to, relative to the score, one value an image.
+
+    Not a number where no theorem applies: to the method, or to this model's head.
+    """
+    values = None
+    if explained is not None and explained.method.complete is not None:
+        values = explained.method.complete(capture, None, explained.target, explained.raw, **explained.settings)
+    if values is None:
+        values = torch.full((len(capture.x),), float("nan"), device=capture.x.device)
+    return {"completeness_error": values.detach().double()}
+
+
+@metric(
+    "class_sensitivity",
+    title="Class sensitivity",
+    paper="after Sixt et al., ICML 2020, and Khakzar et al., CVPR 2022",
+    columns={"class_sensitivity": "up"},
+    costly=True,
+    digits=3,
+)
+def class_sensitivity(capture: Capture, M: Tensor, batch: Batch, *, explained: Explained | None = None) -> dict[str, Tensor]:
+    """``1 - rho`` of the raw maps for the first and the second class the model names, ``rho`` Spearman's; in [0, 2].
+
+    0: the map does not know which class was asked for, as of every control. Not a number where a map is constant.
+    """
+    explained = _needed(explained, "class_sensitivity")
+    first, second = (explained.again(capture, capture.target(which)) for which in ("pred", "second"))
+    return {"class_sensitivity": 1 - spearman(first, second)}
+
+
+@metric(
+    "randomisation",
+    title="Model-parameter randomisation",
+    paper="Adebayo et al., NeurIPS 2018",
+    columns={"randomisation": "down", "randomisation_ssim": "down"},
+    costly=True,
+    digits=3,
+)
+def randomisation(
+    capture: Capture,
+    M: Tensor,
+    batch: Batch,
+    *,
+    explained: Explained | None = None,
+    mode: Mode = "cascade",
+    stages: int = 5,
+    init: Init = "reset",
+    reset_buffers: bool = True,
+    absolute: bool = False,
+    seed: int = 0,
+) -> dict[str, Tensor]:
+    """Similarity of the map with that of networks whose parameters were drawn anew, mean over stages, one value an image.
+
+    ``randomisation`` is Spearman's rank correlation of raw maps, ``randomisation_ssim`` the structural similarity of maps in
+    [0, 1]; curves ``randomisation_curve`` and ``randomisation_ssim_curve`` ``[B,stages]`` have each stage, from the head
+    alone to the whole network. A map that stays similar does not depend on what the network learnt.
+
+    The target stays what it was; the model is copied, never changed. Maps that turn constant have no rank correlation: they
+    are not a number in the curve, and left out of the mean.
+
+    Args:
+        mode: ``cascade``: each stage keeps the stages before it random; ``independent``: one stage at a time.
+        stages: the head alone, and the other layers with parameters in ``stages - 1`` equal parts; 0 for one a layer.
+        init, reset_buffers: see :func:`foveate.randomize.randomized`.
+        absolute: compare absolute values, the other form of Adebayo et al.
+    """
+    explained = _needed(explained, "randomisation")
+    ranks, structure = [], []
+    for _, changed in randomized(capture.model, mode, stages, init, seed, reset_buffers):
+        try:
+            again = explained.again(capture.again(capture.x, model=changed))
+            form = torch.abs if absolute else torch.clone
+            ranks.append(spearman(form(explained.raw), form(again)))
+            structure.append(similarity(M, maps.prepare(again, capture.size).to(M)))
+        except FoveateError:  # a random network may give nothing to explain
+            ranks.append(torch.full((len(M),), float("nan"), dtype=torch.float64, device=M.device))
+            structure.append(ranks[-1])
+    curves = {"randomisation": torch.stack(ranks, 1), "randomisation_ssim": torch.stack(structure, 1)}
+    return {name: curve.nanmean(1) for name, curve in curves.items()} | {f"{n}_curve": curve for n, curve in curves.items()}
+
+
+def spearman(a: Tensor, b: Tensor) -> Tensor:
+    """Rank correlation of maps ``[B,...]``, ``[B]`` in [-1, 1], float64; ties share their mean rank.
+
+    Not a number where a map is constant.
+    """
+    a, b = (_mean_rank(values.detach().double().flatten(1)) for values in (a, b))
+    a, b = (values - values.mean(1, keepdim=True) for values in (a, b))
+    scale = (a.square().sum(1) * b.square().sum(1)).sqrt()
+    return torch.where(scale > 0, (a * b).sum(1) / torch.where(scale > 0, scale, torch.ones_like(scale)), torch.nan)
+
+
+def similarity(a: Tensor, b: Tensor, window: int = 7) -> Tensor:
+    """Structural similarity of maps ``[B,H,W]`` in [0, 1], ``[B]``: its mean over square windows that lie wholly inside.
+
+    ``(2 u v + C1)(2 cov + C2) / ((u^2 + v^2 + C1)(var_a + var_b + C2))`` with means ``u, v``, ``C1 = .01^2``, ``C2 = .03^2``
+    (Wang et al., 2004). Not a number where a map is constant.
+    """
+    side = min(window, *a.shape[-2:])
+    a, b = (values.detach().double()[:, None] for values in (a, b))  # [B,1,H,W]
+    u, v, uu, vv, uv = (F.avg_pool2d(values, side, 1) for values in (a, b, a * a, b * b, a * b))
+    closeness = (2 * u * v + 1e-4) * (2 * (uv - u * v) + 9e-4)
+    values = closeness / ((u * u + v * v + 1e-4) * ((uu - u * u) + (vv - v * v) + 9e-4))
+    flat = maps.is_constant(a[:, 0]) | maps.is_constant(b[:, 0])
+    return torch.where(flat, torch.nan, values.mean((1, 2, 3)))
+
+
+def _mean_rank(values: Tensor) -> Tensor:
+    ordered = values.sort(1).values.contiguous()
+    values = values.contiguous()
+    return (torch.searchsorted(ordered, values) + torch.searchsorted(ordered, values, right=True)).double() / 2
+
+
+def _needed(explained: Explained | None, name: str) -> Explained:
+    if explained is None:
+        raise FoveateError(f"{name} runs the method again: give it explained=Explained(method, raw, target)")
+    return explained

@@ -1,0 +1,31 @@
+"""Sparsity: how much of a map is exactly nothing, and how unevenly the rest is spread."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from foveate.batch import Batch
+from foveate.capture import Capture
+from foveate.registry import Explained, metric
+
+
+@metric(
+    "sparsity",
+    title="Share of exact zeros, Gini index",
+    paper="Singla et al., ICML 2019 (eta); Chalasani et al., ICML 2020 (Gini)",
+    columns={"sparsity": "up", "gini": "up"},
+    digits=3,
+)
+def sparsity(capture: Capture, M: Tensor, batch: Batch, *, explained: Explained | None = None) -> dict[str, Tensor]:
+    """``eta = #(S = 0) / N`` and ``Gini = sum_i (2 i - N - 1) |S|_(i) / (N sum |S|)``, ``|S|_(i)`` ascending; both in [0, 1].
+
+    Of the map as the method gave it, at its own resolution: upsampling and scaling make and unmake zeros. A map of zeros
+    has eta 1, and the Gini index 0 of anything that is equal everywhere.
+    """
+    values = (M if explained is None else explained.raw).double().flatten(1).abs()  # [B,N]
+    count = values.shape[1]
+    place = 2 * torch.arange(1, count + 1, device=values.device, dtype=values.dtype) - count - 1
+    total = values.sum(1)
+    gini = (values.sort(1).values * place).sum(1) / (count * torch.where(total > 0, total, torch.ones_like(total)))
+    return {"sparsity": (values == 0).double().mean(1), "gini": gini}

@@ -1,0 +1,288 @@
+"""Evaluation: a run of methods and metrics as table.csv, table.md, prevalence.csv, run.json and report.html."""
+
+from __future__ import annotations
+
+import base64
+import json
+import platform
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from foveate import runs
+from foveate._version import __version__
+from foveate.errors import DegenerateMapWarning, ImageError
+from foveate.evaluate import Plan
+from foveate.images import to_image
+from foveate.prevalence import EVERY, Prevalence, background_of, prevalence
+from foveate.registry import is_control, title_of
+from foveate.report import pictures, tables
+from foveate.report.page import render
+from foveate.results import MAP, MODEL, Results, plain
+from foveate.statistics import baseline_of, disagreement, findings, metric_of
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+GALLERY = 200  # images at most, so that the page stays a file one can send
+CELLS = 4000  # maps at most
+THUMB = 144  # pixels
+CLASSES = 8  # whose mean maps are shown
+
+
+@dataclass(frozen=True)
+class Written:
+    """What was written, for the terminal and for ``--json``."""
+
+    frame: pd.DataFrame
+    results: Results
+    plan: Plan
+    findings: list[str]
+
+    def protocol_line(self) -> str:
+        """The protocol in one line."""
+        shown = [metric_of(column) for column in tables.columns(self.frame)]
+        records = {record.name: record for record in shown if record is not None and record.name != "cost"}
+        protocol = self.plan.protocol
+        parts = [f"{name} {protocol.digest(record)}" for name, record in records.items()]
+        return (
+            f"protocol {protocol.name}, class {protocol.target}, 95 % bootstrap intervals over {len(self.results)} images; "
+            + ", ".join(parts)
+        )
+
+    def document(self, folder: Path) -> dict[str, Any]:
+        """For ``--json``."""
+        document: dict[str, Any] = {"table": {}, "costs": {}, "model": {}, "differences": {}}
+        for (method, column), line in self.frame.iterrows():  # type: ignore[misc]
+            record = metric_of(column)
+            cell = {key: plain(line[key]) for key in ("mean", "low", "high")} | {"n": int(line["n"])}
+            part = "model" if method == MODEL else "costs" if record is not None and record.name == "cost" else "table"
+            if part == "model":
+                document[part][column] = cell
+            else:
+                document[part].setdefault(method, {})[column] = cell
+            if part == "table" and np.isfinite(line["difference"]):
+                names = ("difference", "difference_low", "difference_high")
+                change = {key.removeprefix("difference_"): plain(line[key]) for key in names}
+                document["differences"].setdefault(method, {})[column] = change
+        failures = [{"file": file, "reason": reason} for file, reason in self.results.failures]
+        document |= {"out": str(folder), "failures": failures, "degenerate": self.results.degenerate}
+        document |= {"left_out": self.results.left_out, "findings": self.findings, "protocol": self.plan.protocol.record()}
+        return document | {"baseline": self.frame.attrs["baseline"], "report": str(folder / "report.html")}
+
+
+def about(plan: Plan, arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """What ``run.json`` says about a run: the call, the protocol, the versions."""
+    names = {"numpy": np.__version__, "torch": torch.__version__, "foveate": __version__, "python": platform.python_version()}
+    settings = {name: dict(own) for name, own in plan.own.items()}
+    return {"arguments": {**arguments, "settings": settings}, "protocol": plan.protocol.record(), "versions": names}
+
+
+def write(
+    folder: Path,
+    results: Results,
+    plan: Plan,
+    source: Any,
+    classifier: Any,
+    baseline: str | None,
+    arguments: Mapping[str, Any],
+) -> Written:
+    """Everything that is made of the rows of a run."""
+    frame = results.table(baseline)
+    said = findings(frame, results)
+    written = Written(frame, results, plan, said)
+    digests = [metric_of(column) for column in frame.index.get_level_values("column")]
+    stored = frame.assign(protocol=[plan.protocol.digest(record) if record else "" for record in digests])
+    stored.to_csv(folder / "table.csv")
+    (folder / "table.md").write_text(tables.markdown(frame), encoding="utf-8")
+    main = baseline_of(results, baseline)
+    whole = [prevalence(results, name) for name in results.methods if (name, MAP) in results.values]
+    if whole:
+        import pandas as pd
+
+        joined = pd.concat({one.method: one.table for one in whole}, names=["method", "class"])
+        joined.to_csv(folder / "prevalence.csv")
+    page = _content(results, written, source, classifier, next((one for one in whole if one.method == main), None), arguments)
+    render("evaluation.html.j2", folder / "report.html", page)
+    record = runs.read_record(folder)
+    failures = [{"file": file, "reason": reason} for file, reason in results.failures]
+    record |= {"finished": True, "images": len(results), "failures": failures, "degenerate": results.degenerate}
+    record |= {"left_out": results.left_out, "findings": said, "baseline": main}
+    runs.write_record(folder, record)
+    return written
+
+
+def _content(
+    results: Results,
+    written: Written,
+    source: Any,
+    classifier: Any,
+    whole: Prevalence | None,
+    arguments: Mapping[str, Any],
+) -> dict[str, Any]:
+    frame, names = written.frame, tables.methods(written.frame)
+    shown, model = tables.columns(frame), tables.columns(frame, model=True)
+    chosen = _gallery(len(results), len(names))
+    data = {
+        "methods": [{"name": n, "title": title_of(n), "control": is_control(n)} for n in names],
+        "columns": [_column(column) for column in shown],
+        "cells": {n: {c: _cell(frame, n, c) for c in shown} for n in names},
+        "curves": _curves(results, names),
+        "images": [_image(results, i, classifier, source, names, shown) for i in chosen],
+    }
+    correlation = disagreement(frame)
+    protocol = written.plan.protocol
+    records = {r.name: r for r in map(metric_of, [*shown, *model]) if r is not None}
+    return {
+        "title": f"{arguments.get('model', 'model')} on {arguments.get('data', 'data')}",
+        "images": len(results),
+        "pictured": len(chosen),
+        "baseline": frame.attrs["baseline"],
+        "data": json.dumps(data, separators=(",", ":")).replace("<", "\\u003c"),
+        "model_row": [(c.replace("_", " "), *tables.cell(frame, MODEL, c)) for c in model],
+        "findings": written.findings,
+        "failures": results.failures,
+        "left_out": results.left_out,
+        "protocol": protocol,
+        "settings": [(record.title, protocol.digest(record), protocol.describe(record)) for record in records.values()],
+        "method_settings": {name: dict(own) for name, own in written.plan.own.items() if own},
+        "versions": about(written.plan, arguments)["versions"],
+        "arguments": {key: value for key, value in arguments.items() if value is not None},
+        "correlation": {
+            "columns": list(correlation.columns),
+            "rows": [
+                (name, [None if np.isnan(v) else float(v) for v in row])
+                for name, row in zip(correlation.index, correlation.to_numpy(), strict=True)
+            ],
+        },
+        "prevalence": None if whole is None else _prevalence(whole, results, classifier, source),
+    }
+
+
+def _gallery(count: int, methods: int) -> list[int]:
+    """The images of the gallery: all, or as many as the page bears, evenly through the data."""
+    most = min(GALLERY, max(1, CELLS // max(1, methods)))
+    return list(range(count)) if count <= most else [round(i * (count - 1) / (most - 1)) for i in range(most)]
+
+
+def _column(column: str) -> dict[str, Any]:
+    record = metric_of(column)
+    assert record is not None
+    return {"name": column, "title": tables.title(column), "up": record.columns[column] == "up", "about": record.title}
+
+
+def _cell(frame: pd.DataFrame, method: str, column: str) -> list[Any]:
+    middle, low, high = tables.cell(frame, method, column)
+    line = frame.loc[(method, column)] if (method, column) in frame.index else None
+    value = None if line is None else plain(line["mean"])
+    best = tables.is_best(frame, method, column)
+    if line is None or not np.isfinite(line["difference"]):
+        return [value, middle, low, high, best, ""]
+    change, least, most = (tables.number(float(line[k]), column) for k in ("difference", "difference_low", "difference_high"))
+    sign = "" if change.startswith("-") else "+"
+    return [value, middle, low, high, best, f"{sign}{change} [{least}, {most}]"]
+
+
+def _curves(results: Results, names: Sequence[str]) -> dict[str, dict[str, list[float | None]]]:
+    found: dict[str, dict[str, list[float | None]]] = {}
+    for curve, title in (("I", "Insertion"), ("D", "Deletion"), ("randomisation", "Randomisation (Spearman)")):
+        lines = {n: results.values[n, f"{curve}_curve"] for n in names if (n, f"{curve}_curve") in results.values}
+        if lines:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", RuntimeWarning)  # a stage at which no map was left has no mean
+                means = {n: np.nanmean(values, 0) for n, values in lines.items()}
+            found[title] = {n: [None if np.isnan(v) else round(float(v), 4) for v in values] for n, values in means.items()}
+    return found
+
+
+def _image(
+    results: Results, index: int, classifier: Any, source: Any, names: Sequence[str], shown: Sequence[str]
+) -> dict[str, Any]:
+    label, said = int(results.labels[index]), int(results.predicted[index])
+    per_image = [c for c in shown if (r := metric_of(c)) is not None and r.name != "cost" and c not in r.pooled]
+    values = {
+        n: [_rounded(results.values[n, c][index]) if (n, c) in results.values else None for c in per_image] for n in names
+    }
+    small = {}
+    for n in names:
+        if (n, MAP) in results.values:
+            small[n] = base64.b64encode(np.uint8(np.round(results.values[n, MAP][index] * 255)).tobytes()).decode()
+    return {
+        "id": results.ids[index],
+        "label": _class_name(classifier, label) if label >= 0 else "",
+        "said": _class_name(classifier, said),
+        "p": round(float(results.confidence[index]), 3),
+        "wrong": label >= 0 and label != said,
+        "picture": _thumb(source, results.ids[index], index),
+        "columns": per_image,
+        "values": values,
+        "maps": small,
+    }
+
+
+def _rounded(value: float) -> float | None:
+    return float(f"{value:.4g}") if np.isfinite(value) else None
+
+
+def _thumb(source: Any, name: str, index: int) -> str:
+    """The picture of an image; found by its name, because images that could not be read shift the numbers."""
+    for place in _places(source, index):
+        try:
+            batch = source[place]
+        except (ImageError, IndexError):
+            continue
+        if not batch.id or batch.id[0] == name or batch.id[0] == "":
+            image = to_image(batch.x[0])
+            image.thumbnail((THUMB, THUMB))
+            return pictures.data_uri(image, 78)
+    return ""
+
+
+def _places(source: Any, index: int) -> range:
+    return range(index, min(len(source), index + 50))
+
+
+def _class_name(classifier: Any, index: int) -> str:
+    names = getattr(classifier, "class_names", None)
+    return names[index].split(",")[0] if names and index < len(names) else f"class {index}"
+
+
+def _prevalence(whole: Prevalence, results: Results, classifier: Any, source: Any) -> dict[str, Any]:
+    background = background_of(results, whole.method)
+    classes = whole.table.drop(index=EVERY)
+    classes = classes[classes["n"] > 1].sort_values("n", ascending=False).head(CLASSES)
+    panels = []
+    for label in [EVERY, *classes.index]:
+        line = whole.table.loc[label]
+        facts = f"n = {int(line['n'])}"
+        if np.isfinite(line["background"]):
+            facts += f", {100 * line['background']:.0f} % on the background"
+        name = "all images" if label == EVERY else _class_name(classifier, int(label))
+        panels.append((name, _panel(whole.mean[label]), _panel(whole.spread[label]), facts))
+    return {
+        "method": title_of(whole.method),
+        "sentence": whole.sentence(background),
+        "panels": panels,
+        "farthest": [
+            (
+                results.ids[i],
+                f"{whole.distance[i]:.2f}",
+                _thumb(source, results.ids[i], i),
+                _panel(results.values[whole.method, MAP][i].reshape(whole.mean[EVERY].shape)),
+            )
+            for i in whole.farthest()
+        ],
+    }
+
+
+def _panel(values: np.ndarray) -> str:
+    tensor = torch.from_numpy(np.asarray(values, dtype=np.float32))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DegenerateMapWarning)
+        scaled = tensor / tensor.max() if float(tensor.max()) > 0 else tensor
+    return pictures.data_uri(pictures.enlarge(pictures.heat(scaled), 5), 80)

@@ -1,0 +1,203 @@
+"""Results: every value of every image, in memory and as parquet files, one a chunk."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from foveate.errors import FoveateError
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+MODEL = "(model)"  # the row of what is said about the model and not about a map
+MAP = "map"  # the curve that holds small maps
+MAP_SIDE = 28
+Key = tuple[str, str]
+
+
+@dataclass
+class Results:
+    """Values of some images, aligned: row i of every array belongs to image i.
+
+    Attributes:
+        ids: one name an image.
+        values: by ``(method, column)``: ``[N]`` values, not a number where undefined, or ``[N,k]`` curves.
+        labels, predicted: class of each image; -1 where no label is known.
+        confidence: probability of the predicted class, ``[N]``.
+        degenerate: how many maps of each method were constant.
+        failures: files that could not be read, with the reason.
+        left_out: methods that do not apply to this model, with the reason.
+        same: methods whose maps were equal on every image, by the method they equal.
+    """
+
+    ids: list[str] = field(default_factory=list)
+    values: dict[Key, np.ndarray] = field(default_factory=dict)
+    labels: np.ndarray = field(default_factory=lambda: np.zeros(0, int))
+    predicted: np.ndarray = field(default_factory=lambda: np.zeros(0, int))
+    confidence: np.ndarray = field(default_factory=lambda: np.zeros(0))
+    degenerate: dict[str, int] = field(default_factory=dict)
+    failures: list[tuple[str, str]] = field(default_factory=list)
+    left_out: dict[str, str] = field(default_factory=dict)
+    same: dict[str, str] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    @property
+    def methods(self) -> list[str]:
+        """The methods that have rows, in the order they ran; not the model's own row."""
+        return [name for name in dict.fromkeys(method for method, _ in self.values) if name != MODEL]
+
+    def frame(self) -> pd.DataFrame:
+        """One row a value: ``id, method, column, value``; curves are left out."""
+        import pandas as pd
+
+        flat = {key: values for key, values in self.values.items() if values.ndim == 1}
+        if not flat:
+            return pd.DataFrame({"id": [], "method": [], "column": [], "value": []})
+        names = [name for key in flat for name in [key] * len(self)]
+        return pd.DataFrame(
+            {
+                "id": self.ids * len(flat),
+                "method": [method for method, _ in names],
+                "column": [column for _, column in names],
+                "value": np.concatenate(list(flat.values())),
+            }
+        )
+
+    def table(self, baseline: str | None = None, *, samples: int = 2000, seed: int = 0) -> pd.DataFrame:
+        """Mean, 95 % interval, difference to the baseline and rank of each method and column.
+
+        See :func:`foveate.statistics.table`.
+        """
+        from foveate.statistics import table
+
+        return table(self, baseline, samples=samples, seed=seed)
+
+
+def joined(parts: Iterable[Results]) -> Results:
+    """One from several, in their order; a column that some lack is not a number there."""
+    parts = list(parts)
+    whole = Results()
+    keys = list(dict.fromkeys(key for part in parts for key in part.values))
+    for key in keys:
+        like = max((part.values[key] for part in parts if key in part.values), key=lambda array: array.shape[-1])
+        shapes = [(len(part), *like.shape[1:]) for part in parts]
+        empty = [np.full(shape, np.nan, like.dtype) for shape in shapes]
+        arrays = [part.values.get(key, nothing) for part, nothing in zip(parts, empty, strict=True)]
+        whole.values[key] = np.concatenate([_stretched(a, shape) for a, shape in zip(arrays, shapes, strict=True)])
+    for part in parts:
+        whole.ids += part.ids
+        whole.failures += part.failures
+        whole.left_out |= part.left_out
+        for name, count in part.degenerate.items():
+            whole.degenerate[name] = whole.degenerate.get(name, 0) + count
+    filled = [part for part in parts if len(part)]
+    if filled:
+        whole.labels = np.concatenate([part.labels for part in filled])
+        whole.predicted = np.concatenate([part.predicted for part in filled])
+        whole.confidence = np.concatenate([part.confidence for part in filled])
+        always = set(filled[0].same.items())
+        for part in filled[1:]:
+            always &= set(part.same.items())
+        whole.same = {a: b for a, b in filled[0].same.items() if (a, b) in always}
+    return whole
+
+
+def _stretched(curves: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+    """Curves with as many points as others have: images of another size change in another number of steps."""
+    if curves.shape == shape:
+        return curves
+    old, new = np.linspace(0, 1, curves.shape[1]), np.linspace(0, 1, shape[1])
+    return np.stack([np.interp(new, old, curve) for curve in curves]).astype(curves.dtype)
+
+
+def write(part: Results, path: Path) -> None:
+    """One parquet file with the columns ``id, method, column, value, curve``; it is there whole or not at all."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    keys = list(part.values)
+    count = len(part)
+    rows = {
+        "id": pa.array(part.ids * len(keys), pa.string()).dictionary_encode(),
+        "method": pa.array([m for m, _ in keys for _ in range(count)], pa.string()).dictionary_encode(),
+        "column": pa.array([c for _, c in keys for _ in range(count)], pa.string()).dictionary_encode(),
+        "value": pa.array(
+            [None if part.values[k].ndim > 1 else v for k in keys for v in part.values[k].tolist()], pa.float64()
+        ),
+        "curve": pa.array(
+            [v if part.values[k].ndim > 1 else None for k in keys for v in part.values[k].astype(np.float32).tolist()],
+            pa.list_(pa.float32()),
+        ),
+    }
+    about = {
+        "ids": part.ids,
+        "keys": keys,
+        "labels": part.labels.tolist(),
+        "predicted": part.predicted.tolist(),
+        "confidence": part.confidence.tolist(),
+        "degenerate": part.degenerate,
+        "failures": part.failures,
+        "left_out": part.left_out,
+        "same": part.same,
+    }
+    table = pa.table(rows).replace_schema_metadata({"foveate": json.dumps(about)})
+    waiting = path.with_name(f".{path.name}.{os.getpid()}")
+    pq.write_table(table, waiting, compression="zstd")
+    os.replace(waiting, path)
+
+
+def read(path: Path) -> Results:
+    """What :func:`write` wrote.
+
+    Raises:
+        FoveateError: another program's file, or a damaged one.
+    """
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        table = pq.read_table(path)
+        about = json.loads(table.schema.metadata[b"foveate"])
+    except (OSError, pa.ArrowInvalid, KeyError, TypeError):
+        raise FoveateError(f"{path} is not a file of results, or a damaged one: take it away and resume") from None
+    count, keys = len(about["ids"]), [(method, column) for method, column in about["keys"]]
+    values: dict[Key, np.ndarray] = {}
+    numbers = table["value"].to_numpy()
+    curves = table["curve"].combine_chunks()
+    for place, key in enumerate(keys if count else []):
+        rows = slice(place * count, (place + 1) * count)
+        part = curves.slice(place * count, count)
+        if part.null_count:
+            values[key] = numbers[rows].astype(float)
+        else:
+            values[key] = part.flatten().to_numpy(zero_copy_only=False).reshape(count, -1)
+    return Results(
+        about["ids"],
+        values,
+        np.array(about["labels"], int),
+        np.array(about["predicted"], int),
+        np.array(about["confidence"], float),
+        about["degenerate"],
+        [(file, reason) for file, reason in about["failures"]],
+        about["left_out"],
+        about["same"],
+    )
+
+
+def read_all(folder: Path, only: Sequence[Path] | None = None) -> Results:
+    """Every chunk of a run, in order."""
+    return joined(read(path) for path in (sorted(folder.glob("*.parquet")) if only is None else only))
+
+
+def plain(value: Any) -> Any:
+    """A number for JSON: None for what is not one."""
+    return float(value) if np.isfinite(value) else None
