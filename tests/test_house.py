@@ -43,6 +43,7 @@ FLOORS = [
     {"results", "protocol", "statistics"},
     {"prevalence", "evaluate", "testing", "recipe"},
     {"runs"},
+    {"compare"},
     {"train"},
     {"report"},
     {"demo"},

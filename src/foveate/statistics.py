@@ -173,7 +173,7 @@ def findings(frame: pd.DataFrame, results: Results) -> list[str]:
         if not rivals or not (there := [name for name in controls if name in scores]):
             continue
         best = max(there, key=lambda name: scores[name])
-        value = f"{lines[best]:.{record.digits}f}"
+        value = f"{round(float(lines[best]), record.digits) + 0.0:.{record.digits}f}"
         beaten = sum(scores[best] > rival for rival in rivals)
         if beaten == len(rivals):
             title = title_of(best)

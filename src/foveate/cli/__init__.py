@@ -1,4 +1,4 @@
-"""The command line: explain, evaluate, train, demo, list."""
+"""The command line: explain, evaluate, compare, train, demo, list."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from foveate.cli.compare import compare
 from foveate.cli.evaluate import evaluate
 from foveate.cli.explain import explain
 from foveate.cli.listing import list_
@@ -37,6 +38,7 @@ def _main(
 
 app.command()(explain)
 app.command()(evaluate)
+app.command()(compare)
 app.command()(train)
 app.command()(demo)
 app.command("list")(list_)

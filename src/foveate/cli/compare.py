@@ -1,0 +1,73 @@
+"""foveate compare: runs side by side, and a gate for a pipeline."""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from foveate.cli.options import FAILURES, Debug, Json, err, sentences
+
+
+def compare(
+    run: Annotated[list[str], typer.Argument(help="Folders of finished runs of foveate evaluate; the first is the reference.")],
+    out: Annotated[str | None, typer.Option("--out", "-o", help="A page to write: FILE.html.")] = None,
+    fail_under: Annotated[
+        list[str] | None,
+        typer.Option(help="COLUMN=CHANGE or METHOD.COLUMN=CHANGE: exit with 1 where a change is worse, as AG=-2. Repeat."),
+    ] = None,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Two or more runs side by side, with differences paired by image."""
+    with sentences(debug):
+        from foveate import compare as comparing
+        from foveate.errors import FoveateError
+        from foveate.report import comparison
+        from foveate.results import plain
+
+        limits = [comparing.Limit.of(text) for text in fail_under or []]
+        if out is not None and not out.lower().endswith((".html", ".htm")):
+            raise FoveateError(f"--out {out!r} is not a page: name a file that ends in .html")
+        result = comparing.compare(run)
+        failures = result.failures(limits)
+        if out is not None:
+            comparison.write(out, result, failures)
+        if as_json:
+            cells: dict[str, dict[str, Any]] = {}
+            for (method, column), line in result.frame.iterrows():  # type: ignore[misc]
+                cells.setdefault(method, {})[column] = {key: plain(value) for key, value in line.items()}
+            print(json.dumps({"runs": result.names, "table": cells, "notes": result.notes, "failures": failures}, indent=2))
+        else:
+            _print(result)
+            if out is not None:
+                err.print(f"written to [bold]{escape(out)}[/]")
+        for note in result.notes:
+            err.print(f"[yellow]note:[/] {escape(note)}", soft_wrap=True)
+        for sentence in failures:
+            err.print(f"[bold red]worse:[/] {escape(sentence)}", soft_wrap=True)
+        if failures:
+            raise typer.Exit(FAILURES)
+
+
+def _print(result: Any) -> None:
+    from foveate.report import comparison, tables
+
+    console = Console(highlight=False)
+    for column, lines in comparison.lines(result).items():
+        table = Table(box=None, padding=(0, 2), header_style="dim")
+        table.add_column(tables.title(column), no_wrap=True)
+        for name in result.names:
+            table.add_column(name, justify="right")
+        for method, cells in lines:
+            texts = [cells[0][0]] + [f"{mean}  {_colour(change, way)}" for mean, change, way in cells[1:]]
+            table.add_row(method, *texts)
+        console.print(table)
+
+
+def _colour(change: str, way: int) -> str:
+    return f"[{'green' if way > 0 else 'red'}]{change}[/]" if way else f"[dim]{change}[/]"

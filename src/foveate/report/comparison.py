@@ -1,0 +1,66 @@
+"""Comparison: runs side by side on one self-contained page."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from foveate.compare import Comparison
+from foveate.report import tables
+from foveate.report.page import render
+from foveate.results import MODEL
+from foveate.statistics import metric_of
+
+Cell = tuple[str, str, int]
+
+
+def lines(comparison: Comparison) -> dict[str, list[tuple[str, list[Cell]]]]:
+    """For each column the methods with a cell a run: mean, change with its interval, and 1 better, -1 worse, 0 neither.
+
+    Better and worse: the interval of the paired difference does not hold 0.
+    """
+    frame = comparison.frame
+    found: dict[str, list[tuple[str, list[Cell]]]] = {}
+    place = {name: i for i, name in enumerate(tables.ORDER)} | {name: 100 + i for i, name in enumerate(tables.LAST)}
+    there = dict.fromkeys(frame.index.get_level_values("column"))
+    for column in sorted(there, key=lambda name: place.get(name, 50)):
+        record = metric_of(column)
+        assert record is not None
+        up = record.columns[column] == "up"
+        for method, line in frame.xs(column, level="column").iterrows():
+            if not np.isfinite([line[f"mean {k}"] for k in range(len(comparison.names))]).any():
+                continue
+            cells: list[Cell] = [(tables.number(float(line["mean 0"]), column), "", 0)]
+            for k in range(1, len(comparison.names)):
+                change, low, high = (float(line[f"{part} {k}"]) for part in ("difference", "low", "high"))
+                way = 0
+                if np.isfinite(low) and (low > 0 or high < 0):
+                    way = 1 if (low > 0) == up else -1
+                text = "not comparable"
+                if np.isfinite(change):
+                    sign = "" if tables.number(change, column).startswith("-") else "+"
+                    text = f"{sign}{tables.number(change, column)}"
+                    if np.isfinite(low):
+                        text += f" [{tables.number(low, column)}, {tables.number(high, column)}]"
+                cells.append((tables.number(float(line[f"mean {k}"]), column), text, way))
+            found.setdefault(column, []).append(("the model" if method == MODEL else str(method), cells))
+    return found
+
+
+def write(path: str | Path, comparison: Comparison, failures: Sequence[str]) -> Path:
+    """The page."""
+    found = lines(comparison)
+    content = {
+        "names": comparison.names,
+        "notes": comparison.notes,
+        "failures": failures,
+        "tables": [(tables.title(column), _about(column), rows) for column, rows in found.items()],
+    }
+    return render("comparison.html.j2", path, content)
+
+
+def _about(column: str) -> str:
+    record = metric_of(column)
+    return "" if record is None else record.title

@@ -1,0 +1,494 @@
+"""Runs on disk: killed and resumed, on one process or two, compared, and as a page."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from PIL import Image
+from typer.testing import CliRunner
+
+import foveate
+from foveate import FoveateError, runs
+from foveate.cli import app
+from foveate.compare import Limit, compare
+from foveate.evaluate import Plan
+from foveate.results import Results, joined, read, write
+from foveate.statistics import bootstrap, disagreement, findings, interval, table
+from foveate.testing import example, networks
+
+NET = """
+import torch
+from torch import nn
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.features = nn.Sequential(nn.Conv2d(3, 6, 5, 4), nn.ReLU(), nn.Conv2d(6, 8, 3), nn.ReLU())
+        self.head = nn.Linear(8, 3)
+
+    def forward(self, x):
+        return self.head(self.features(x).mean((2, 3)))
+
+def net():
+    torch.manual_seed({seed})
+    return Net().eval()
+"""
+CALL = ("--methods", "grad_cam,hires_cam,random,fake_cam", "--size", "32", "--batch-size", "3")
+
+
+@pytest.fixture
+def place(tmp_path: Path) -> Path:
+    """Fourteen pictures with boxes, one of which cannot be read, and two networks."""
+    rng = np.random.default_rng(0)
+    lines = ["file,class_index,boxes_xyxy"]
+    for i in range(14):
+        name = f"{i:02d} <b>&.png" if i == 3 else f"{i:02d}.png"
+        Image.fromarray(rng.integers(0, 255, (40, 48, 3), np.uint8)).save(tmp_path / name)
+        lines.append(f"{name},{i % 3},{i} 4 {i + 20} 30")
+    (tmp_path / "05.png").write_text("no picture")
+    (tmp_path / "labels.csv").write_text("\n".join(lines))
+    for name, seed in (("nets.py", 0), ("other.py", 1)):
+        (tmp_path / name).write_text(NET.replace("{seed}", str(seed)))
+    return tmp_path
+
+
+def call(*arguments: Any) -> Any:
+    return CliRunner().invoke(app, [str(a) for a in arguments])
+
+
+def evaluate(place: Path, out: str = "out", *more: Any, net: str = "nets.py") -> Any:
+    return call("evaluate", place, "--model", f"{place / net}:net", "--out", place / out, *CALL, *more)
+
+
+def values(folder: Path) -> pd.DataFrame:
+    frame = runs.load(folder).frame()
+    return frame[~frame.column.isin(["T", "memory"])].reset_index(drop=True)
+
+
+def test_what_is_written(place: Path) -> None:
+    result = evaluate(place, "out", "--json")
+    assert result.exit_code == 1, result.stderr  # one picture could not be read
+    document = json.loads(result.stdout)
+    assert document["failures"][0]["file"].endswith("05.png")
+    assert document["table"]["grad_cam"]["LE"]["n"] == 13
+    assert set(document["costs"]["grad_cam"]) == {"T", "forwards", "backwards", "memory"}
+    assert document["costs"]["grad_cam"]["forwards"]["mean"] == 1
+    assert document["model"]["accuracy"]["n"] == 13
+    assert document["protocol"]["metrics"]["localization"]["digest"]
+    out = place / "out"
+    written = {path.name for path in out.iterdir()}
+    assert written == {"rows", "table.csv", "table.md", "prevalence.csv", "report.html", "run.json"}
+    assert [path.name for path in sorted((out / "rows").iterdir())] == [f"{i:06d}.parquet" for i in range(5)]
+    rows = pd.read_parquet(out / "rows")
+    assert {"id", "method", "column", "value"} <= set(rows.columns)
+    stored = pd.read_csv(out / "table.csv", index_col=["method", "column"])
+    assert stored.loc[("grad_cam", "AD"), "mean"] == pytest.approx(document["table"]["grad_cam"]["AD"]["mean"])
+    assert stored.loc[("grad_cam", "AD"), "protocol"] == document["protocol"]["metrics"]["recognition"]["digest"]
+    record = json.loads((out / "run.json").read_text())
+    assert record["finished"] is True
+    assert record["images"] == 13
+    assert "hires_cam gave the same maps as grad_cam on every image." in record["findings"]
+
+
+def test_a_finished_run_is_not_measured_again(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    evaluate(place)
+    before = values(place / "out")
+    monkeypatch.setattr(Plan, "run", lambda *a: pytest.fail("measured again"))
+    assert evaluate(place, "out", "--resume").exit_code == 1
+    pd.testing.assert_frame_equal(values(place / "out"), before)
+
+
+def test_an_interrupted_run_goes_on(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    evaluate(place, "whole")
+    plain, done = Plan.run, []
+
+    def stop(self: Plan, model: Any, batch: Any, number: int = 0) -> Results:
+        if len(done) == 2:
+            raise KeyboardInterrupt
+        done.append(number)
+        return plain(self, model, batch, number)
+
+    monkeypatch.setattr(Plan, "run", stop)
+    assert evaluate(place).exit_code == 130
+    assert len(list((place / "out" / "rows").glob("*.parquet"))) == 2
+    refused = evaluate(place)
+    assert refused.exit_code == 2
+    assert "not finished: go on with --resume" in refused.stderr
+    with pytest.raises(FoveateError, match="is not finished"):
+        runs.load(place / "out")
+    done.clear()
+    done.extend([0, 0, 0])
+    monkeypatch.setattr(Plan, "run", lambda *a: done.append(a[3]) or plain(*a))  # type: ignore[func-returns-value]
+    assert evaluate(place, "out", "--resume").exit_code == 1
+    assert done[3:] == [2, 3, 4]
+    pd.testing.assert_frame_equal(values(place / "out"), values(place / "whole"))
+    a, b = (json.loads((place / name / "run.json").read_text()) for name in ("out", "whole"))
+    assert a["failures"] == b["failures"]
+    assert a["degenerate"] == b["degenerate"]
+
+
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        (("--metrics", "AD"), 'metrics was "all", and is now "AD"'),
+        (("--limit", "4"), "limit was null, and is now 4"),
+        (("--protocol", "rise"), "protocol was"),
+        (("--set", "insertion_deletion.kernel=5"), "protocol was"),
+    ],
+)
+def test_another_call_is_not_resumed(place: Path, change: tuple[str, ...], match: str) -> None:
+    evaluate(place)
+    result = evaluate(place, "out", "--resume", *change)
+    assert result.exit_code == 2
+    assert match in result.stderr
+    assert "cannot be resumed" in result.stderr
+
+
+def test_other_weights_and_other_images_are_not_resumed(place: Path) -> None:
+    evaluate(place)
+    (place / "nets.py").write_text(NET.replace("{seed}", "7"))
+    assert "weights was" in evaluate(place, "out", "--resume").stderr
+    (place / "nets.py").write_text(NET.replace("{seed}", "0"))
+    text = (place / "labels.csv").read_text()
+    (place / "labels.csv").write_text(text.replace("13.png,1", "13.png,2"))
+    assert "images was" in evaluate(place, "out", "--resume").stderr
+
+
+def test_strict_stops_at_an_unreadable_image(place: Path) -> None:
+    result = evaluate(place, "out", "--strict")
+    assert result.exit_code == 2
+    assert "05.png is not an image" in result.stderr
+    assert "--strict stops here" in result.stderr
+
+
+def test_damaged_files_are_named(place: Path) -> None:
+    evaluate(place)
+    (place / "out" / "rows" / "000001.parquet").write_bytes(b"nothing")
+    result = evaluate(place, "out", "--resume")
+    assert result.exit_code == 2
+    assert "000001.parquet is not a file of results, or a damaged one" in result.stderr
+    (place / "out" / "run.json").write_text("{")
+    assert "run.json is damaged" in evaluate(place, "out", "--resume").stderr
+
+
+def process(place: Path, out: str, *more: str) -> subprocess.Popen[bytes]:
+    code = "import sys; from foveate.cli import main; main()"
+    arguments = ["evaluate", str(place), "--model", f"{place / 'nets.py'}:net", "--out", str(place / out), *CALL, *more]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        [sys.executable, "-c", code, *arguments], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment
+    )
+
+
+@pytest.mark.slow
+def test_killed_at_ten_random_moments(place: Path) -> None:
+    for i in range(14, 90):  # enough to be killed in the middle of
+        shutil.copy(place / "00.png", place / f"{i}.png")
+    lines = [f"{i}.png,{i % 3},1 4 20 30" for i in range(14, 90)]
+    (place / "labels.csv").write_text((place / "labels.csv").read_text() + "\n" + "\n".join(lines))
+    evaluate(place, "whole")
+    rng, killed = np.random.default_rng(), 0
+    begun = time.monotonic()
+    process(place, "timed").wait(300)
+    whole = time.monotonic() - begun
+    for _ in range(10):
+        run = process(place, "out", "--resume")
+        try:
+            run.wait(float(rng.uniform(0.4, 1)) * whole)
+        except subprocess.TimeoutExpired:
+            run.send_signal(signal.SIGKILL)
+            run.wait()
+            killed += 1
+    assert killed
+    assert evaluate(place, "out", "--resume").exit_code == 1
+    pd.testing.assert_frame_equal(values(place / "out"), values(place / "whole"))
+
+
+@pytest.mark.slow
+def test_two_processes_measure_what_one_does(place: Path) -> None:
+    evaluate(place, "one")
+    script = Path(sys.executable).parent / "foveate"
+    arguments = ["evaluate", place, "--model", f"{place / 'nets.py'}:net", "--out", place / "two", *CALL, "--devices", "2"]
+    done = subprocess.run([str(script), *map(str, arguments)], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 1, done.stderr
+    pd.testing.assert_frame_equal(values(place / "two"), values(place / "one"))
+    ids = runs.load(place / "two").ids
+    assert len(ids) == len(set(ids)) == 13
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "-m", "foveate"]
+    arguments[arguments.index("--out") + 1] = place / "torchrun"
+    done = subprocess.run([*torchrun, *map(str, arguments[:-2])], capture_output=True, text=True, timeout=300)
+    pd.testing.assert_frame_equal(values(place / "torchrun"), values(place / "one"))
+
+
+class TestResults:
+    def test_there_and_back(self, tmp_path: Path) -> None:
+        part = Results(
+            ["a", "b"],
+            {("m", "AD"): np.array([1.5, np.nan]), ("m", "I_curve"): np.array([[0.5, 1], [0.25, 2]], np.float32)},
+            np.array([1, -1]),
+            np.array([0, 2]),
+            np.array([0.5, 0.25]),
+            {"m": 1},
+            [("c.png", "cut off")],
+            {"n": "no head"},
+            {"o": "m"},
+        )
+        write(part, tmp_path / "0.parquet")
+        again = read(tmp_path / "0.parquet")
+        for key, array in part.values.items():
+            np.testing.assert_array_equal(again.values[key], array)
+        again.values, part.values = {}, {}
+        for name in ("labels", "predicted", "confidence"):
+            np.testing.assert_array_equal(getattr(again, name), getattr(part, name))
+            setattr(again, name, None)
+            setattr(part, name, None)
+        assert again == part
+        assert not list(tmp_path.glob(".*"))
+        write(Results(failures=[("a", "b")]), tmp_path / "1.parquet")
+        assert read(tmp_path / "1.parquet").failures == [("a", "b")]
+
+    def test_parts_are_joined_by_image(self) -> None:
+        one = Results(["a"], {("m", "AD"): np.array([1.0])}, *(np.zeros(1, int),) * 2, np.ones(1), same={"x": "m", "y": "m"})
+        two = Results(["b"], {("m", "AG"): np.array([2.0])}, *(np.ones(1, int),) * 2, np.ones(1), same={"x": "m"})
+        whole = joined([one, Results(failures=[("c", "d")]), two])
+        assert whole.ids == ["a", "b"]
+        np.testing.assert_array_equal(whole.values["m", "AD"], [1, np.nan])
+        np.testing.assert_array_equal(whole.values["m", "AG"], [np.nan, 2])
+        assert whole.same == {"x": "m"}
+        assert whole.labels.tolist() == [0, 1]
+
+
+def made(**methods: dict[str, np.ndarray]) -> Results:
+    count = len(next(iter(next(iter(methods.values())).values())))
+    data = {(method, column): array for method, columns in methods.items() for column, array in columns.items()}
+    return Results([str(i) for i in range(count)], data, *(np.zeros(count, int),) * 2, np.ones(count))
+
+
+class TestStatistics:
+    rng = np.random.default_rng(0)
+    noise = rng.normal(size=300)
+
+    def test_the_bootstrap_agrees_with_theory(self) -> None:
+        draws = bootstrap(self.noise[:, None], 4000)[:, 0]
+        assert draws.std() == pytest.approx(self.noise.std() / 300**0.5, rel=0.05)
+        assert draws.mean() == pytest.approx(self.noise.mean(), abs=0.005)
+        holes = np.where(np.arange(300) % 2, self.noise, np.nan)
+        assert bootstrap(holes[:, None], 4000).std() == pytest.approx(self.noise[1::2].std() / 150**0.5, rel=0.06)
+        assert np.isnan(interval(np.array([np.nan])))[0]
+
+    def test_differences_are_paired(self) -> None:
+        """Two methods that differ by .1 in every image: their intervals overlap, that of the difference is a point."""
+        results = made(grad_cam={"AG": self.noise}, layer_cam={"AG": self.noise + 0.1})
+        frame = table(results)
+        line = frame.loc[("layer_cam", "AG")]
+        assert frame.attrs["baseline"] == "grad_cam"
+        assert line["difference"] == pytest.approx(0.1)
+        assert (line["difference_low"], line["difference_high"]) == pytest.approx((0.1, 0.1))
+        assert np.isnan(frame.loc[("grad_cam", "AG"), "difference"])
+        assert (line["rank"], line["rank_last"]) == (1, 2)
+
+    def test_ranks_go_the_way_of_the_column(self) -> None:
+        columns = {
+            name: {"AG": self.noise + shift, "AD": self.noise + shift} for name, shift in (("a", 0), ("b", 5), ("c", 5.01))
+        }
+        frame = table(made(**columns), "b")
+        assert [frame.loc[(name, "AG"), "rank"] for name in "abc"] == [3, 1, 1]
+        assert [frame.loc[(name, "AG"), "rank_last"] for name in "abc"] == [3, 2, 2]
+        assert [frame.loc[(name, "AD"), "rank"] for name in "abc"] == [1, 2, 2]
+        with pytest.raises(FoveateError, match="baseline 'opti_cam' is not in the table: it has a, b, c"):
+            table(made(**columns), "opti_cam")
+
+    def test_controls_that_win_are_named(self) -> None:
+        good, bad = self.noise + 10, self.noise
+        results = made(grad_cam={"LE": good, "AG": good}, layer_cam={"LE": good, "AG": good}, fake_cam={"LE": bad, "AG": bad})
+        said = findings(table(results), results)
+        assert said == ["LE is won by Fake-CAM (0.0): on this data it does not measure the explanation."]
+        half = made(grad_cam={"AG": good}, layer_cam={"AG": bad}, centre={"AG": bad + 3})
+        assert "Centre (3.0), which ignores the model, beats 1 of 2 methods on AG" in findings(table(half), half)[0]
+
+    def test_columns_that_disagree(self) -> None:
+        columns = {
+            name: {"AG": self.noise + i, "AD": self.noise - i, "D": self.noise + i, "AI": self.noise}
+            for i, name in enumerate("abcd")
+        }
+        correlation = disagreement(table(made(**columns)))
+        assert correlation.loc["AG", "AD"] == pytest.approx(1)
+        assert correlation.loc["AG", "D"] == pytest.approx(-1)
+        assert "AI" not in correlation  # all methods agree there
+
+
+class TestCompare:
+    def test_two_networks(self, place: Path) -> None:
+        evaluate(place, "one")
+        evaluate(place, "two", net="other.py")
+        result = compare([place / "one", place / "two"])
+        a, b = values(place / "one"), values(place / "two")
+        pick = [f[(f.method == "grad_cam") & (f.column == "AD")].value.to_numpy() for f in (a, b)]
+        line = result.frame.loc[("grad_cam", "AD")]
+        assert line["difference 1"] == pytest.approx((pick[1] - pick[0]).mean())
+        assert line["low 1"] <= line["difference 1"] <= line["high 1"]
+        page = place / "compared.html"
+        done = call("compare", place / "one", place / "two", "--out", page, "--json")
+        assert done.exit_code == 0, done.output
+        assert json.loads(done.stdout)["table"]["grad_cam"]["AD"]["n 1"] == 13
+        assert "one against two" in page.read_text()
+
+    def test_the_gate(self, place: Path) -> None:
+        evaluate(place, "one")
+        evaluate(place, "two", net="other.py")
+        shift = compare([place / "one", place / "two"]).frame.loc[("grad_cam", "AD"), "difference 1"]
+        first, second = ("one", "two") if shift > 0 else ("two", "one")  # AD, which is better down, goes up
+        worse = call("compare", place / first, place / second, "--fail-under", f"grad_cam.AD={abs(shift) / 2}")
+        assert worse.exit_code == 1
+        assert "worse:" in worse.stderr
+        assert call("compare", place / first, place / second, "--fail-under", f"grad_cam.AD={abs(shift) * 2}").exit_code == 0
+        assert call("compare", place / second, place / first, "--fail-under", "grad_cam.AD=0").exit_code == 0
+
+    def test_other_protocols_are_not_compared(self, place: Path) -> None:
+        evaluate(place, "one")
+        evaluate(place, "two", "--set", "insertion_deletion.kernel=5")
+        result = compare([place / "one", place / "two"])
+        assert np.isnan(result.frame.loc[("grad_cam", "I"), "difference 1"])
+        assert result.frame.loc[("grad_cam", "AD"), "difference 1"] == 0
+        assert any("insertion_deletion was measured by another protocol" in note for note in result.notes)
+        done = call("compare", place / "one", place / "two", "--fail-under", "I=-1")
+        assert done.exit_code == 2
+        assert "fits nothing" in done.stderr
+
+    def test_wrong_calls(self, place: Path) -> None:
+        evaluate(place, "one")
+        for arguments, match in (
+            ((place / "one",), "nothing to compare"),
+            ((place / "one", place), "is not a run of foveate evaluate"),
+            ((place / "one", place / "one", "--out", "page.txt"), "name a file that ends in .html"),
+            ((place / "one", place / "one", "--fail-under", "AG"), "is not COLUMN=CHANGE"),
+            ((place / "one", place / "one", "--fail-under", "XX=1"), "there is no column 'XX'"),
+            ((place / "one", place / "one", "--fail-under", "AG=2"), "a worse change is negative"),
+        ):
+            done = call("compare", *arguments)
+            assert done.exit_code == 2, arguments
+            assert match in done.stderr
+
+    def test_limits(self) -> None:
+        assert Limit.of("AG=-2").broken(-2.5)
+        assert not Limit.of("AG=-2").broken(-1.5)
+        assert Limit.of("AD=3").broken(4)
+        assert Limit.of("captum.LRP.AD=3").method == "captum.LRP"
+
+
+@pytest.mark.skipif(shutil.which("chromium") is None, reason="needs chromium")
+def test_the_page_works(place: Path) -> None:
+    """Opened from disk in a browser: sorted by a click, filtered, made transparent; file names are text, not markup."""
+    evaluate(place)
+    page = (place / "out" / "report.html").read_text()
+    assert "http://" not in page.replace("http://www.w3.org", "")
+    assert "https://" not in page
+    act = """<script>
+const order = () => [...document.querySelectorAll("#table tbody th")].map(t => t.firstChild.textContent);
+const values = c => order().map(m => D.cells[m][c][0]);
+document.querySelector('[data-column="AD"]').click();
+const ascending = JSON.stringify(values("AD")) === JSON.stringify(values("AD").sort((a, b) => a - b));
+document.querySelector('[data-column="AD"]').click();
+const descending = JSON.stringify(values("AD")) === JSON.stringify(values("AD").sort((a, b) => b - a));
+document.getElementById("differences").click();
+const differences = document.querySelector("#table td small").textContent;
+const all = document.querySelectorAll("#gallery .row").length;
+const select = document.getElementById("filter"); select.value = "wrong"; select.onchange();
+const wrong = document.querySelectorAll("#gallery .row").length;
+select.value = "all"; select.onchange();
+document.getElementById("worstm").selectedIndex = 1; document.getElementById("worstc").value = "AD";
+document.getElementById("worstc").onchange();
+const first = document.querySelector("#gallery .row").dataset.id;
+document.getElementById("opacity").value = 20; document.getElementById("opacity").oninput({target: {value: 20}});
+const pictures = [...document.querySelectorAll("#gallery img")].every(i => i.src.startsWith("data:image/jpeg"));
+document.body.dataset.found = JSON.stringify({ascending, descending, differences, all, wrong, first, pictures,
+  opacity: getComputedStyle(document.querySelector("#gallery canvas")).opacity,
+  marked: document.querySelectorAll("#gallery b").length,
+  sorted: document.querySelector('[data-column="AD"]').parentElement.getAttribute("aria-sort"),
+  curves: document.querySelectorAll("#charts path").length, dots: document.querySelectorAll("#scatter circle").length});
+</script>"""
+    (place / "out" / "acted.html").write_text(page.replace("</main>", act + "</main>"))
+    flags = ["--headless", "--no-sandbox", "--disable-gpu", "--virtual-time-budget=4000", f"--user-data-dir={place / 'chr'}"]
+    dump = subprocess.run(
+        ["chromium", *flags, "--dump-dom", f"file://{place / 'out' / 'acted.html'}"],
+        capture_output=True,
+        text=True,
+        timeout=180,
+    ).stdout
+    import html
+    import re
+
+    found = json.loads(html.unescape(re.search(r'data-found="([^"]*)"', dump)[1]))  # type: ignore[index]
+    results = runs.load(place / "out")
+    assert found["ascending"]
+    assert found["descending"]
+    assert found["sorted"] == "descending"
+    assert "[" in found["differences"] or found["differences"] == "baseline"
+    assert found["all"] == 13
+    assert found["wrong"] == int((results.labels != results.predicted).sum())
+    assert found["first"] == results.ids[int(np.argmax(results.values["grad_cam", "AD"]))]
+    assert found["pictures"]
+    assert found["opacity"] == "0.2"
+    assert found["marked"] == 0
+    assert found["curves"] == 2 * 4
+    assert found["dots"] == 13
+
+
+def test_devices_that_are_not_there(place: Path) -> None:
+    assert evaluate(place, "out", "--devices", "0").exit_code == 2
+
+
+def test_the_python_way() -> None:
+    frame = foveate.evaluate(
+        networks()["gap"], [example(count=6)], methods=["grad_cam", "random"], metrics="all", layer="features"
+    )
+    assert {"mean", "low", "high", "n", "difference", "rank"} <= set(frame.columns)
+    assert frame.loc[("grad_cam", "I"), "n"] == 6
+    assert frame.attrs["protocol"]["name"] == "foveate"
+    assert frame.attrs["baseline"] == "grad_cam"
+
+
+def test_groups_of_methods(place: Path) -> None:
+    result = call(
+        "evaluate", place, "--model", f"{place / 'nets.py'}:net", "--out", place / "out", "--methods", "all-fast",
+        "--metrics", "AD", "--size", "32", "--json",
+    )  # fmt: skip
+    document = json.loads(result.stdout)
+    assert "attention_rollout" in document["left_out"]
+    assert {"grad_cam", "cam", "fake_cam", "gradient"} <= set(document["table"])
+    assert not {"rise", "opti_cam", "score_cam"} & set(document["table"])
+    named = call(
+        "evaluate", place, "--model", f"{place / 'nets.py'}:net", "--out", place / "named", "--methods",
+        "all-fast,attention_rollout", "--size", "32",
+    )  # fmt: skip
+    assert named.exit_code == 2
+    assert "attention" in named.stderr
+
+
+def test_a_capture_is_not_kept_by_what_was_measured_of_it() -> None:
+    """Images of a batch that was measured are given back: memory does not grow with the data."""
+    import gc
+    import weakref
+
+    from foveate import Capture
+    from foveate.registry import METRICS
+
+    batch = example(count=2)
+    capture = Capture(networks()["gap"], batch.x, "features")
+    METRICS.get("I")(capture, torch.rand(2, *batch.x.shape[2:]), batch)
+    gone = weakref.ref(capture)
+    del capture
+    gc.collect()
+    assert gone() is None
