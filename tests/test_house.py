@@ -42,7 +42,7 @@ FLOORS = [
     {"data"},
     {"results", "protocol", "statistics"},
     {"prevalence", "evaluate", "testing", "recipe"},
-    {"runs"},
+    {"runs", "torchmetrics"},
     {"compare"},
     {"train"},
     {"report"},

@@ -492,3 +492,42 @@ def test_a_capture_is_not_kept_by_what_was_measured_of_it() -> None:
     del capture
     gc.collect()
     assert gone() is None
+
+
+class TestTorchmetrics:
+    def test_batches_add_up_to_the_table(self) -> None:
+        from foveate.torchmetrics import SaliencyMetric, SaliencyMetrics
+
+        network, batch = networks()["gap"], example(count=6)
+        wanted = foveate.evaluate(network, [batch], ["grad_cam", "random"], ["AD", "mass_inside", "BA"], layer="features")
+        network.train()
+        metrics = SaliencyMetrics(network, ["grad_cam", "random"], ["AD", "mass_inside", "BA"], layer="features")
+        for rows in (slice(0, 2), slice(2, 6)):
+            metrics.update(batch.x[rows], batch.y[rows], batch.mask[rows])
+        found = metrics.compute()
+        assert network.training
+        assert found
+        for name, value in found.items():
+            assert float(value) == pytest.approx(wanted.loc[tuple(name.split("/")), "mean"], rel=1e-6)
+        one = SaliencyMetric(network, "ag", layer="features")
+        assert one.higher_is_better is True
+        one.update(batch.x, batch.y)
+        one.reset()
+        one.update(batch.x, batch.y)
+        network.eval()
+        table = foveate.evaluate(network, [batch], "grad_cam", "AG", layer="features")
+        assert float(one.compute()) == pytest.approx(table.loc[("grad_cam", "AG"), "mean"])
+        with pytest.raises(FoveateError, match="name one of them"):
+            SaliencyMetric(network, "recognition")
+
+    def test_in_a_collection(self) -> None:
+        from torchmetrics import MetricCollection
+
+        from foveate.torchmetrics import SaliencyMetric
+
+        network, batch = networks()["gap"], example(count=3)
+        both = MetricCollection(
+            {column: SaliencyMetric(network, column, layer="features") for column in ("AD", "AG")}, compute_groups=False
+        )
+        both.update(batch.x, batch.y)
+        assert set(both.compute()) == {"AD", "AG"}

@@ -309,7 +309,8 @@ def choose(metrics: str | Sequence[str], batch: Batch) -> list[tuple[Metric, lis
         record = METRICS.get(name)
         if missing := ["boxes or masks" if need == "region" else need for need in record.needs if not has[need]]:
             raise FoveateError(f"metric {name!r} needs {' and '.join(missing)}, and this data has none")
-        columns = [column for column in record.columns if column.lower() == name.lower()] or list(record.columns)
+        columns = [column for column in record.columns if column.lower() == name.lower() != record.name]
+        columns = columns or list(record.columns)
         kept = chosen.setdefault(record.name, (record, []))[1]
         kept += [column for column in columns if column not in kept]
     return list(chosen.values())

@@ -1,0 +1,117 @@
+"""Torchmetrics: the columns of a table as metrics of other people's loops, summed over devices."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torchmetrics import Metric
+
+from foveate.batch import Batch
+from foveate.errors import FoveateError
+from foveate.evaluate import Plan
+from foveate.registry import METRICS
+from foveate.results import MAP, MODEL
+from foveate.statistics import metric_of
+
+
+class SaliencyMetrics(Metric):
+    """Means of several columns for several methods, ``{"grad_cam/AD": value}``, as a torchmetrics metric.
+
+    ``update(x, y, mask, boxes)`` explains and measures a batch, ``compute()`` gives the means over all of them, on all
+    devices. What the whole data decides (BA) is decided by ``compute``. The model is explained in evaluation mode and put
+    back into its own.
+
+    Args:
+        model: the classifier; it is not moved, copied or saved with the metric.
+        methods, metrics, options: as for :func:`foveate.measure`; costs are left out.
+        prefix: put before each key.
+    """
+
+    is_differentiable = False
+    higher_is_better = None
+    full_state_update = False
+
+    def __init__(
+        self,
+        model: nn.Module,
+        methods: str | Sequence[str] = "grad_cam",
+        metrics: str | Sequence[str] = ("AD", "AG", "AI"),
+        prefix: str = "",
+        **options: Any,
+    ) -> None:
+        super().__init__()
+        object.__setattr__(self, "model", model)  # not a submodule: moving the metric does not move the model
+        self.plan = Plan.of(methods, metrics, **options)
+        self.prefix = prefix
+        self.keys: list[tuple[str, str]] = []
+
+    def update(
+        self, x: Tensor, y: Tensor | None = None, mask: Tensor | None = None, boxes: Sequence[Tensor] | None = None
+    ) -> None:
+        """Explain and measure a batch: ``x [B,3,H,W]`` in [0, 1], labels ``y [B]``, masks ``[B,H,W]`` or boxes."""
+        model: nn.Module = self.__dict__["model"]
+        modes = {module: module.training for module in model.modules()}
+        model.eval()
+        try:
+            batch = Batch(x, y, mask, None if boxes is None else tuple(boxes), tuple(map(str, range(len(x)))))
+            part = self.plan.run(model, batch, number=10**9)
+        finally:
+            for module, training in modes.items():
+                module.training = training
+        for (method, column), values in part.values.items():
+            record = metric_of(column)
+            if record is None or record.name == "cost" or column == MAP or (values.ndim == 2 and column not in record.pooled):
+                continue
+            tensor = torch.from_numpy(values).to(self.device, torch.float64)
+            known = torch.isfinite(tensor) if tensor.ndim == 1 else torch.isfinite(tensor).all(1)
+            name = f"{method} {column}".replace(".", "_").replace(":", "_")
+            if (method, column) not in self.keys:
+                self.keys.append((method, column))
+                self.add_state(f"sum {name}", torch.zeros(tensor.shape[1:], dtype=torch.float64), dist_reduce_fx="sum")
+                self.add_state(f"count {name}", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
+            setattr(self, f"sum {name}", getattr(self, f"sum {name}") + tensor[known].sum(0))
+            setattr(self, f"count {name}", getattr(self, f"count {name}") + known.sum())
+
+    def compute(self) -> dict[str, Tensor]:
+        """The mean of each method and column; not a number where no image counted."""
+        found = {}
+        for method, column in self.keys:
+            record = metric_of(column)
+            name = f"{method} {column}".replace(".", "_").replace(":", "_")
+            mean = getattr(self, f"sum {name}") / getattr(self, f"count {name}")
+            if record is not None and column in record.pooled:
+                mean = torch.as_tensor(float(record.pooled[column](mean.cpu().numpy())), dtype=torch.float64)
+            found[self.prefix + (column if method == MODEL else f"{method}/{column}")] = mean.float()
+        return found
+
+
+class SaliencyMetric(SaliencyMetrics):
+    """One column for one method as a single number: for ``MetricCollection``, checkpoints and early stopping.
+
+    Args:
+        column: ``AD``, ``AG``, ``LE`` ...: ``higher_is_better`` is set by it.
+
+    Raises:
+        FoveateError: a metric with several columns, where one has to be named.
+    """
+
+    def __init__(self, model: nn.Module, column: str, method: str = "grad_cam", **options: Any) -> None:
+        record = METRICS.get(column)
+        names = [name for name in record.columns if name.lower() == column.lower()]
+        if not names:
+            raise FoveateError(f"{column!r} has the columns {', '.join(record.columns)}: name one of them")
+        super().__init__(model, method, names[0], **options)
+        self._up = record.columns[names[0]] == "up"
+
+    @property
+    def higher_is_better(self) -> bool:  # type: ignore[override]
+        """By the direction of the column."""
+        return self._up
+
+    def compute(self) -> Tensor:  # type: ignore[override]
+        """The mean over all images."""
+        values = super().compute()
+        return next(iter(values.values())) if values else torch.tensor(float("nan"))
