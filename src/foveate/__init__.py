@@ -30,6 +30,7 @@ _LAZY = {
     "contrastive_maps": "foveate.methods.cam",
     "load": "foveate.models.load",
 }
+_LAZY_MODULES = ("torchmetrics",)
 
 __all__ = [
     "Batch",
@@ -62,4 +63,6 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     if name in _LAZY:
         return getattr(importlib.import_module(_LAZY[name]), name)
+    if name in _LAZY_MODULES:
+        return importlib.import_module(f"foveate.{name}")
     raise AttributeError(f"module 'foveate' has no attribute {name!r}")

@@ -83,12 +83,24 @@ def largest_component(binary: np.ndarray, diagonal: bool = False) -> tuple[float
     """
     from scipy import ndimage
 
-    labels, count = ndimage.label(binary, np.ones((3, 3)) if diagonal else None)
-    if not count:
+    seen = _extent(binary)
+    if seen is None:
         return NONE
-    number = int(np.bincount(labels.ravel())[1:].argmax())
-    rows, columns = ndimage.find_objects(labels)[number]
-    return float(columns.start), float(rows.start), float(columns.stop), float(rows.stop)
+    x0, y0, x1, y1 = seen
+    labels, count = ndimage.label(binary[y0:y1, x0:x1], np.ones((3, 3)) if diagonal else None)
+    if count > 1:  # one component fills its own extent
+        largest = _extent(labels == 1 + int(np.bincount(labels.ravel())[1:].argmax()))
+        assert largest is not None
+        x0, y0, x1, y1 = x0 + largest[0], y0 + largest[1], x0 + largest[2], y0 + largest[3]
+    return float(x0), float(y0), float(x1), float(y1)
+
+
+def _extent(binary: np.ndarray) -> tuple[int, int, int, int] | None:
+    rows = np.flatnonzero(binary.any(1))
+    if not len(rows):
+        return None
+    columns = np.flatnonzero(binary[rows[0] : rows[-1] + 1].any(0))
+    return int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1
 
 
 def predicted_box(M: np.ndarray, empty: Literal["none", "image"] = "none") -> tuple[float, float, float, float]:
