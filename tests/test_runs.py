@@ -520,6 +520,11 @@ class TestTorchmetrics:
         with pytest.raises(FoveateError, match="name one of them"):
             SaliencyMetric(network, "recognition")
 
+    def test_it_can_be_the_first_import(self) -> None:
+        code = "import foveate; print(foveate.torchmetrics.SaliencyMetric.__name__)"
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+        assert done.stdout.strip() == "SaliencyMetric", done.stderr
+
     def test_in_a_collection(self) -> None:
         from torchmetrics import MetricCollection
 

@@ -7,14 +7,17 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torchmetrics import Metric
 
+from foveate._torchvision import torchvision
 from foveate.batch import Batch
 from foveate.errors import FoveateError
 from foveate.evaluate import Plan
 from foveate.registry import METRICS
 from foveate.results import MAP, MODEL
 from foveate.statistics import metric_of
+
+torchvision()  # torchmetrics imports it, and beside PyTorch's CPU build that fails where it was not mended before
+from torchmetrics import Metric  # noqa: E402
 
 
 class SaliencyMetrics(Metric):
