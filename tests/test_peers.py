@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 import reference
-from foveate import Capture, maps, normalized
-from foveate.registry import METHODS
+from foveate import Batch, Capture, maps, normalized
+from foveate.registry import METHODS, METRICS
 from foveate.testing import CLASSES, example, networks
 
 library = pytest.importorskip("pytorch_grad_cam")
@@ -258,3 +259,49 @@ def test_torch_cams_grad_cam_pp_is_another_formula() -> None:
         mine = ours("grad_cam_pp", network, x, y)[0]
         torch.testing.assert_close(mine, reference.grad_cam_pp(network, x[0], y), rtol=1e-9, atol=1e-12)
         assert not torch.allclose(mine / mine.max(), theirs / theirs.max(), atol=0.05)
+
+
+class TestQuantus:
+    """Where Quantus has the same metric it gives the same number; the extra ``quantus`` installs it."""
+
+    @staticmethod
+    def maps_and_masks() -> tuple[torch.Tensor, torch.Tensor]:
+        generator = torch.Generator().manual_seed(0)
+        M = torch.rand(4, 17, 23, generator=generator, dtype=torch.float64)
+        mask = torch.rand(4, 17, 23, generator=generator) > 0.6
+        return M, mask
+
+    def measured(self, name: str, M: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        batch = Batch(torch.rand(4, 3, 17, 23, dtype=torch.float64), torch.zeros(4).long(), mask)
+        return METRICS.get(name)(Capture(networks()["gap"], batch.x, "features"), M, batch)[name]
+
+    def theirs(self, metric: object, M: torch.Tensor, mask: torch.Tensor) -> list[float]:
+        x = torch.rand(4, 3, 17, 23).numpy()
+        return metric(  # type: ignore[operator]
+            model=networks()["gap"].float(),
+            x_batch=x,
+            y_batch=np.zeros(4, int),
+            a_batch=M[:, None].numpy(),
+            s_batch=mask[:, None].numpy(),
+            device="cpu",
+        )
+
+    def test_mass_and_energy(self) -> None:
+        quantus = pytest.importorskip("quantus")
+        M, mask = self.maps_and_masks()
+        metric = quantus.RelevanceMassAccuracy(abs=False, normalise=False, disable_warnings=True)
+        theirs = self.theirs(metric, M, mask)
+        assert self.measured("mass_inside", M, mask).tolist() == pytest.approx(theirs)
+        assert self.measured("EP", M, mask).tolist() == pytest.approx([100 * value for value in theirs])
+
+    def test_the_pointing_game(self) -> None:
+        quantus = pytest.importorskip("quantus")
+        M, mask = self.maps_and_masks()
+        theirs = self.theirs(quantus.PointingGame(abs=False, normalise=False, disable_warnings=True), M, mask)
+        assert self.measured("SP", M, mask).tolist() == pytest.approx([100.0 * bool(value) for value in theirs])
+
+    def test_the_gini_index(self) -> None:
+        quantus = pytest.importorskip("quantus")
+        M, mask = self.maps_and_masks()
+        theirs = self.theirs(quantus.Sparseness(abs=True, normalise=False, disable_warnings=True), M, mask)
+        assert self.measured("gini", M, mask).tolist() == pytest.approx(theirs, rel=1e-6)
