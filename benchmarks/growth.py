@@ -86,7 +86,7 @@ def main() -> None:
     parser.add_argument("--one", type=int)
     call = parser.parse_args()
     if call.one:
-        torch.set_num_threads(2)
+        torch.set_num_threads(1)
         one(call.one)
         return
     print(f"foveate {foveate.__version__}, torch {torch.__version__}, {len(METHODS)} methods, metrics {METRICS}")

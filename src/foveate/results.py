@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -83,31 +83,35 @@ class Results:
 
 
 def joined(parts: Iterable[Results]) -> Results:
-    """One from several, in their order; a column that some lack is not a number there."""
-    parts = list(parts)
-    whole = Results()
-    keys = list(dict.fromkeys(key for part in parts for key in part.values))
-    for key in keys:
-        like = max((part.values[key] for part in parts if key in part.values), key=lambda array: array.shape[-1])
-        shapes = [(len(part), *like.shape[1:]) for part in parts]
-        empty = [np.full(shape, np.nan, like.dtype) for shape in shapes]
-        arrays = [part.values.get(key, nothing) for part, nothing in zip(parts, empty, strict=True)]
-        whole.values[key] = np.concatenate([_stretched(a, shape) for a, shape in zip(arrays, shapes, strict=True)])
-    for part in parts:
+    """One from several, in their order; a column that some lack is not a number there.
+
+    Parts are taken one at a time, and arrays joined a column at a time: no second copy of everything exists.
+    """
+    whole, counts = Results(), []
+    waiting: dict[Key, dict[int, np.ndarray]] = {}
+    about: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
+    always: set[tuple[str, str]] | None = None
+    for place, part in enumerate(parts):
+        for key, values in part.values.items():
+            waiting.setdefault(key, {})[place] = values
+        counts.append(len(part))
         whole.ids += part.ids
         whole.failures += part.failures
         whole.left_out |= part.left_out
         for name, count in part.degenerate.items():
             whole.degenerate[name] = whole.degenerate.get(name, 0) + count
-    filled = [part for part in parts if len(part)]
-    if filled:
-        whole.labels = np.concatenate([part.labels for part in filled])
-        whole.predicted = np.concatenate([part.predicted for part in filled])
-        whole.confidence = np.concatenate([part.confidence for part in filled])
-        always = set(filled[0].same.items())
-        for part in filled[1:]:
-            always &= set(part.same.items())
-        whole.same = {a: b for a, b in filled[0].same.items() if (a, b) in always}
+        if len(part):
+            about.append((part.labels, part.predicted, part.confidence))
+            always = set(part.same.items()) if always is None else always & set(part.same.items())
+    if about:
+        whole.labels, whole.predicted, whole.confidence = (np.concatenate(arrays) for arrays in zip(*about, strict=True))
+        whole.same = dict(sorted(always or ()))
+    for key in list(waiting):
+        arrays = waiting.pop(key)
+        like = max(arrays.values(), key=lambda array: array.shape[-1])
+        shapes = [(count, *like.shape[1:]) for count in counts]
+        filled = (arrays.get(place, np.full(shape, np.nan, like.dtype)) for place, shape in enumerate(shapes))
+        whole.values[key] = np.concatenate([_stretched(a, shape) for a, shape in zip(filled, shapes, strict=True)])
     return whole
 
 
@@ -155,8 +159,8 @@ def write(part: Results, path: Path) -> None:
     os.replace(waiting, path)
 
 
-def read(path: Path) -> Results:
-    """What :func:`write` wrote.
+def read(path: Path, maps: bool = True) -> Results:
+    """What :func:`write` wrote, or without the small maps.
 
     Raises:
         FoveateError: another program's file, or a damaged one.
@@ -174,6 +178,8 @@ def read(path: Path) -> Results:
     numbers = table["value"].to_numpy()
     curves = table["curve"].combine_chunks()
     for place, key in enumerate(keys if count else []):
+        if key[1] == MAP and not maps:
+            continue
         rows = slice(place * count, (place + 1) * count)
         part = curves.slice(place * count, count)
         if part.null_count:
@@ -193,9 +199,9 @@ def read(path: Path) -> Results:
     )
 
 
-def read_all(folder: Path, only: Sequence[Path] | None = None) -> Results:
-    """Every chunk of a run, in order."""
-    return joined(read(path) for path in (sorted(folder.glob("*.parquet")) if only is None else only))
+def read_all(folder: Path, maps: bool = False) -> Results:
+    """Every chunk of a run, in order; without the small maps, which are the larger part, where nobody asks for them."""
+    return joined(read(path, maps) for path in sorted(folder.glob("*.parquet")))
 
 
 def plain(value: Any) -> Any:

@@ -19,11 +19,11 @@ from foveate._version import __version__
 from foveate.errors import DegenerateMapWarning, ImageError
 from foveate.evaluate import Plan
 from foveate.images import to_image
-from foveate.prevalence import EVERY, Prevalence, background_of, prevalence
+from foveate.prevalence import EVERY, Prevalence, prevalence
 from foveate.registry import is_control, title_of
 from foveate.report import pictures, tables
 from foveate.report.page import render
-from foveate.results import MAP, MODEL, Results, plain
+from foveate.results import MAP, MODEL, Results, plain, read
 from foveate.statistics import baseline_of, disagreement, findings, metric_of
 
 if TYPE_CHECKING:
@@ -33,6 +33,9 @@ GALLERY = 200  # images at most, so that the page stays a file one can send
 CELLS = 4000  # maps at most
 THUMB = 144  # pixels
 CLASSES = 8  # whose mean maps are shown
+
+
+SmallMaps = Mapping[tuple[str, int], np.ndarray]
 
 
 @dataclass(frozen=True)
@@ -101,13 +104,16 @@ def write(
     stored.to_csv(folder / "table.csv")
     (folder / "table.md").write_text(tables.markdown(frame), encoding="utf-8")
     main = baseline_of(results, baseline)
-    whole = [prevalence(results, name) for name in results.methods if (name, MAP) in results.values]
+    files = sorted((folder / runs.ROWS).glob("*.parquet"))
+    whole = prevalence(lambda: map(read, files), results.methods, main) if plan.keep_maps else {}
     if whole:
         import pandas as pd
 
-        joined = pd.concat({one.method: one.table for one in whole}, names=["method", "class"])
+        joined = pd.concat({name: one.table for name, one in whole.items()}, names=["method", "class"])
         joined.to_csv(folder / "prevalence.csv")
-    page = _content(results, written, source, classifier, next((one for one in whole if one.method == main), None), arguments)
+    wanted = {*_gallery(len(results), len(results.methods)), *(whole[main].farthest() if main in whole else ())}
+    small = _small_maps(files, wanted)
+    page = _content(results, written, source, classifier, whole.get(main), small, arguments)
     render("evaluation.html.j2", folder / "report.html", page)
     record = runs.read_record(folder)
     failures = [{"file": file, "reason": reason} for file, reason in results.failures]
@@ -123,6 +129,7 @@ def _content(
     source: Any,
     classifier: Any,
     whole: Prevalence | None,
+    small: SmallMaps,
     arguments: Mapping[str, Any],
 ) -> dict[str, Any]:
     frame, names = written.frame, tables.methods(written.frame)
@@ -133,7 +140,7 @@ def _content(
         "columns": [_column(column) for column in shown],
         "cells": {n: {c: _cell(frame, n, c) for c in shown} for n in names},
         "curves": _curves(results, names),
-        "images": [_image(results, i, classifier, source, names, shown) for i in chosen],
+        "images": [_image(results, i, classifier, source, names, shown, small) for i in chosen],
     }
     correlation = disagreement(frame)
     protocol = written.plan.protocol
@@ -160,8 +167,20 @@ def _content(
                 for name, row in zip(correlation.index, correlation.to_numpy(), strict=True)
             ],
         },
-        "prevalence": None if whole is None else _prevalence(whole, results, classifier, source),
+        "prevalence": None if whole is None else _prevalence(whole, results, classifier, source, small),
     }
+
+
+def _small_maps(files: Sequence[Path], wanted: set[int]) -> SmallMaps:
+    """The small maps of some images, by method and number; one file is in memory at a time."""
+    found: dict[tuple[str, int], np.ndarray] = {}
+    start = 0
+    for path in files:
+        part = read(path)
+        for index in sorted(wanted & set(range(start, start + len(part)))):
+            found |= {(m, index): values[index - start] for (m, column), values in part.values.items() if column == MAP}
+        start += len(part)
+    return found
 
 
 def _gallery(count: int, methods: int) -> list[int]:
@@ -201,17 +220,22 @@ def _curves(results: Results, names: Sequence[str]) -> dict[str, dict[str, list[
 
 
 def _image(
-    results: Results, index: int, classifier: Any, source: Any, names: Sequence[str], shown: Sequence[str]
+    results: Results,
+    index: int,
+    classifier: Any,
+    source: Any,
+    names: Sequence[str],
+    shown: Sequence[str],
+    small: SmallMaps,
 ) -> dict[str, Any]:
     label, said = int(results.labels[index]), int(results.predicted[index])
     per_image = [c for c in shown if (r := metric_of(c)) is not None and r.name != "cost" and c not in r.pooled]
     values = {
         n: [_rounded(results.values[n, c][index]) if (n, c) in results.values else None for c in per_image] for n in names
     }
-    small = {}
-    for n in names:
-        if (n, MAP) in results.values:
-            small[n] = base64.b64encode(np.uint8(np.round(results.values[n, MAP][index] * 255)).tobytes()).decode()
+    coded = {
+        n: base64.b64encode(np.uint8(np.round(small[n, index] * 255)).tobytes()).decode() for n in names if (n, index) in small
+    }
     return {
         "id": results.ids[index],
         "label": _class_name(classifier, label) if label >= 0 else "",
@@ -221,7 +245,7 @@ def _image(
         "picture": _thumb(source, results.ids[index], index),
         "columns": per_image,
         "values": values,
-        "maps": small,
+        "maps": coded,
     }
 
 
@@ -252,8 +276,7 @@ def _class_name(classifier: Any, index: int) -> str:
     return names[index].split(",")[0] if names and index < len(names) else f"class {index}"
 
 
-def _prevalence(whole: Prevalence, results: Results, classifier: Any, source: Any) -> dict[str, Any]:
-    background = background_of(results, whole.method)
+def _prevalence(whole: Prevalence, results: Results, classifier: Any, source: Any, small: SmallMaps) -> dict[str, Any]:
     classes = whole.table.drop(index=EVERY)
     classes = classes[classes["n"] > 1].sort_values("n", ascending=False).head(CLASSES)
     panels = []
@@ -266,14 +289,14 @@ def _prevalence(whole: Prevalence, results: Results, classifier: Any, source: An
         panels.append((name, _panel(whole.mean[label]), _panel(whole.spread[label]), facts))
     return {
         "method": title_of(whole.method),
-        "sentence": whole.sentence(background),
+        "sentence": whole.sentence(),
         "panels": panels,
         "farthest": [
             (
                 results.ids[i],
                 f"{whole.distance[i]:.2f}",
                 _thumb(source, results.ids[i], i),
-                _panel(results.values[whole.method, MAP][i].reshape(whole.mean[EVERY].shape)),
+                _panel(small[whole.method, i].reshape(whole.mean[EVERY].shape)),
             )
             for i in whole.farthest()
         ],
