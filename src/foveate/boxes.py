@@ -23,11 +23,20 @@ class Object:
 
     Attributes:
         boxes: ``[n,4]``, ``x0, y0, x1, y1`` in pixels, the far edges exclusive; one around it where only a mask is known.
+        sizes: ``[n]``, pixels of each box, also those beyond the image where boxes are not clipped.
         areas: ``[n,H,W]`` bool, the pixels of each box, or the mask itself as one; a pixel is in where its centre is.
     """
 
     boxes: np.ndarray
     areas: Tensor
+    clipped: bool = True
+
+    @property
+    def sizes(self) -> list[float]:
+        """See the class."""
+        if self.clipped:
+            return [float(area.sum()) for area in self.areas]
+        return [float((x1 - x0) * (y1 - y0)) for x0, y0, x1, y1 in self.boxes]
 
 
 def objects(batch: Batch, size: tuple[int, int], region: Region = "auto", clip: bool = True) -> list[Object]:
@@ -53,11 +62,12 @@ def _from_boxes(boxes: Tensor, size: tuple[int, int], clip: bool) -> Object:
     given = boxes.detach().double().reshape(-1, 4).cpu()
     inside = given.minimum(torch.tensor([size[1], size[0]] * 2)).clamp(min=0)
     there = (inside[:, 2] > inside[:, 0]) & (inside[:, 3] > inside[:, 1])
-    given, inside = (given if not clip else inside)[there], inside[there]
+    if clip:
+        given, inside = inside[there], inside[there]
     columns, rows = torch.arange(size[1]) + 0.5, torch.arange(size[0]) + 0.5
     across = (columns >= inside[:, :1]) & (columns < inside[:, 2:3])  # [n,W]
     down = (rows >= inside[:, 1:2]) & (rows < inside[:, 3:])  # [n,H]
-    return Object(given.numpy(), down[:, :, None] & across[:, None])
+    return Object(given.numpy(), down[:, :, None] & across[:, None], clip)
 
 
 def _from_mask(mask: Tensor) -> Object:

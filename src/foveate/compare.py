@@ -12,6 +12,7 @@ import numpy as np
 
 from foveate import runs
 from foveate.errors import FoveateError
+from foveate.registry import is_control
 from foveate.results import Key, Results
 from foveate.statistics import LEVEL, bootstrap, metric_of
 
@@ -35,7 +36,9 @@ class Comparison:
     notes: list[str]
 
     def failures(self, limits: Sequence[Limit]) -> list[str]:
-        """The changes that are worse than a limit allows, in sentences.
+        """The changes that are worse than a limit allows, in sentences; a value that is gone is one.
+
+        A limit without a method does not hold for controls, which change with the model and say nothing about it.
 
         Raises:
             FoveateError: a limit that fits nothing that was compared: a gate that cannot close is none.
@@ -44,11 +47,18 @@ class Comparison:
         for limit in limits:
             met = False
             for (method, column), line in self.frame.iterrows():  # type: ignore[misc]
-                if column != limit.column or limit.method not in (None, method):
+                if (
+                    column != limit.column
+                    or limit.method not in (None, method)
+                    or (limit.method is None and is_control(method))
+                ):
                     continue
                 for k in range(1, len(self.names)):
                     change = float(line[f"difference {k}"])
                     if not np.isfinite(change):
+                        if np.isfinite(line["mean 0"]) and not np.isfinite(line[f"mean {k}"]):
+                            met = True
+                            sentences.append(f"{column} of {method} has a value in {self.names[0]} and none in {self.names[k]}")
                         continue
                     met = True
                     if limit.broken(change):
@@ -77,7 +87,7 @@ class Limit:
         Raises:
             FoveateError: not of that form, an unknown column, or a change for the better.
         """
-        found = re.fullmatch(r"(?:([^=]+)\.)?([^.=]+)=([+-]?\d+(?:\.\d*)?)", text.strip())
+        found = re.fullmatch(r"(?:([^=]+)\.)?([^.=]+)=([+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?)", text.strip())
         if not found:
             raise FoveateError(f"--fail-under {text!r} is not COLUMN=CHANGE or METHOD.COLUMN=CHANGE, such as AG=-2")
         method, column, change = found[1], found[2], float(found[3])
@@ -117,7 +127,7 @@ def compare(folders: Sequence[str | Path], *, samples: int = 2000, seed: int = 0
     lines: dict[Key, dict[str, Any]] = {}
     for key in loaded[0].values:
         if metric_of(key[1]) is not None and any(key in other.values for other in loaded[1:]):
-            lines[key] = {"mean 0": _point(loaded[0], key)}
+            lines[key] = {"mean 0": _point(loaded[0], key, np.arange(len(loaded[0])))}
     for k in range(1, len(paths)):
         notes += _differ(records[0], records[k], names[0], names[k])
         there = {name: i for i, name in enumerate(loaded[k].ids)}
@@ -131,7 +141,9 @@ def compare(folders: Sequence[str | Path], *, samples: int = 2000, seed: int = 0
             record = metric_of(key[1])
             assert record is not None
             comparable = key in loaded[k].values and record.name not in other_protocol
-            line[f"mean {k}"] = _point(loaded[k], key) if key in loaded[k].values else np.nan
+            line[f"mean {k}"] = _point(loaded[k], key, rows[:, 1]) if key in loaded[k].values else np.nan
+            if len(paths) == 2:  # of more runs, each has its own images in common with the first
+                line["mean 0"] = _point(loaded[0], key, rows[:, 0])
             change = _change(loaded[0], loaded[k], key, rows, samples, seed) if comparable else (np.nan, np.nan, np.nan, 0)
             line |= dict(zip((f"difference {k}", f"low {k}", f"high {k}", f"n {k}"), change, strict=True))
         notes += [
@@ -145,9 +157,9 @@ def compare(folders: Sequence[str | Path], *, samples: int = 2000, seed: int = 0
     return Comparison(names, frame, list(dict.fromkeys(notes)))
 
 
-def _point(results: Results, key: Key) -> float:
+def _point(results: Results, key: Key, rows: np.ndarray) -> float:
     record = metric_of(key[1])
-    values = results.values[key]
+    values = results.values[key][rows]
     known = values[np.isfinite(values if values.ndim == 1 else values.sum(1))]
     if record is None or not len(known):
         return float("nan")
@@ -198,6 +210,10 @@ def _differ(first: dict[str, Any], other: dict[str, Any], name: str, other_name:
                 f"{method} had other settings: {settings[0].get(method) or 'defaults'} in {name}, "
                 f"{settings[1].get(method) or 'defaults'} in {other_name}."
             )
+    if first.get("identity", {}).get("images") != other.get("identity", {}).get("images"):
+        notes.append(
+            f"{name} and {other_name} were not run on the same list of images and labels; what has one name is compared."
+        )
     for what in ("layer", "precision", "size"):
         a, b = (record.get("arguments", {}).get(what) for record in (first, other))
         if a != b:

@@ -6,7 +6,7 @@ import inspect
 import time
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -81,10 +81,9 @@ def evaluate(
 
     results = measure(model, data, methods, metrics, **options)
     frame = results.table(baseline)
-    protocol = preset(options.get("protocol", "foveate")).with_settings({}, options.get("target"))
     frame.attrs |= {
         "findings": findings(frame, results),
-        "protocol": protocol.record(),
+        "protocol": results.protocol,
         "degenerate": dict(results.degenerate),
         "left_out": dict(results.left_out),
     }
@@ -126,7 +125,20 @@ def measure(
         FoveateError: an unknown method or metric, or one that needs what the data has not.
     """
     plan = Plan.of(methods, metrics, protocol, settings, target, layer, head, precision, keep_maps)
-    results = joined(plan.run(model, batch, number) for number, batch in enumerate(batches(data, batch_size)))
+    failures: list[tuple[str, str]] = []
+    if isinstance(data, Dataset) and hasattr(data, "__len__"):
+        data = readable(data, range(len(data)), failures)
+
+    def parts() -> Iterator[Results]:
+        for number, batch in enumerate(batches(data, batch_size)):
+            if not number:
+                plan.settle(model, batch)
+            yield plan.run(model, batch, number)
+
+    results = joined(parts())
+    results.failures, results.left_out, results.protocol = failures, dict(plan.left_out), plan.protocol.record()
+    if failures:
+        warnings.warn(f"{len(failures)} image(s) could not be read, the first: {failures[0][1]}", stacklevel=2)
     if flat := {name: count for name, count in results.degenerate.items() if count}:
         warnings.warn(
             f"some maps are constant and count as a map of zeros: {', '.join(f'{n} of {name}' for name, n in flat.items())}; "
@@ -150,6 +162,7 @@ class Plan:
     head: Head | None = None
     precision: Precision = "fp32"
     keep_maps: bool = False
+    left_out: dict[str, str] = field(default_factory=dict)
 
     @staticmethod
     def of(
@@ -170,6 +183,9 @@ class Plan:
         """
         base, given = preset(protocol), dict(settings or {})
         of_methods = {name: own for name, own in given.items() if name not in METRICS.all()}
+        for name in of_methods:
+            if METHODS.known(name) is None and name not in [getattr(m, "name", m) for m in expanded(methods)[0]]:
+                raise FoveateError(f"there is neither a method nor a metric {name!r} whose settings could be changed")
         names, optional = expanded(methods)
         records, own = chosen_methods(names, of_methods)
         for name, values in base.methods.items():
@@ -181,6 +197,21 @@ class Plan:
                 METRICS.get(name)
         full = base.with_settings({**given, **own}, target)
         return Plan(records, own, optional, wanted, full, layer, head, precision, keep_maps)
+
+    def settle(self, model: nn.Module, batch: Batch | None) -> None:
+        """Leave out what came in with a group and does not apply to the model, by the first image, once for all batches."""
+        if batch is None or not self.optional:
+            return
+        capture = Capture(model, batch.x[:1], self.layer, head=self.head, precision=self.precision)
+        target = capture.target(self.protocol.target, labels=None if batch.y is None else batch.y[:1].to(capture.x.device))
+        for record in [record for record in self.records if record.name in self.optional]:
+            try:
+                if not record.repeats:  # what runs for seconds applies to any model
+                    record(capture, None, target, **self.own.get(record.name, {}))
+            except FoveateError as error:
+                self.left_out[record.name] = str(error)
+        self.records = [record for record in self.records if record.name not in self.left_out]
+        self.optional = set()
 
     def run(self, model: nn.Module, batch: Batch, number: int = 0) -> Results:
         """Measure one batch; costs are measured where it is one of the first."""
@@ -199,15 +230,10 @@ class Plan:
             shared.cpu().numpy(),
         )
         known: list[tuple[str, Tensor, dict[str, np.ndarray]]] = []
-        for record in list(self.records):
-            try:
-                raw, spent = self._map(model, capture, batch, record, target, number < COSTED_BATCHES)
-            except FoveateError as error:
-                if record.name not in self.optional:
-                    raise
-                part.left_out[record.name] = str(error)
-                continue
-            self.optional.discard(record.name)
+        for record in self.records:
+            if number == 0 and not record.repeats:  # the first run of anything is slower than those that follow
+                record(capture, None, target, **self.own.get(record.name, {}))
+            raw, spent = self._map(model, capture, batch, record, target, number < COSTED_BATCHES)
             part.degenerate[record.name] = int(maps.is_constant(maps.relu(raw)).sum())
             M = self._prepared(raw, capture.size)
             explained = Explained(record, raw, target, self.own.get(record.name, {}), spent)

@@ -31,6 +31,7 @@ class Prevalence:
         mean, spread: ``{class: [h,w]}``: mean and standard deviation of the maps, each scaled to a mass of 1; of the main
             method only.
         background: the share of each map outside of the object, ``[N]``; not a number where that is not known.
+        seen: the images that have a map at all, ``[N]`` bool; the others count nowhere here.
         distance: of each image's map from the mean of its class's other images, ``[N]`` in [0, 1]: half the absolute
             difference of two maps of mass 1; not a number for a class of one, or a map of zeros.
     """
@@ -41,6 +42,7 @@ class Prevalence:
     spread: dict[int, np.ndarray]
     distance: np.ndarray
     background: np.ndarray
+    seen: np.ndarray
 
     def farthest(self, count: int = 8) -> list[int]:
         """The images farthest from their class, the farthest first."""
@@ -57,7 +59,7 @@ class Prevalence:
         )
         if not np.isfinite(self.background).any():
             return text + " Without boxes or masks nobody can say how much of it is background."
-        low, high = interval(100 * self.background)
+        low, high = interval(100 * self.background[self.seen])
         return (
             f"{100 * whole['background']:.0f} % [{low:.0f}, {high:.0f}] of the map lies on the background; on "
             f"{100 * whole['mostly_background']:.0f} % of the images it is more than half. {text}"
@@ -167,7 +169,7 @@ class _Seen:
             )
         columns = ["class", "n", "x", "y", "drift", "wander", "spread", "background", "mostly_background"]
         table = pd.DataFrame(lines, columns=columns).set_index("class")
-        return Prevalence(method, table, means, spreads, np.full(len(labels), np.nan), background)
+        return Prevalence(method, table, means, spreads, np.full(len(labels), np.nan), background, seen)
 
     def distances(self, maps: np.ndarray, labels: np.ndarray) -> np.ndarray:
         """Of each map from the mean of the others of its class; of all others where every class has one image."""

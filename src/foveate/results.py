@@ -34,6 +34,7 @@ class Results:
         degenerate: how many maps of each method were constant.
         failures: files that could not be read, with the reason.
         left_out: methods that do not apply to this model, with the reason.
+        protocol: how it was measured, as ``run.json`` has it; only of :func:`foveate.measure`.
         same: methods whose maps were equal on every image, by the method they equal.
     """
 
@@ -46,6 +47,8 @@ class Results:
     failures: list[tuple[str, str]] = field(default_factory=list)
     left_out: dict[str, str] = field(default_factory=dict)
     same: dict[str, str] = field(default_factory=dict)
+    protocol: dict[str, Any] = field(default_factory=dict)
+    resampled: Any = field(default=None, repr=False, compare=False)  # kept by foveate.statistics
 
     def __len__(self) -> int:
         return len(self.ids)

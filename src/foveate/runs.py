@@ -7,18 +7,22 @@ import json
 import os
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
+from foveate import images
+from foveate._version import __version__
 from foveate.batch import Batch
-from foveate.errors import FoveateError
-from foveate.evaluate import Plan, batches, readable
-from foveate.results import Results, joined, read_all, write
+from foveate.errors import FoveateError, ImageError
+from foveate.evaluate import COSTED_BATCHES, Plan, batches, readable
+from foveate.results import Results, joined, read, read_all, write
 
-ROWS, RECORD = "rows", "run.json"
+ROWS, RECORD, LOCK = "rows", "run.json", ".lock"
+WRITTEN = ("run.json", "table.csv", "table.md", "prevalence.csv", "report.html")
 WIDTH = 6  # digits of a chunk's name
 
 
@@ -50,32 +54,83 @@ class Workers:
         if accelerator == "cpu":
             torch.set_num_threads(max(1, (os.cpu_count() or 1) // local))
 
-    def wait(self) -> None:
-        """Until all have come here."""
+    def share(self, model: nn.Module) -> None:
+        """Give every process the parameters and buffers of the first: a model made with random weights is one model."""
         if self._fabric is not None:
-            self._fabric.barrier()
+            with torch.no_grad():
+                for tensor in (*model.parameters(), *model.buffers()):
+                    torch.distributed.broadcast(tensor.data, 0)
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """Within, an error of one process ends all of them, and the first process says it.
+
+        Raises:
+            FoveateError: what went wrong, in the first process; the others end without a word.
+        """
+        error: FoveateError | None = None
+        try:
+            yield
+        except FoveateError as caught:
+            error = caught
+            if self._fabric is None:
+                raise
+        if self._fabric is None:
+            return
+        said: list[str | None] = [None] * self.count
+        torch.distributed.all_gather_object(said, None if error is None else str(error))
+        if sentence := next((text for text in said if text is not None), None):
+            torch.distributed.barrier()
+            if self.rank:
+                raise SystemExit(0)
+            raise FoveateError(sentence)
 
 
 def fingerprint(model: nn.Module, ids: list[str], plan: Plan, arguments: Mapping[str, Any]) -> dict[str, Any]:
     """What must be the same for a run to go on: the call, the protocol, the images and the model's weights."""
-    weights = hashlib.blake2b(digest_size=8)
-    for name, value in model.state_dict().items():
+    weights = hashlib.blake2b(f"{model} {getattr(model, 'preprocess', '')}".encode(), digest_size=8)
+    for name, value in (*model.named_parameters(), *model.named_buffers()):  # a normalisation is not in the state dict
         weights.update(name.encode())
         weights.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
-    images = hashlib.blake2b("\n".join(ids).encode(), digest_size=8).hexdigest()
+    listed = hashlib.blake2b("\n".join(ids).encode(), digest_size=8).hexdigest()
     own = {name: dict(values) for name, values in plan.own.items()}
-    digests = {"images": images, "weights": weights.hexdigest(), "protocol": plan.protocol.record(), "settings": own}
+    digests = {"images": listed, "weights": weights.hexdigest(), "protocol": plan.protocol.record(), "settings": own}
+    digests["version"] = __version__
     return json.loads(json.dumps({**arguments, **digests}, default=str))  # type: ignore[no-any-return]
 
 
-def prepare(folder: Path, identity: Mapping[str, Any], resume: bool, about: Mapping[str, Any]) -> None:
+def lock(folder: Path) -> Any:
+    """Hold a folder until this process ends, however it ends: two runs in one would take each other's files away.
+
+    Raises:
+        FoveateError: another process holds it.
+    """
+    try:
+        import fcntl
+    except ImportError:  # no such locks on Windows
+        return None
+    folder.mkdir(parents=True, exist_ok=True)
+    held = (folder / LOCK).open("w", encoding="utf-8")
+    try:
+        fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise FoveateError(f"another process is writing to {folder}: wait for it, or use another --out") from None
+    except OSError:  # a file system without locks
+        return None
+    return held
+
+
+def prepare(folder: Path, identity: Mapping[str, Any], resume: bool, about: Mapping[str, Any]) -> Path | None:
     """Make the folder ready: empty for a new run, checked for one that goes on.
+
+    Returns:
+        Where a finished run that was there is kept now; None where there was none.
 
     Raises:
         FoveateError: an unfinished run is there and ``resume`` was not asked for, or it was another run.
     """
     (folder / ROWS).mkdir(parents=True, exist_ok=True)
-    record = read_record(folder)
+    record, kept = read_record(folder), None
     if record and resume:
         before = record.get("identity", {})
         for name in dict.fromkeys([*identity, *before]):
@@ -84,13 +139,34 @@ def prepare(folder: Path, identity: Mapping[str, Any], resume: bool, about: Mapp
                     f"{folder} holds another run and cannot be resumed: {name} was {_short(before.get(name))}, and is now "
                     f"{_short(identity.get(name))}; use the same call, or another --out"
                 )
-    elif record and not record.get("finished", True):
+    elif record and not record.get("finished", True) and any((folder / ROWS).glob("*.parquet")):
         raise FoveateError(
             f"{folder} holds a run that was not finished: go on with --resume, use another --out, or take the folder away"
         )
+    elif record.get("finished") and identity != record.get("identity"):
+        numbers = (folder / f"previous-{i}" for i in range(1, 10**6))
+        kept = next(path for path in numbers if not path.exists())
+        kept.mkdir()
+        for name in (ROWS, *WRITTEN):
+            if (folder / name).exists():
+                (folder / name).rename(kept / name)
+        (folder / ROWS).mkdir()
     for path in (folder / ROWS).glob("*" if not resume else ".*"):
         path.unlink()
+    if resume:
+        for path in (folder / ROWS).glob("*.parquet"):
+            if any(_can_be_read(file) for file, _ in read(path, maps=False).failures):
+                path.unlink()  # an image was mended: its batch is measured anew
     write_record(folder, {**about, "identity": dict(identity), "finished": False})
+    return kept
+
+
+def _can_be_read(file: str) -> bool:
+    try:
+        images.read(file)
+    except ImageError:
+        return False
+    return True
 
 
 def read_record(folder: Path) -> dict[str, Any]:
@@ -141,6 +217,7 @@ def run(
     """
     workers = workers or Workers()
     starts = range(0, len(source), batch_size)
+    plan.settle(model, next(readable(source, range(len(source)), []), None))
     mine = [number for number in range(len(starts)) if number % workers.count == workers.rank]
     waiting = [number for number in mine if not chunk(folder, number).exists()]
     tick(sum(min(batch_size, len(source) - starts[number]) for number in mine if number not in set(waiting)))
@@ -148,7 +225,7 @@ def run(
         if strict and failures:
             raise FoveateError(f"{failures[0][1]} (--strict stops here)")
         part = joined(plan.run(model, batch, number) for batch in loaded)
-        part.failures = failures
+        part.failures, part.left_out = failures, dict(plan.left_out)
         write(part, chunk(folder, number))
         tick(min(batch_size, len(source) - starts[number]))
 
@@ -187,9 +264,12 @@ def _ahead(
         for place, number in enumerate(numbers):
             assert following is not None
             loaded = following.result()
-            if place + 1 < len(numbers):
+            costed = number < COSTED_BATCHES  # nothing else may run while it is measured what a method takes
+            if place + 1 < len(numbers) and not costed:
                 following = pool.submit(load_one, numbers[place + 1])
             yield number, loaded
+            if place + 1 < len(numbers) and costed:
+                following = pool.submit(load_one, numbers[place + 1])
 
 
 def _short(value: Any) -> str:

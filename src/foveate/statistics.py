@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -14,6 +15,9 @@ from foveate.results import MODEL, Key, Results
 if TYPE_CHECKING:
     import pandas as pd
 
+# The thesis' order first, then what it has not.
+ORDER = ("AD", "AG", "AI", "I", "D", "OM", "LE", "F1", "BA", "SP", "EP", "SM", "mass_inside", "sparsity", "gini")
+LAST = ("T", "forwards", "backwards", "memory")
 UNJUDGED = ("sparsity",)  # it describes a map: nobody wins it
 LEVEL = (0.025, 0.975)
 BLOCK = 4_000_000  # numbers of resampling weights at a time
@@ -61,6 +65,61 @@ def _columns(results: Results) -> Iterator[tuple[Key, Metric, np.ndarray, Callab
             yield key, record, values, pool
 
 
+@dataclass
+class Resampled:
+    """What the bootstrap gives: the value of each method and column, and its value in every resample.
+
+    Attributes:
+        points: ``(value, low, high, images)``.
+        drawn: ``[samples]``; costs have none.
+    """
+
+    points: dict[Key, tuple[float, float, float, int]]
+    drawn: dict[Key, np.ndarray]
+    values: dict[Key, np.ndarray]
+    samples: int
+    seed: int
+
+    def difference(self, key: Key, other: Key) -> tuple[float, float, float]:
+        """Of two methods in a column, with its interval: paired, over the images that both have; not a number without any."""
+        if key == other or key not in self.drawn or other not in self.drawn:
+            return (float("nan"),) * 3
+        a, b = self.values[key], self.values[other]
+        if a.ndim == 1 and not np.array_equal(np.isfinite(a), np.isfinite(b)):
+            both = (a - b)[np.isfinite(a - b)]
+            return (float(both.mean()), *interval(both, self.samples, self.seed)) if len(both) else (float("nan"),) * 3
+        low, high = np.nanquantile(self.drawn[key] - self.drawn[other], LEVEL)
+        return self.points[key][0] - self.points[other][0], float(low), float(high)
+
+
+def resampled(results: Results, samples: int = 2000, seed: int = 0) -> Resampled:
+    """The bootstrap of every column; done once for the same results."""
+    known = results.resampled
+    if isinstance(known, Resampled) and (known.samples, known.seed) == (samples, seed):
+        return known
+    points: dict[Key, tuple[float, float, float, int]] = {}
+    drawn: dict[Key, np.ndarray] = {}
+    columns = list(_columns(results))
+    plain = [(key, values) for key, record, values, pool in columns if pool is None and record.statistic == "mean"]
+    if plain and len(results):
+        means = bootstrap(np.stack([values for _, values in plain], 1), samples, seed)
+        drawn = {key: means[:, i] for i, (key, _) in enumerate(plain)}
+    for key, record, values, pool in columns:
+        finite = values[np.isfinite(values if values.ndim == 1 else values.sum(1))]
+        if record.statistic == "median" or not len(finite):
+            ends = (np.median(finite), finite.min(), finite.max()) if len(finite) else (np.nan,) * 3
+            points[key] = (float(ends[0]), float(ends[1]), float(ends[2]), len(finite))
+            drawn.pop(key, None)
+            continue
+        if pool is not None:
+            drawn[key] = np.asarray(pool(bootstrap(values, samples, seed)), float)
+        centre = float(finite.mean() if pool is None else pool(finite.mean(0)))
+        low, high = np.nanquantile(drawn[key], LEVEL)
+        points[key] = (centre, float(low), float(high), len(finite))
+    results.resampled = Resampled(points, drawn, {key: results.values[key] for key in points}, samples, seed)
+    return results.resampled
+
+
 def table(results: Results, baseline: str | None = None, *, samples: int = 2000, seed: int = 0) -> pd.DataFrame:
     """The table: index ``method, column``, one line each.
 
@@ -78,29 +137,12 @@ def table(results: Results, baseline: str | None = None, *, samples: int = 2000,
     """
     import pandas as pd
 
-    baseline = baseline_of(results, baseline)
-    points: dict[Key, tuple[float, float, float, int]] = {}
-    drawn: dict[Key, np.ndarray] = {}
-    plain = [(key, values) for key, record, values, pool in _columns(results) if pool is None and record.statistic == "mean"]
-    if plain and len(results):
-        means = bootstrap(np.stack([values for _, values in plain], 1), samples, seed)
-        drawn = {key: means[:, i] for i, (key, _) in enumerate(plain)}
-    for key, record, values, pool in _columns(results):
-        known = values[np.isfinite(values if values.ndim == 1 else values.sum(1))]
-        if record.statistic == "median" or not len(known):
-            ends = (np.median(known), known.min(), known.max()) if len(known) else (np.nan,) * 3
-            points[key] = (float(ends[0]), float(ends[1]), float(ends[2]), len(known))
-            drawn.pop(key, None)
-            continue
-        if pool is not None:
-            drawn[key] = np.asarray(pool(bootstrap(values, samples, seed)), float)
-        centre = float(known.mean() if pool is None else pool(known.mean(0)))
-        low, high = np.nanquantile(drawn[key], LEVEL)
-        points[key] = (centre, float(low), float(high), len(known))
+    baseline = baseline_of(results.methods, baseline)
+    found = resampled(results, samples, seed)
     lines = []
-    for (method, column), (mean, low, high, n) in points.items():
-        difference = _difference(points, drawn, (method, column), (baseline, column))
-        rank = _rank(points, (method, column)) if (method, column) in drawn and method != MODEL else (0, 0)
+    for (method, column), (mean, low, high, n) in found.points.items():
+        difference = found.difference((method, column), (baseline, column))
+        rank = _rank(found.points, (method, column)) if (method, column) in found.drawn and method != MODEL else (0, 0)
         lines.append((method, column, mean, low, high, n, *difference, *rank))
     names = ["mean", "low", "high", "n", "difference", "difference_low", "difference_high", "rank", "rank_last"]
     frame = pd.DataFrame(lines, columns=["method", "column", *names]).set_index(["method", "column"])
@@ -108,23 +150,20 @@ def table(results: Results, baseline: str | None = None, *, samples: int = 2000,
     return frame
 
 
-def baseline_of(results: Results, baseline: str | None) -> str:
-    """The method that others are compared with."""
-    methods = results.methods
+def baseline_of(methods: Sequence[str], baseline: str | None) -> str:
+    """The method that others are compared with.
+
+    Raises:
+        FoveateError: it is not among them.
+    """
     if baseline is not None:
-        name = baseline if baseline in methods else METHODS.get(baseline).name
-        if name not in methods:
-            raise FoveateError(f"baseline {baseline!r} is not in the table: it has {', '.join(methods)}")
-        return name
+        record = METHODS.known(baseline)
+        for name in (baseline, *([record.name] if record else [])):
+            if name in methods:
+                return name
+        raise FoveateError(f"baseline {baseline!r} is not in the table: it has {', '.join(methods)}")
     real = [name for name in methods if not is_control(name)]
-    return "grad_cam" if "grad_cam" in methods else (real or methods or [""])[0]
-
-
-def _difference(points: dict[Key, Any], drawn: dict[Key, np.ndarray], key: Key, other: Key) -> tuple[float, float, float]:
-    if key == other or key not in drawn or other not in drawn:
-        return (float("nan"),) * 3
-    low, high = np.nanquantile(drawn[key] - drawn[other], LEVEL)
-    return points[key][0] - points[other][0], float(low), float(high)
+    return "grad_cam" if "grad_cam" in methods else (real or list(methods) or [""])[0]
 
 
 def _rank(points: dict[Key, tuple[float, float, float, int]], key: Key) -> tuple[int, int]:
@@ -157,31 +196,42 @@ def disagreement(frame: pd.DataFrame) -> pd.DataFrame:
 
 
 def findings(frame: pd.DataFrame, results: Results) -> list[str]:
-    """What has to be said about a table: controls that win, methods that are one, maps that say nothing."""
+    """What has to be said about a table: controls that win, methods that are one, maps that say nothing.
+
+    A control wins a column where it is better than every other method, and the paired difference to the best of them has an
+    interval without 0; where that interval has 0 in it, the best cannot be told apart from the control.
+    """
+    found = resampled(results)
     sentences = []
-    methods = results.methods
-    controls = [name for name in methods if is_control(name)]
-    real = [name for name in methods if name not in controls and name not in results.same]
-    for column in dict.fromkeys(frame.index.get_level_values("column")):
+    controls = [name for name in results.methods if is_control(name)]
+    real = [name for name in results.methods if name not in controls and name not in results.same]
+    if not controls:
+        sentences.append("There is no control in this table: nothing shows here which columns measure the explanation.")
+    for column in ordered(dict.fromkeys(frame.index.get_level_values("column"))):
         record = metric_of(column)
-        if record is None or record.of_model or record.statistic == "median" or record.name in UNJUDGED or not real:
+        if record is None or record.of_model or record.statistic == "median" or record.name in UNJUDGED:
             continue
         sign = 1 if record.columns[column] == "up" else -1
-        lines = frame.xs(column, level="column")["mean"].dropna()
-        scores = {name: sign * float(lines[name]) for name in lines.index}
-        rivals = [scores[name] for name in real if name in scores]
-        if not rivals or not (there := [name for name in controls if name in scores]):
+        scores = {m: sign * found.points[m, column][0] for m in (*real, *controls) if (m, column) in found.drawn}
+        rivals = [name for name in real if name in scores]
+        if not rivals or not any(name in scores for name in controls):
             continue
-        best = max(there, key=lambda name: scores[name])
-        value = f"{round(float(lines[best]), record.digits) + 0.0:.{record.digits}f}"
-        beaten = sum(scores[best] > rival for rival in rivals)
-        if beaten == len(rivals):
-            title = title_of(best)
+        control = max((name for name in controls if name in scores), key=lambda name: scores[name])
+        best = max(rivals, key=lambda name: scores[name])
+        _, low, high = found.difference((control, column), (best, column))
+        low, high = sorted((sign * low, sign * high))
+        title, value = title_of(control), number(found.points[control, column][0], column)
+        rival = f"{title_of(best)} ({number(found.points[best, column][0], column)})"
+        beaten = [name for name in rivals if sorted(sign * v for v in _ends(found, control, name, column))[0] > 0]
+        if low > 0:
             sentences.append(f"{column} is won by {title} ({value}): on this data it does not measure the explanation.")
-        elif beaten * 2 >= len(rivals) and len(rivals) > 1:
+        elif high >= 0:
             sentences.append(
-                f"{title_of(best)} ({value}), which ignores the model, beats {beaten} of {len(rivals)} methods on "
-                f"{column}: what they gain there needs care."
+                f"{column}: the best, {rival}, cannot be told apart from {title} ({value}), which ignores the model."
+            )
+        elif 2 * len(beaten) >= len(rivals) and len(rivals) > 1:
+            sentences.append(
+                f"{column}: {title} ({value}), which ignores the model, beats {len(beaten)} of {len(rivals)} methods."
             )
     groups: dict[str, list[str]] = {}
     for name, other in results.same.items():
@@ -191,3 +241,26 @@ def findings(frame: pd.DataFrame, results: Results) -> list[str]:
         if count:
             sentences.append(f"{count} of {len(results)} maps of {name} are constant; they count as maps of zeros.")
     return sentences
+
+
+def _ends(found: Resampled, name: str, other: str, column: str) -> tuple[float, float]:
+    _, low, high = found.difference((name, column), (other, column))
+    return low, high
+
+
+def ordered(columns: Iterable[str]) -> list[str]:
+    """Columns as the thesis prints them, then the others, the costs last."""
+    place = {name: i for i, name in enumerate(ORDER)} | {name: 100 + i for i, name in enumerate(LAST)}
+    return sorted(columns, key=lambda column: place.get(column, 50))
+
+
+def number(value: float, column: str) -> str:
+    """A value with the digits that its metric is worth; a dash for none."""
+    record = metric_of(column)
+    digits = 2 if column == "SM" else 1 if record is None else record.digits
+    if not np.isfinite(value):
+        return "–"
+    if column in ("forwards", "backwards", "memory"):
+        digits = 0 if value >= 10 else 1
+    text = f"{value:.{digits}f}"
+    return text.removeprefix("-") if float(text) == 0 else text

@@ -20,6 +20,16 @@ torchvision()  # torchmetrics imports it, and beside PyTorch's CPU build that fa
 from torchmetrics import Metric  # noqa: E402
 
 
+class _Held:
+    """A model that copies of its holder share."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+
+    def __deepcopy__(self, memo: object) -> _Held:
+        return self
+
+
 class SaliencyMetrics(Metric):
     """Means of several columns for several methods, ``{"grad_cam/AD": value}``, as a torchmetrics metric.
 
@@ -46,7 +56,7 @@ class SaliencyMetrics(Metric):
         **options: Any,
     ) -> None:
         super().__init__()
-        object.__setattr__(self, "model", model)  # not a submodule: moving the metric does not move the model
+        object.__setattr__(self, "held", _Held(model))  # no submodule: moving or copying the metric does neither to the model
         self.plan = Plan.of(methods, metrics, **options)
         self.prefix = prefix
         self.keys: list[tuple[str, str]] = []
@@ -55,7 +65,7 @@ class SaliencyMetrics(Metric):
         self, x: Tensor, y: Tensor | None = None, mask: Tensor | None = None, boxes: Sequence[Tensor] | None = None
     ) -> None:
         """Explain and measure a batch: ``x [B,3,H,W]`` in [0, 1], labels ``y [B]``, masks ``[B,H,W]`` or boxes."""
-        model: nn.Module = self.__dict__["model"]
+        model: nn.Module = self.__dict__["held"].model
         modes = {module: module.training for module in model.modules()}
         model.eval()
         try:

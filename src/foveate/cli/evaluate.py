@@ -71,6 +71,9 @@ def evaluate(
         str | None, typer.Option(help="The class explained and scored: label, pred or second; the protocol's by default.")
     ] = None,
     protocol: Annotated[str, typer.Option(help="Preset: foveate, opti_cam, ca_stream, rise, legacy.")] = "foveate",
+    controls: Annotated[
+        bool, typer.Option(help="Put the controls into a table that has none: they show which columns can be fooled.")
+    ] = True,
     baseline: Annotated[str | None, typer.Option(help="The method that others are compared with, image by image.")] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="The first N images only.")] = None,
     batch_size: Annotated[int, typer.Option(min=1)] = 8,
@@ -92,15 +95,19 @@ def evaluate(
 ) -> None:
     """A table of methods and metrics on a data set, with 95 % intervals, and a page to look at."""
     with sentences(debug):
-        from foveate import runs
+        from foveate import runs, statistics
         from foveate.evaluate import Plan
+        from foveate.registry import METHODS
         from foveate.report import evaluation
         from foveate.results import read_all
 
         check_precision(precision)
         settings = own_settings(setting)
+        named: list[Any] = [name.strip() for name in methods.split(",") if name.strip()]
+        if named and controls and not any(record.control for record in map(METHODS.known, named) if record is not None):
+            named.append("controls")
         plan = Plan.of(
-            [name.strip() for name in methods.split(",") if name.strip()],
+            named,
             metrics if metrics == "all" else [name.strip() for name in metrics.split(",") if name.strip()],
             protocol,
             settings,
@@ -110,29 +117,35 @@ def evaluate(
             precision,  # type: ignore[arg-type]
             keep_maps=True,
         )
+        statistics.baseline_of([record.name for record in plan.records], baseline)
         classifier = open_model(model, weights, pretrained, num_classes, size, mean, std, classes, device)
-        source = open_data(data, classifier, plan.protocol.name == "legacy", limit)
+        unclipped = plan.protocol.metrics.get("localization", {}).get("clip", True) is False
+        source = open_data(data, classifier, unclipped, limit)
         folder = out_folder(out)
         kind = next(classifier.parameters()).device.type
         workers = runs.Workers(devices, "cuda" if kind == "cuda" else "cpu")
         if workers.device is not None:
             classifier.to(workers.device)
+        workers.share(classifier)
         call: dict[str, Any] = {
             "data": data,
             "model": model,
             "layer": layer,
-            "methods": methods,
+            "methods": ",".join(map(str, named)),
             "metrics": metrics,
             "precision": precision,
         }
         call |= {"limit": limit, "batch_size": batch_size, "head": head, "size": size}
-        if workers.rank == 0:
-            identity = runs.fingerprint(classifier, names_of(source), plan, call)
-            runs.prepare(folder, identity, resume, evaluation.about(plan, call))
-        workers.wait()
-        with _bar(len(source), quiet=as_json or workers.rank > 0, share=workers.count) as tick:
+        held, kept = None, None
+        with workers.together():
+            if workers.rank == 0:
+                held = runs.lock(folder)
+                identity = runs.fingerprint(classifier, names_of(source), plan, call)
+                kept = runs.prepare(folder, identity, resume, evaluation.about(plan, call))
+        if kept is not None:
+            err.print(f"[yellow]note:[/] the run that was in {escape(out)} is kept in {escape(str(kept))}", soft_wrap=True)
+        with workers.together(), _bar(len(source), as_json or workers.rank > 0, workers.count) as tick:
             runs.run(classifier, source, plan, folder, batch_size=batch_size, workers=workers, strict=strict, tick=tick)
-        workers.wait()
         if workers.rank > 0:
             return
         results = read_all(folder / runs.ROWS)
@@ -149,6 +162,7 @@ def evaluate(
                 console.print(f"• {escape(sentence)}")
             console.print(f"written to [bold]{escape(out)}[/]: table.md, rows/, and the page [bold]report.html[/]")
         print_notes(classifier)
+        del held  # the folder was locked until here
         for name, reason in results.left_out.items():
             err.print(f"[yellow]note:[/] {escape(f'{name} is left out: {reason}')}", soft_wrap=True)
         for _, reason in results.failures:

@@ -177,10 +177,12 @@ def open_torchvision(where: str, preprocess: Preprocess) -> Vision:
     for split in ("test", "val", None) if "split" in parameters else (None,):
         try:
             source = kind(root, **options, **({} if split is None else {"split": split}))
-        except (RuntimeError, ValueError, TypeError, OSError) as error:
+        except (RuntimeError, ValueError, TypeError, OSError, ImportError) as error:
             reason = reason or (str(error).splitlines() or [type(error).__name__])[0]
             continue
         names = getattr(source, "classes", None)
+        if not len(source) or not isinstance(source[0][0], Image.Image) or not isinstance(source[0][1], int):
+            raise FoveateError(f"torchvision's {name} does not give an image and a class index: it is no classification data")
         return Vision(source, preprocess, tuple(map(str, names)) if names else None)
     raise FoveateError(
         f'{name} cannot be opened in {root!r}: {reason} To fetch it: python -c "from torchvision.datasets import {name}; '

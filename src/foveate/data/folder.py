@@ -51,6 +51,18 @@ class Folder(Dataset[Batch]):
     def __len__(self) -> int:
         return len(self.entries)
 
+    def name_of(self, index: int) -> str:
+        """What an image is called: its path below the folder."""
+        path = self.entries[index].path
+        return str(path.relative_to(self.root)) if self.root in path.parents else str(path)
+
+    def _has(self, what: str) -> bool:
+        """Whether any image has a mask or boxes: one without them in such data has an empty one, and is no number there."""
+        known: dict[str, bool] = self.__dict__.setdefault("_known", {})
+        if what not in known:
+            known[what] = any(getattr(entry, what) is not None for entry in self.entries)
+        return known[what]
+
     def __getitem__(self, index: int) -> Batch:
         """One image as a batch of one.
 
@@ -76,9 +88,9 @@ class Folder(Dataset[Batch]):
         return Batch(
             x=self.preprocess(image)[None],
             y=None if entry.label is None else torch.tensor([entry.label]),
-            mask=mask,
-            boxes=None if entry.boxes is None else (self.preprocess.boxes(entry.boxes, image.size, self.clip_boxes),),
-            id=(str(entry.path.relative_to(self.root)) if self.root in entry.path.parents else str(entry.path),),
+            mask=mask if mask is not None or not self._has("mask") else torch.zeros(1, *self.preprocess.crop, dtype=torch.bool),
+            boxes=(self.preprocess.boxes(entry.boxes or (), image.size, self.clip_boxes),) if self._has("boxes") else None,
+            id=(self.name_of(index),),
         )
 
     def __iter__(self) -> Iterator[Batch]:

@@ -75,14 +75,15 @@ def insertion_deletion(
     step = -(-pixels // steps)
     count = -(-pixels // step)
     whole = capture.log_probability(y)  # [B]
+    together = max(1, capture.chunk_size() // len(M))  # steps that fill what runs at once
     columns: dict[str, Tensor] = {}
     for column, name, shows in (("I", start, True), ("D", end, False)):
         other, known = _end(capture, name, kernel, sigma)
 
         def parts(other: Tensor = other, shows: bool = shows) -> Iterator[Tensor]:
-            for i in range(1, count):
-                changed = (rank < i * step)[:, None]
-                yield torch.where(changed, *((capture.x, other) if shows else (other, capture.x)))
+            for several in torch.arange(1, count, device=rank.device).split(together):
+                changed = (rank < several[:, None, None, None] * step)[:, :, None]  # [s,B,1,H,W]
+                yield torch.where(changed, *((capture.x, other) if shows else (other, capture.x))).flatten(0, 1)
 
         inner = capture.score(parts())  # [(n-1)B,C]
         inner_p = log_probability(inner, y.repeat(count - 1), capture.head).view(count - 1, len(y)).T  # [B,n-1]

@@ -32,7 +32,9 @@ LEAST_AREA = 0.05
     digits=3,
 )
 def mass_inside(capture: Capture, M: Tensor, batch: Batch) -> dict[str, Tensor]:
-    """Share of the map's mass inside the object's mask, in [0, 1], one value an image; 0 for a map without mass.
+    """Share of the map's mass inside the object's mask, in [0, 1], one value an image.
+
+    0 for a map without mass, and not a number for an image without a mask.
 
     Note:
         ``M`` is scaled to [0, 1], which lifts a map whose smallest value is above 0 to where that value is 0.
@@ -44,7 +46,8 @@ def mass_inside(capture: Capture, M: Tensor, batch: Batch) -> dict[str, Tensor]:
         raise FoveateError("mass_inside needs a mask for every image, and this data has none")
     if batch.mask.shape != M.shape:
         raise FoveateError(f"masks of shape {list(batch.mask.shape)} do not fit maps of shape {list(M.shape)}")
-    return {"mass_inside": maps.mass_inside(M.double(), batch.mask)}
+    share = maps.mass_inside(M.double(), batch.mask)
+    return {"mass_inside": torch.where(batch.mask.any(2).any(1), share, torch.nan)}
 
 
 def best_threshold(mean: Any) -> Any:
@@ -81,7 +84,7 @@ def localization(
     - ``LE``: 100 unless ``max_G IoU(P, G) > .5``. ``OM``: 100 unless that holds and the model predicts the label.
     - ``F1``: ``2PR / (P + R)`` of the map itself as a soft segmentation, ``P = sum_in M / sum M``, ``R = sum_in M / |G|``;
       the best of the image's boxes.
-    - ``BA``: MaxBoxAcc: share of images with ``IoU >= .5`` of the largest 8-connected component of ``M >= t``, at the best of
+    - ``BA``: MaxBoxAcc: share of images with ``IoU >= .5`` of the largest 8-connected component of ``M > t``, at the best of
       100 thresholds over the whole data (so each image has a curve of 0 and 1, ``[B,100]``).
     - ``SP``: pointing game: is the maximum in a box? Of tied maxima the share that is (``expected``), whether ``any`` is, or
       the ``first`` in raster order. ``EP``: energy pointing game: the share of the map's mass in the boxes' union.
@@ -93,7 +96,8 @@ def localization(
         region: ``boxes``, ``mask``, or ``auto``: boxes where there are some.
         empty: what a constant map predicts: nothing, or the whole image.
         swap_axes, short_box, clip: what the published code does otherwise: x for y in SP and EP; boxes that end one pixel
-            early; boxes that reach beyond the image, which Python slices then read from the other end. To reproduce only.
+            early; boxes that reach beyond the image (their whole area counts in F1, Python slices read a negative edge from the
+            other end, and an image whose boxes are all cropped away counts as missed). To reproduce only.
         largest_share: leave images out whose boxes cover more than this share.
 
     Deviations: components are compared by their pixels, where the code of MaxBoxAcc compares contour areas. What SM cuts
@@ -126,7 +130,7 @@ def localization(
         "SM": nan if batch.y is None else _saliency_metric(capture, boxes, batch.y),
     }
     share = np.array([float(o.areas.any(0).double().mean()) if len(o.areas) else np.nan for o in found])
-    out = ~(share <= largest_share)
+    out = ~(share <= largest_share) if clip else share > largest_share
     for column in values.values():
         column[out] = np.nan
     return {name: torch.from_numpy(np.asarray(column, dtype=float)).to(M.device) for name, column in values.items()}
@@ -134,9 +138,9 @@ def localization(
 
 def _f1(m: Tensor, o: Object) -> float:
     best = 0.0
-    for area in o.areas:
+    for area, size in zip(o.areas, o.sizes, strict=True):
         inside = float(m[area].sum())
-        precision, recall = inside / (float(m.sum()) + 1e-6), inside / max(1, int(area.sum()))
+        precision, recall = inside / (float(m.sum()) + 1e-6), inside / max(1.0, size)
         best = max(best, 2 * precision * recall / (precision + recall + 1e-6))
     return 100 * best
 

@@ -58,7 +58,8 @@ def foreground_share(capture: Capture, M: None, batch: Batch, *, classes: int = 
     K = (M_c[rows, y][:, None] - M_c).detach().double().abs().sum(1)  # [B,h,w]
     h = torch.nn.functional.adaptive_avg_pool2d(batch.mask.to(K)[:, None], (K.shape[-2], K.shape[-1]))[:, 0]
     total = K.sum((1, 2))
-    return {"foreground_share": (K * h).sum((1, 2)) / torch.where(total > 0, total, torch.nan)}
+    known = (total > 0) & (h.sum((1, 2)) > 0)
+    return {"foreground_share": (K * h).sum((1, 2)) / torch.where(known, total, torch.nan)}
 
 
 def foreground_sensitivity(mean: Any) -> Any:
@@ -101,6 +102,7 @@ def relative_foreground_sensitivity(
         for column, where in enumerate((1 - mask, mask)):
             logits = capture.score((x + drawn * where).clamp(0, 1))
             right[:, column] += _right(logits, y, capture) / samples
+    right[~batch.mask.to(right.device).any(2).any(1)] = torch.nan
     return {"relative_foreground_sensitivity": right}
 
 

@@ -11,7 +11,7 @@ from foveate.compare import Comparison
 from foveate.report import tables
 from foveate.report.page import render
 from foveate.results import MODEL
-from foveate.statistics import metric_of
+from foveate.statistics import metric_of, number, ordered
 
 Cell = tuple[str, str, int]
 
@@ -23,16 +23,14 @@ def lines(comparison: Comparison) -> dict[str, list[tuple[str, list[Cell]]]]:
     """
     frame = comparison.frame
     found: dict[str, list[tuple[str, list[Cell]]]] = {}
-    place = {name: i for i, name in enumerate(tables.ORDER)} | {name: 100 + i for i, name in enumerate(tables.LAST)}
-    there = dict.fromkeys(frame.index.get_level_values("column"))
-    for column in sorted(there, key=lambda name: place.get(name, 50)):
+    for column in ordered(dict.fromkeys(frame.index.get_level_values("column"))):
         record = metric_of(column)
         assert record is not None
         up = record.columns[column] == "up"
         for method, line in frame.xs(column, level="column").iterrows():
             if not np.isfinite([line[f"mean {k}"] for k in range(len(comparison.names))]).any():
                 continue
-            cells: list[Cell] = [(tables.number(float(line["mean 0"]), column), "", 0)]
+            cells: list[Cell] = [(number(float(line["mean 0"]), column), "", 0)]
             for k in range(1, len(comparison.names)):
                 change, low, high = (float(line[f"{part} {k}"]) for part in ("difference", "low", "high"))
                 way = 0
@@ -40,11 +38,11 @@ def lines(comparison: Comparison) -> dict[str, list[tuple[str, list[Cell]]]]:
                     way = 1 if (low > 0) == up else -1
                 text = "not comparable"
                 if np.isfinite(change):
-                    sign = "" if tables.number(change, column).startswith("-") else "+"
-                    text = f"{sign}{tables.number(change, column)}"
+                    sign = "" if number(change, column).startswith("-") else "+"
+                    text = f"{sign}{number(change, column)}"
                     if np.isfinite(low):
-                        text += f" [{tables.number(low, column)}, {tables.number(high, column)}]"
-                cells.append((tables.number(float(line[f"mean {k}"]), column), text, way))
+                        text += f" [{number(low, column)}, {number(high, column)}]"
+                cells.append((number(float(line[f"mean {k}"]), column), text, way))
             found.setdefault(column, []).append(("the model" if method == MODEL else str(method), cells))
     return found
 

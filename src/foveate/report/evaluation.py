@@ -24,14 +24,14 @@ from foveate.registry import is_control, title_of
 from foveate.report import pictures, tables
 from foveate.report.page import render
 from foveate.results import MAP, MODEL, Results, plain, read
-from foveate.statistics import baseline_of, disagreement, findings, metric_of
+from foveate.statistics import disagreement, findings, metric_of
 
 if TYPE_CHECKING:
     import pandas as pd
 
 GALLERY = 200  # images at most, so that the page stays a file one can send
 CELLS = 4000  # maps at most
-THUMB = 144  # pixels
+THUMB = 200  # pixels
 CLASSES = 8  # whose mean maps are shown
 
 
@@ -64,6 +64,7 @@ class Written:
         for (method, column), line in self.frame.iterrows():  # type: ignore[misc]
             record = metric_of(column)
             cell = {key: plain(line[key]) for key in ("mean", "low", "high")} | {"n": int(line["n"])}
+            cell |= {"rank": [int(line["rank"]), int(line["rank_last"])]} if line["rank"] else {}
             part = "model" if method == MODEL else "costs" if record is not None and record.name == "cost" else "table"
             if part == "model":
                 document[part][column] = cell
@@ -75,6 +76,8 @@ class Written:
                 document["differences"].setdefault(method, {})[column] = change
         failures = [{"file": file, "reason": reason} for file, reason in self.results.failures]
         document |= {"out": str(folder), "failures": failures, "degenerate": self.results.degenerate}
+        agreement = disagreement(self.frame)
+        document["agreement"] = {a: {b: plain(v) for b, v in line.items()} for a, line in agreement.to_dict().items()}
         document |= {"left_out": self.results.left_out, "findings": self.findings, "protocol": self.plan.protocol.record()}
         return document | {"baseline": self.frame.attrs["baseline"], "report": str(folder / "report.html")}
 
@@ -95,15 +98,16 @@ def write(
     baseline: str | None,
     arguments: Mapping[str, Any],
 ) -> Written:
-    """Everything that is made of the rows of a run."""
+    """Everything that is made of the rows of a run, which is finished with this."""
+    runs.write_record(folder, runs.read_record(folder) | {"finished": True})  # the rows are complete, whatever comes now
     frame = results.table(baseline)
     said = findings(frame, results)
     written = Written(frame, results, plan, said)
     digests = [metric_of(column) for column in frame.index.get_level_values("column")]
     stored = frame.assign(protocol=[plan.protocol.digest(record) if record else "" for record in digests])
     stored.to_csv(folder / "table.csv")
-    (folder / "table.md").write_text(tables.markdown(frame), encoding="utf-8")
-    main = baseline_of(results, baseline)
+    (folder / "table.md").write_text(tables.markdown(frame, said), encoding="utf-8")
+    main = frame.attrs["baseline"]
     files = sorted((folder / runs.ROWS).glob("*.parquet"))
     whole = prevalence(lambda: map(read, files), results.methods, main) if plan.keep_maps else {}
     if whole:
@@ -134,13 +138,13 @@ def _content(
 ) -> dict[str, Any]:
     frame, names = written.frame, tables.methods(written.frame)
     shown, model = tables.columns(frame), tables.columns(frame, model=True)
-    chosen = _gallery(len(results), len(names))
+    chosen, places = _gallery(len(results), len(names)), _places(source)
     data = {
         "methods": [{"name": n, "title": title_of(n), "control": is_control(n)} for n in names],
         "columns": [_column(column) for column in shown],
         "cells": {n: {c: _cell(frame, n, c) for c in shown} for n in names},
         "curves": _curves(results, names),
-        "images": [_image(results, i, classifier, source, names, shown, small) for i in chosen],
+        "images": [_image(results, i, classifier, source, places, names, shown, small) for i in chosen],
     }
     correlation = disagreement(frame)
     protocol = written.plan.protocol
@@ -149,6 +153,7 @@ def _content(
         "title": f"{arguments.get('model', 'model')} on {arguments.get('data', 'data')}",
         "images": len(results),
         "pictured": len(chosen),
+        "methods": len(names),
         "baseline": frame.attrs["baseline"],
         "data": json.dumps(data, separators=(",", ":")).replace("<", "\\u003c"),
         "model_row": [(c.replace("_", " "), *tables.cell(frame, MODEL, c)) for c in model],
@@ -200,11 +205,7 @@ def _cell(frame: pd.DataFrame, method: str, column: str) -> list[Any]:
     line = frame.loc[(method, column)] if (method, column) in frame.index else None
     value = None if line is None else plain(line["mean"])
     best = tables.is_best(frame, method, column)
-    if line is None or not np.isfinite(line["difference"]):
-        return [value, middle, low, high, best, ""]
-    change, least, most = (tables.number(float(line[k]), column) for k in ("difference", "difference_low", "difference_high"))
-    sign = "" if change.startswith("-") else "+"
-    return [value, middle, low, high, best, f"{sign}{change} [{least}, {most}]"]
+    return [value, middle, low, high, best, tables.change(frame, method, column), tables.rank(frame, method, column)]
 
 
 def _curves(results: Results, names: Sequence[str]) -> dict[str, dict[str, list[float | None]]]:
@@ -224,6 +225,7 @@ def _image(
     index: int,
     classifier: Any,
     source: Any,
+    places: Mapping[str, int],
     names: Sequence[str],
     shown: Sequence[str],
     small: SmallMaps,
@@ -242,7 +244,7 @@ def _image(
         "said": _class_name(classifier, said),
         "p": round(float(results.confidence[index]), 3),
         "wrong": label >= 0 and label != said,
-        "picture": _thumb(source, results.ids[index], index),
+        "picture": _thumb(source, places, results.ids[index], index),
         "columns": per_image,
         "values": values,
         "maps": coded,
@@ -253,22 +255,20 @@ def _rounded(value: float) -> float | None:
     return float(f"{value:.4g}") if np.isfinite(value) else None
 
 
-def _thumb(source: Any, name: str, index: int) -> str:
+def _thumb(source: Any, places: Mapping[str, int], name: str, index: int) -> str:
     """The picture of an image; found by its name, because images that could not be read shift the numbers."""
-    for place in _places(source, index):
-        try:
-            batch = source[place]
-        except (ImageError, IndexError):
-            continue
-        if not batch.id or batch.id[0] == name or batch.id[0] == "":
-            image = to_image(batch.x[0])
-            image.thumbnail((THUMB, THUMB))
-            return pictures.data_uri(image, 78)
-    return ""
+    try:
+        image = to_image(source[places.get(name, index)].x[0])
+    except (ImageError, IndexError):
+        return ""
+    image.thumbnail((THUMB, THUMB))
+    return pictures.data_uri(image, 78)
 
 
-def _places(source: Any, index: int) -> range:
-    return range(index, min(len(source), index + 50))
+def _places(source: Any) -> dict[str, int]:
+    """The number of each image by its name, for data on disk."""
+    name = getattr(getattr(source, "dataset", source), "name_of", None)
+    return {name(i): i for i in range(len(source))} if callable(name) else {}
 
 
 def _class_name(classifier: Any, index: int) -> str:
@@ -295,7 +295,7 @@ def _prevalence(whole: Prevalence, results: Results, classifier: Any, source: An
             (
                 results.ids[i],
                 f"{whole.distance[i]:.2f}",
-                _thumb(source, results.ids[i], i),
+                _thumb(source, _places(source), results.ids[i], i),
                 _panel(small[whole.method, i].reshape(whole.mean[EVERY].shape)),
             )
             for i in whole.farthest()
@@ -304,7 +304,7 @@ def _prevalence(whole: Prevalence, results: Results, classifier: Any, source: An
 
 
 def _panel(values: np.ndarray) -> str:
-    tensor = torch.from_numpy(np.asarray(values, dtype=np.float32))
+    tensor = torch.from_numpy(np.array(values, dtype=np.float32))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DegenerateMapWarning)
         scaled = tensor / tensor.max() if float(tensor.max()) > 0 else tensor

@@ -9,14 +9,11 @@ import numpy as np
 
 from foveate.registry import is_control
 from foveate.results import MODEL
-from foveate.statistics import metric_of
+from foveate.statistics import disagreement, metric_of, number, ordered
 
 if TYPE_CHECKING:
     import pandas as pd
 
-# The thesis' order first, then what it has not.
-ORDER = ("AD", "AG", "AI", "I", "D", "OM", "LE", "F1", "BA", "SP", "EP", "SM", "mass_inside", "sparsity", "gini")
-LAST = ("T", "forwards", "backwards", "memory")
 ARROW = {"up": "↑", "down": "↓"}
 
 
@@ -31,8 +28,7 @@ def columns(frame: pd.DataFrame, *, model: bool = False) -> list[str]:
         record = metric_of(column)
         if record is not None and record.of_model == model and frame.xs(column, level="column")["n"].max() > 0:
             there.append(column)
-    place = {name: i for i, name in enumerate(ORDER)} | {name: 100 + i for i, name in enumerate(LAST)}
-    return sorted(there, key=lambda column: place.get(column, 50))
+    return ordered(there)
 
 
 def methods(frame: pd.DataFrame) -> list[str]:
@@ -45,20 +41,6 @@ def title(column: str) -> str:
     """A column with its direction: ``AD ↓``."""
     record = metric_of(column)
     return f"{column} {ARROW[record.columns[column]]}" if record is not None else column
-
-
-def number(value: float, column: str) -> str:
-    """A value with the digits that its metric is worth; a dash for none."""
-    record = metric_of(column)
-    digits = 1 if record is None else record.digits
-    if not np.isfinite(value):
-        return "–"
-    if column == "SM":
-        digits = 2
-    if column in ("forwards", "backwards", "memory"):
-        digits = 0 if value >= 10 else 1
-    text = f"{value:.{digits}f}"
-    return text.removeprefix("-") if float(text) == 0 else text
 
 
 def cell(frame: pd.DataFrame, method: str, column: str) -> tuple[str, str, str]:
@@ -75,15 +57,54 @@ def is_best(frame: pd.DataFrame, method: str, column: str) -> bool:
     return (method, column) in frame.index and int(frame.loc[(method, column)]["rank"]) == 1
 
 
-def markdown(frame: pd.DataFrame) -> str:
-    """The table with intervals, methods down and columns across; the best in bold, with all that are tied with it."""
-    shown = columns(frame)
-    lines: list[Sequence[str]] = [["method", *map(title, shown)], ["---"] + ["---:"] * len(shown)]
-    for method in methods(frame):
-        cells = []
+def markdown(frame: pd.DataFrame, findings: Sequence[str] = ()) -> str:
+    """The table with intervals, methods down and columns across; the best in bold, with all that are tied with it.
+
+    Then the differences to the baseline with the ranks, what has to be said, and how far the columns agree.
+    """
+    shown, names = columns(frame), methods(frame)
+    head = [["method", *map(title, shown)], ["---"] + ["---:"] * len(shown)]
+    means, changes = list(head), list(head)
+    for method in names:
+        label = f"{method} (control)" if is_control(method) else method
+        cells, differences = [], []
         for column in shown:
             middle, low, high = cell(frame, method, column)
             text = f"**{middle}**" if is_best(frame, method, column) else middle
             cells.append(text if middle == "–" else f"{text} [{low}, {high}]")
-        lines.append([f"{method} (control)" if is_control(method) else method, *cells])
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
+            differences.append(f"{change(frame, method, column)} {rank(frame, method, column)}".strip())
+        means.append([label, *cells])
+        changes.append([label, *differences])
+    parts = [_lines(means), f"Differences to {frame.attrs['baseline']}, paired by image, and ranks:\n\n" + _lines(changes)]
+    if findings:
+        parts.append("".join(f"- {sentence}\n" for sentence in findings))
+    agreement = disagreement(frame)
+    if len(agreement) > 1:
+        rows: list[Sequence[str]] = [["", *agreement.columns], ["---"] + ["---:"] * len(agreement)]
+        rows += [
+            [name, *(f"{value:.2f}" for value in line)]
+            for name, line in zip(agreement.index, agreement.to_numpy(), strict=True)
+        ]
+        parts.append(f"Spearman's correlation of the columns over {len(names)} methods:\n\n" + _lines(rows))
+    return "\n".join(parts)
+
+
+def _lines(rows: Sequence[Sequence[str]]) -> str:
+    return "\n".join("| " + " | ".join(row) + " |" for row in rows) + "\n"
+
+
+def change(frame: pd.DataFrame, method: str, column: str) -> str:
+    """The difference to the baseline with its interval; nothing for the baseline itself and for costs."""
+    if (method, column) not in frame.index or not np.isfinite(frame.loc[(method, column)]["difference"]):
+        return ""
+    line = frame.loc[(method, column)]
+    middle, low, high = (number(float(line[k]), column) for k in ("difference", "difference_low", "difference_high"))
+    return f"{'' if middle.startswith('-') else '+'}{middle} [{low}, {high}]"
+
+
+def rank(frame: pd.DataFrame, method: str, column: str) -> str:
+    """``#1`` or ``#1-3``, tied; nothing for what has no rank."""
+    if (method, column) not in frame.index or not int(frame.loc[(method, column)]["rank"]):
+        return ""
+    first, last = (int(frame.loc[(method, column)][name]) for name in ("rank", "rank_last"))
+    return f"#{first}" if first == last else f"#{first}-{last}"
