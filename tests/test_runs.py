@@ -316,7 +316,7 @@ class TestStatistics:
         said = findings(table(results), results)
         assert said == ["LE is won by Fake-CAM (0.0): on this data it does not measure the explanation."]
         half = made(grad_cam={"AG": good}, layer_cam={"AG": bad}, centre={"AG": bad + 3})
-        assert "Centre (3.0), which ignores the model, beats 1 of 2 methods on AG" in findings(table(half), half)[0]
+        assert "AG: Centre (3.0), which ignores the model, beats 1 of 2 methods." in findings(table(half), half)[0]
 
     def test_columns_that_disagree(self) -> None:
         columns = {
@@ -435,7 +435,7 @@ document.body.dataset.found = JSON.stringify({ascending, descending, differences
     assert found["ascending"]
     assert found["descending"]
     assert found["sorted"] == "descending"
-    assert "[" in found["differences"] or found["differences"] == "baseline"
+    assert "[" in found["differences"] or found["differences"].startswith("baseline")
     assert found["all"] == 13
     assert found["wrong"] == int((results.labels != results.predicted).sum())
     assert found["first"] == results.ids[int(np.argmax(results.values["grad_cam", "AD"]))]
@@ -536,3 +536,151 @@ class TestTorchmetrics:
         )
         both.update(batch.x, batch.y)
         assert set(both.compute()) == {"AD", "AG"}
+
+
+class TestWhatAReviewerFound:
+    """Each was wrong once."""
+
+    def test_a_finished_run_is_kept_when_another_takes_its_place(self, place: Path) -> None:
+        evaluate(place)
+        before = values(place / "out")
+        result = evaluate(place, "out", "--metrics", "AD")
+        assert "is kept in" in result.stderr
+        pd.testing.assert_frame_equal(values(place / "out" / "previous-1"), before)
+        assert set(values(place / "out").column) == {"AD"}
+        assert not (place / "out" / ".lock").exists()
+        evaluate(place, "out", "--metrics", "AD")
+        assert not (place / "out" / "previous-2").exists()  # the same call again takes nothing away
+
+    def test_another_normalisation_is_not_resumed(self, place: Path) -> None:
+        evaluate(place)
+        assert "weights was" in evaluate(place, "out", "--resume", "--mean", "0.1", "--std", "1").stderr
+
+    def test_an_image_without_boxes_takes_none_from_its_neighbours(self, place: Path) -> None:
+        lines = (place / "labels.csv").read_text().splitlines()
+        lines[1] = "00.png,0,"
+        (place / "labels.csv").write_text("\n".join(lines))
+        for size in ("1", "3", "7"):
+            evaluate(place, size, "--batch-size", size)
+            whole = runs.load(place / size)
+            assert np.isfinite(whole.values["grad_cam", "LE"]).sum() == 12
+            assert np.isnan(whole.values["grad_cam", "LE"][whole.ids.index("00.png")])
+            assert np.isfinite(whole.values["grad_cam", "AD"]).all()
+
+    def test_the_gate_sees_what_is_gone_and_lets_controls_be(self, tmp_path: Path) -> None:
+        noise = np.random.default_rng(0).normal(size=20)
+        first = made(grad_cam={"AG": noise}, opti_cam={"AG": noise}, centre={"AG": noise + 9})
+        other = made(grad_cam={"AG": noise}, opti_cam={"AG": noise * np.nan}, centre={"AG": noise})
+        for name, results in (("a", first), ("b", other)):
+            (tmp_path / name / "rows").mkdir(parents=True)
+            write(results, tmp_path / name / "rows" / "000000.parquet")
+            runs.write_record(tmp_path / name, {"finished": True})
+        result = compare([tmp_path / "a", tmp_path / "b"])
+        assert result.failures([Limit.of("AG=-2")]) == ["AG of opti_cam has a value in a and none in b"]
+        assert len(result.failures([Limit.of("centre.AG=-2")])) == 1
+        assert Limit.of("AG=-1e-3").change == -0.001
+        assert Limit.of("AG=-.5").change == -0.5
+
+    def test_the_protocol_of_a_table_has_the_settings(self) -> None:
+        digests = [
+            foveate.evaluate(
+                networks()["gap"], [example()], "random", "I", layer="features",
+                settings={"insertion_deletion": {"kernel": kernel}},
+            ).attrs["protocol"]["metrics"]["insertion_deletion"]["digest"]
+            for kernel in (5, 11)
+        ]  # fmt: skip
+        assert digests[0] != digests[1]
+
+    def test_differences_are_paired_where_values_are_missing(self) -> None:
+        results = made(grad_cam={"AG": np.array([10, 20, 30, np.nan])}, layer_cam={"AG": np.array([10, 20, 30, 90.0])})
+        line = table(results).loc[("layer_cam", "AG")]
+        assert (line["difference"], line["difference_low"], line["difference_high"]) == (0, 0, 0)
+
+    def test_a_baseline_is_looked_up_before_the_work(self, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(Plan, "run", lambda *a: pytest.fail("measured"))
+        result = evaluate(place, "out", "--baseline", "opti_cam")
+        assert result.exit_code == 2
+        assert "is not in the table: it has grad_cam, hires_cam, random, fake_cam" in result.stderr
+
+    def test_two_processes_do_not_share_a_folder(self, place: Path) -> None:
+        with runs.locked(place / "out"):
+            result = evaluate(place)
+        assert result.exit_code == 2
+        assert "another process is writing to" in result.stderr
+        assert evaluate(place).exit_code == 1
+
+    def test_a_mended_image_is_measured(self, place: Path) -> None:
+        evaluate(place)
+        shutil.copy(place / "04.png", place / "05.png")
+        assert evaluate(place, "out", "--resume").exit_code == 0
+        assert len(runs.load(place / "out")) == 14
+
+    def test_controls_stand_in_every_table(self, place: Path) -> None:
+        base = ("evaluate", place, "--model", f"{place / 'nets.py'}:net", "--size", "32", "--metrics", "AD", "--json")
+        with_them = json.loads(call(*base, "--methods", "grad_cam", "--out", place / "a").stdout)
+        assert set(with_them["table"]) == {"grad_cam", "fake_cam", "random", "centre"}
+        without = json.loads(call(*base, "--methods", "grad_cam", "--no-controls", "--out", place / "b").stdout)
+        assert set(without["table"]) == {"grad_cam"}
+        assert without["findings"][0].startswith("There is no control in this table")
+
+    def test_no_number_lies_outside_its_interval(self) -> None:
+        from foveate.prevalence import prevalence
+        from foveate.results import MAP
+
+        maps = np.ones((6, 16), np.float32)
+        maps[:3] = 0
+        results = made(grad_cam={"EP": np.array([0, 0, 0, 90, 80, 70.0])})
+        results.values["grad_cam", MAP] = maps
+        said = prevalence(lambda: [results], ["grad_cam"], "grad_cam")["grad_cam"].sentence()
+        assert said.startswith("20 % [1")
+
+    def test_a_copied_metric_shares_the_model(self) -> None:
+        from foveate.torchmetrics import SaliencyMetric
+
+        metric = SaliencyMetric(networks()["gap"], "AG", layer="features")
+        assert metric.clone().held.model is metric.held.model
+
+
+def test_real_box_files(tmp_path: Path) -> None:
+    """ImageNet's XML, trimaps of pets, and torchvision by name."""
+    from foveate.data.benchmarks import open_benchmark
+    from foveate.images import Preprocess
+
+    square = Preprocess((32, 32), None)
+    rng = np.random.default_rng(0)
+    pixels = Image.fromarray(rng.integers(0, 255, (40, 80, 3), np.uint8))
+    (tmp_path / "in" / "val").mkdir(parents=True)
+    (tmp_path / "in" / "xml").mkdir()
+    pixels.save(tmp_path / "in" / "val" / "ILSVRC2012_val_00000001.JPEG")
+    box = "<bndbox><xmin>{}</xmin><ymin>10</ymin><xmax>{}</xmax><ymax>30</ymax></bndbox>"
+    objects = "".join(f"<object><name>n01440764</name>{box.format(a, b)}</object>" for a, b in ((20, 40), (0, 8)))
+    (tmp_path / "in" / "xml" / "ILSVRC2012_val_00000001.xml").write_text(f"<annotation>{objects}</annotation>")
+    batch = open_benchmark(f"imagenet:{tmp_path / 'in'}", square)[0]
+    assert batch.y.tolist() == [0]
+    assert batch.boxes[0].tolist() == [[8, 8, 16, 24], [0, 8, pytest.approx(3.2), 24]]
+    pets = tmp_path / "pets"
+    (pets / "images").mkdir(parents=True)
+    (pets / "annotations" / "trimaps").mkdir(parents=True)
+    trimap = np.full((40, 80), 2, np.uint8)
+    trimap[10:30, 20:60], trimap[5:10] = 1, 3
+    for number, name in enumerate(("Abyssinian_1", "beagle_2")):
+        pixels.save(pets / "images" / f"{name}.jpg")
+        if not number:
+            Image.fromarray(trimap).save(pets / "annotations" / "trimaps" / f"{name}.png")
+    (pets / "annotations" / "list.txt").write_text("#Image CLASS-ID SPECIES BREED ID\nAbyssinian_1 1 1 1\nbeagle_2 2 2 1\n")
+    breeds, species = (open_benchmark(f"{kind}:{pets}", square) for kind in ("pets", "species"))
+    assert breeds.class_names == ("Abyssinian", "beagle")
+    assert [int(species[i].y) for i in range(2)] == [0, 1]
+    expected = torch.zeros(32, 32, dtype=torch.bool)
+    expected[8:24, 8:24] = True
+    assert torch.equal(breeds[0].mask[0], expected)
+    assert not breeds[1].mask.any()  # no trimap: no number, and nothing taken from the others
+    for name, match in (
+        (f"imagenet:{pets}", "has no images with XML boxes"),
+        ("imagenet:/nowhere", "does not exist"),
+        (f"pets:{tmp_path}", "annotations/list.txt is missing"),
+        ("torchvision:Nothing", "torchvision has no data set 'Nothing'"),
+        (f"torchvision:CIFAR10:{tmp_path}", "download=True"),
+    ):
+        with pytest.raises(FoveateError, match=match):
+            open_benchmark(name, square)

@@ -99,8 +99,9 @@ def fingerprint(model: nn.Module, ids: list[str], plan: Plan, arguments: Mapping
     return json.loads(json.dumps({**arguments, **digests}, default=str))  # type: ignore[no-any-return]
 
 
-def lock(folder: Path) -> Any:
-    """Hold a folder until this process ends, however it ends: two runs in one would take each other's files away.
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Hold a folder, until this process ends if nothing else: two runs in one would take each other's files away.
 
     Raises:
         FoveateError: another process holds it.
@@ -108,16 +109,20 @@ def lock(folder: Path) -> Any:
     try:
         import fcntl
     except ImportError:  # no such locks on Windows
-        return None
+        yield
+        return
     folder.mkdir(parents=True, exist_ok=True)
-    held = (folder / LOCK).open("w", encoding="utf-8")
-    try:
-        fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise FoveateError(f"another process is writing to {folder}: wait for it, or use another --out") from None
-    except OSError:  # a file system without locks
-        return None
-    return held
+    with (folder / LOCK).open("w", encoding="utf-8") as held:
+        try:
+            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise FoveateError(f"another process is writing to {folder}: wait for it, or use another --out") from None
+        except OSError:  # a file system without locks
+            pass
+        try:
+            yield
+        finally:
+            (folder / LOCK).unlink(missing_ok=True)
 
 
 def prepare(folder: Path, identity: Mapping[str, Any], resume: bool, about: Mapping[str, Any]) -> Path | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import ExitStack
 from typing import Annotated, Any
 
 import typer
@@ -94,7 +95,7 @@ def evaluate(
     debug: Debug = False,
 ) -> None:
     """A table of methods and metrics on a data set, with 95 % intervals, and a page to look at."""
-    with sentences(debug):
+    with sentences(debug), ExitStack() as stack:
         from foveate import runs, statistics
         from foveate.evaluate import Plan
         from foveate.registry import METHODS
@@ -136,10 +137,10 @@ def evaluate(
             "precision": precision,
         }
         call |= {"limit": limit, "batch_size": batch_size, "head": head, "size": size}
-        held, kept = None, None
+        kept = None
         with workers.together():
             if workers.rank == 0:
-                held = runs.lock(folder)
+                stack.enter_context(runs.locked(folder))
                 identity = runs.fingerprint(classifier, names_of(source), plan, call)
                 kept = runs.prepare(folder, identity, resume, evaluation.about(plan, call))
         if kept is not None:
@@ -162,7 +163,6 @@ def evaluate(
                 console.print(f"• {escape(sentence)}")
             console.print(f"written to [bold]{escape(out)}[/]: table.md, rows/, and the page [bold]report.html[/]")
         print_notes(classifier)
-        del held  # the folder was locked until here
         for name, reason in results.left_out.items():
             err.print(f"[yellow]note:[/] {escape(f'{name} is left out: {reason}')}", soft_wrap=True)
         for _, reason in results.failures:
