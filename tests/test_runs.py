@@ -223,6 +223,7 @@ def test_two_processes_measure_what_one_does(place: Path) -> None:
     arguments = ["evaluate", place, "--model", f"{place / 'nets.py'}:net", "--out", place / "two", *CALL, "--devices", "2"]
     done = subprocess.run([str(script), *map(str, arguments)], capture_output=True, text=True, timeout=300)
     assert done.returncode == 1, done.stderr
+    assert (place / "two" / "run.json").exists(), done.stdout + done.stderr
     pd.testing.assert_frame_equal(values(place / "two"), values(place / "one"))
     ids = runs.load(place / "two").ids
     assert len(ids) == len(set(ids)) == 13

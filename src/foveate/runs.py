@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -15,6 +16,7 @@ import torch
 from torch import nn
 
 from foveate import images
+from foveate._torchvision import torchvision
 from foveate._version import __version__
 from foveate.batch import Batch
 from foveate.errors import FoveateError, ImageError
@@ -41,8 +43,11 @@ class Workers:
         world = int(os.environ.get("WORLD_SIZE", "1")) if "TORCHELASTIC_RUN_ID" in os.environ else 1
         if devices == 1 and world == 1:
             return
+        torchvision()  # lightning imports it, and beside PyTorch's CPU build that fails where it was not mended before
         from lightning.fabric import Fabric
 
+        for name in ("lightning.fabric", "lightning.pytorch"):  # who is registered where is of no interest here
+            logging.getLogger(name).setLevel(logging.ERROR)
         local = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if world > 1 else devices
         nodes = max(1, world // local) if world > 1 else 1
         try:
