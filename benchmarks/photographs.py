@@ -20,10 +20,11 @@ import torch
 import foveate
 from foveate import maps
 from foveate.data.folder import open_folder
-from foveate.evaluate import batches, interval
+from foveate.evaluate import batches
 from foveate.metrics.recognition import recognition
 from foveate.models.load import Classifier
 from foveate.registry import METHODS
+from foveate.statistics import interval
 
 BATCH = 8
 SETTINGS: dict[str, dict[str, object]] = {"rise": {"masks": 1000}}

@@ -17,6 +17,8 @@ from foveate.cli.options import (
 )
 from foveate.errors import FoveateError
 
+WIDE = 130  # characters, below which references are left to --json
+
 
 def list_(
     kind: Annotated[str, typer.Argument(help="methods, metrics, losses, models or recipes.")],
@@ -29,14 +31,15 @@ def list_(
         if as_json:
             print(json.dumps(lines, indent=2))
             return
-        table = Table(box=None, padding=(0, 2), header_style="dim")
-        shown = [column for column in lines[0] if column not in ("flags", "aliases")]
+        table, console = Table(box=None, padding=(0, 2), header_style="dim"), Console(highlight=False)
+        hidden = {"flags", "aliases", "again"} | ({"paper"} if kind == "metrics" and console.width < WIDE else set())
+        shown = [column for column in lines[0] if column not in hidden]
         for column in shown:
             table.add_column(column, no_wrap=column == "name")
         for line in lines:
             cells = [", ".join(line[column]) if isinstance(line[column], list) else str(line[column]) for column in shown]
             table.add_row(*map(escape, cells))
-        Console(highlight=False).print(table)
+        console.print(table)
 
 
 def _listing(kind: str) -> list[dict[str, Any]]:
@@ -56,7 +59,14 @@ def _listing(kind: str) -> list[dict[str, Any]]:
         ]
     if kind == "metrics":
         return [
-            {"name": column, "better": way, "needs": list(metric.needs), "title": metric.title, "paper": metric.paper}
+            {
+                "name": column,
+                "better": way,
+                "needs": ["boxes or masks" if need == "region" else need for need in metric.needs],
+                "again": metric.costly,
+                "title": metric.title,
+                "paper": metric.paper,
+            }
             for metric in METRICS.all().values()
             for column, way in metric.columns.items()
         ]
