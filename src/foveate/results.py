@@ -188,7 +188,8 @@ def read(path: Path, maps: bool = True) -> Results:
         if part.null_count:
             values[key] = numbers[rows].astype(float)
         else:
-            values[key] = part.flatten().to_numpy(zero_copy_only=False).reshape(count, -1)
+            # A copy: a view would keep the whole file in memory.
+            values[key] = np.array(part.flatten().to_numpy(zero_copy_only=False)).reshape(count, -1)
     return Results(
         about["ids"],
         values,

@@ -20,7 +20,7 @@ ORDER = ("AD", "AG", "AI", "I", "D", "OM", "LE", "F1", "BA", "SP", "EP", "SM", "
 LAST = ("T", "forwards", "backwards", "memory")
 UNJUDGED = ("sparsity",)  # it describes a map: nobody wins it
 LEVEL = (0.025, 0.975)
-BLOCK = 4_000_000  # numbers of resampling weights at a time
+BLOCK = 1_000_000  # numbers of resampling weights at a time
 
 
 def interval(values: np.ndarray, samples: int = 2000, seed: int = 0) -> tuple[float, float]:

@@ -145,6 +145,8 @@ def evaluate(
                 kept = runs.prepare(folder, identity, resume, evaluation.about(plan, call))
         if kept is not None:
             err.print(f"[yellow]note:[/] the run that was in {escape(out)} is kept in {escape(str(kept))}", soft_wrap=True)
+        if workers.rank == 0:
+            print_notes(classifier)  # before the work: an assumption that is wrong costs it
         with workers.together(), _bar(len(source), as_json or workers.rank > 0, workers.count) as tick:
             runs.run(classifier, source, plan, folder, batch_size=batch_size, workers=workers, strict=strict, tick=tick)
         if workers.rank > 0:
@@ -162,7 +164,6 @@ def evaluate(
             for sentence in written.findings:
                 console.print(f"• {escape(sentence)}")
             console.print(f"written to [bold]{escape(out)}[/]: table.md, rows/, and the page [bold]report.html[/]")
-        print_notes(classifier)
         for name, reason in results.left_out.items():
             err.print(f"[yellow]note:[/] {escape(f'{name} is left out: {reason}')}", soft_wrap=True)
         for _, reason in results.failures:
