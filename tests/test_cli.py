@@ -350,7 +350,7 @@ class TestEvaluate:
         assert table["grad_cam"]["AD"]["n"] == 2
         assert table["grad_cam"]["AD"]["low"] <= table["grad_cam"]["AD"]["mean"] <= table["grad_cam"]["AD"]["high"]
         written = {str(path.relative_to(place / "out")) for path in (place / "out").rglob("*") if path.is_file()}
-        assert written == {"rows/rows.parquet", "table.csv", "table.md", "run.json"}
+        assert written == {"rows/000000.parquet", "table.csv", "table.md", "prevalence.csv", "report.html", "run.json"}
 
     def test_unreadable_images_are_left_out_and_listed(self, place: Path) -> None:
         (place / "labels.csv").write_text("file,class_index\na.png,2\ntext.jpg,1\nb.png,1\n")
