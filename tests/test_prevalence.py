@@ -54,7 +54,7 @@ def test_background() -> None:
     assert "40 % [" in found.sentence()
     assert "on 50 % of the images it is more than half" in found.sentence()
     nothing = prevalence(lambda: [results(np.stack([spot(0, 0)] * 2), [0, 0])], ["m"], "m")["m"]
-    assert "nobody can say how much of it is background" in nothing.sentence()
+    assert "How much of it is background is not known" in nothing.sentence()
     masked = results(np.stack([spot(0, 0)]), [0], EP=[100.0], mass_inside=[0.25])
     assert prevalence(lambda: [masked], ["m"], "m")["m"].table.loc[EVERY, "background"] == 0.75  # masks before boxes
 

@@ -58,7 +58,7 @@ class Prevalence:
             f"of the image, and that of one image {wander:.0f} % from their mean."
         )
         if not np.isfinite(self.background).any():
-            return text + " Without boxes or masks nobody can say how much of it is background."
+            return text + " How much of it is background is not known: that takes EP or mass_inside, from boxes or masks."
         low, high = interval(100 * self.background[self.seen])
         return (
             f"{100 * whole['background']:.0f} % [{low:.0f}, {high:.0f}] of the map lies on the background; on "
