@@ -190,3 +190,24 @@ def test_structural_similarity_is_scikit_images() -> None:
         assert float(similarity(a, b)[i]) == pytest.approx(float(full[3:-3, 3:-3].mean()), rel=1e-6)
     assert torch.isnan(similarity(torch.ones(1, 9, 9), torch.rand(1, 9, 9))).all()
     assert similarity(a, a).tolist() == pytest.approx([1, 1])
+
+
+def test_random_networks_run_once_for_all_methods(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Four methods or one: the networks are made once a batch, and each runs once; too large ones are not kept."""
+    from foveate.metrics import sanity
+
+    def forwards(methods: list[str]) -> int:
+        network, calls = networks()["gap"], []
+        network.register_forward_hook(lambda module, inputs, output: calls.append(len(inputs[0])))
+        found = measure(network, [example(count=2)], methods, ["randomisation"], layer="features")
+        tables.append({key: values for key, values in found.values.items() if key[0] == "grad_cam"})
+        return sum(calls)
+
+    tables: list[dict[tuple[str, str], np.ndarray]] = []
+    one, four = forwards(["grad_cam"]), forwards(["grad_cam", "hires_cam", "layer_cam", "xgrad_cam"])
+    assert four - one == 3 * 2  # a capture a method for what it costs, and no more
+    monkeypatch.setattr(sanity, "KEPT_BYTES", 0)
+    assert forwards(["grad_cam", "layer_cam"]) > one + 2
+    for key in tables[0]:
+        np.testing.assert_array_equal(tables[0][key], tables[1][key])
+        np.testing.assert_array_equal(tables[0][key], tables[2][key])

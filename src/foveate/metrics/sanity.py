@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import copy
+import weakref
+from collections.abc import Iterator
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -10,8 +14,11 @@ from foveate import maps
 from foveate.batch import Batch
 from foveate.capture import Capture
 from foveate.errors import FoveateError
-from foveate.randomize import Init, Mode, randomized
+from foveate.randomize import Init, Mode, randomized, stages_of
 from foveate.registry import Explained, metric
+
+KEPT_BYTES = 2**30  # of randomised networks, while a batch is measured
+_captures: weakref.WeakKeyDictionary[Capture, dict[object, list[Capture | None]]] = weakref.WeakKeyDictionary()
 
 
 @metric(
@@ -90,9 +97,11 @@ def randomisation(
     """
     explained = _needed(explained, "randomisation")
     ranks, structure = [], []
-    for _, changed in randomized(capture.model, mode, stages, init, seed, reset_buffers):
+    for changed in _forgetful(capture, (mode, stages, init, seed, reset_buffers)):
         try:
-            again = explained.again(capture.again(capture.x, model=changed))
+            if changed is None:
+                raise FoveateError("this random network gives no logits")
+            again = explained.again(changed)
             form = torch.abs if absolute else torch.clone
             ranks.append(spearman(form(explained.raw), form(again)))
             structure.append(similarity(M, maps.prepare(again, capture.size).to(M)))
@@ -101,6 +110,29 @@ def randomisation(
             structure.append(ranks[-1])
     curves = {"randomisation": torch.stack(ranks, 1), "randomisation_ssim": torch.stack(structure, 1)}
     return {name: curve.nanmean(1) for name, curve in curves.items()} | {f"{n}_curve": curve for n, curve in curves.items()}
+
+
+def _forgetful(capture: Capture, how: tuple[Mode, int, Init, int, bool]) -> Iterator[Capture | None]:
+    """Captures of the randomised networks: kept for the other methods of this batch, so that each runs once for all of them.
+
+    Networks too large for that are made anew each time.
+    """
+    kept = _captures.setdefault(capture, {})
+    if how in kept:
+        yield from kept[how]
+        return
+    size = sum(p.numel() * p.element_size() for p in capture.model.parameters())
+    keep = size * len(stages_of(capture.model, how[1])) <= KEPT_BYTES
+    made: list[Capture | None] = []
+    for _, changed in randomized(capture.model, *how):
+        try:
+            one = capture.again(capture.x, model=copy.deepcopy(changed) if keep else changed)
+        except FoveateError:  # NaN, or nothing at the layer
+            one = None
+        made += [one] if keep else []
+        yield one
+    if keep:
+        kept[how] = made
 
 
 def spearman(a: Tensor, b: Tensor) -> Tensor:
