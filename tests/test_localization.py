@@ -186,3 +186,15 @@ def test_box_accuracy_is_the_best_threshold_over_the_data() -> None:
     curve = results.values["random", "BA"]
     assert curve.shape == (4, 100)
     assert results.table().loc[("random", "BA"), "mean"] == curve.mean(0).max()
+
+
+def test_half_is_not_enough_for_le_and_is_for_ba() -> None:
+    """4 x 4 pixels mapped, a box of 4 x 8: exactly .5. And 4 x 7, of which the map has 4/7."""
+    grid = block(6, 10, slice(0, 4), slice(0, 4))
+    half = values(grid, [[0, 0, 8, 4]])
+    assert half["LE"] == 100
+    assert half["BA"] == [100.0] * 100
+    more = values(grid, [[0, 0, 7, 4]])
+    assert more["LE"] == 0
+    less = values(grid, [[0, 0, 8.5, 4]])
+    assert set(less["BA"]) == {0.0}

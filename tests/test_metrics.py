@@ -207,3 +207,36 @@ class TestEvaluate:
         covered = sum(low < 0 < high for low, high in (interval(rng.normal(size=40), 500) for _ in range(200)))
         assert 170 <= covered <= 200
         assert all(np.isnan(interval(np.array([]))))
+
+
+def test_noise_on_the_object_is_noise_on_the_object() -> None:
+    """A network that asks whether the left half is even: noise there changes its mind, noise elsewhere does not."""
+
+    class Evenness(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.features = torch.nn.Identity()
+            self.head = torch.nn.Linear(1, 2).double()
+            self.eval()
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            spread = self.features(x)[..., :4].flatten(1).std(1, keepdim=True)
+            return torch.cat([torch.full_like(spread, 0.05), spread], 1) + 0 * self.head(spread)
+
+    mask = torch.zeros(1, 8, 8, dtype=torch.bool)
+    mask[..., :4] = True
+    batch = Batch(torch.full((1, 3, 8, 8), 0.5, dtype=torch.float64), torch.tensor([0]), mask)
+    record = METRICS.get("relative_foreground_sensitivity")
+    found = record(Capture(Evenness(), batch.x, "features"), None, batch)["relative_foreground_sensitivity"]
+    assert found.tolist() == [[1, 0]]
+    assert record.pooled["relative_foreground_sensitivity"](found.numpy().mean(0)) == 1
+    assert record.pooled["relative_foreground_sensitivity"](np.array([0.4, 0.8])) == pytest.approx(-0.5)
+
+
+def test_equal_maps_share_their_scores_and_nothing_else() -> None:
+    """Grad-CAM and HiResCAM are one map behind average pooling; only the second promises to add up to the logit."""
+    results = measure(networks()["gap"], [example(count=4)], ["grad_cam", "hires_cam"], "all", layer="features")
+    assert results.same == {"hires_cam": "grad_cam"}
+    assert np.array_equal(results.values["grad_cam", "AD"], results.values["hires_cam", "AD"])
+    assert np.isnan(results.values["grad_cam", "completeness_error"]).all()
+    assert results.values["hires_cam", "completeness_error"].max() < 1e-9
