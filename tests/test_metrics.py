@@ -235,8 +235,10 @@ def test_noise_on_the_object_is_noise_on_the_object() -> None:
 
 def test_equal_maps_share_their_scores_and_nothing_else() -> None:
     """Grad-CAM and HiResCAM are one map behind average pooling; only the second promises to add up to the logit."""
-    results = measure(networks()["gap"], [example(count=4)], ["grad_cam", "hires_cam"], "all", layer="features")
+    names = ["grad_cam", "hires_cam", "contrastive_cam"]
+    results = measure(networks()["gap"], [example(count=4)], names, "all", layer="features")
     assert results.same == {"hires_cam": "grad_cam"}
+    assert results.values["contrastive_cam", "completeness_error"].max() < 1e-9  # to the contrast, not to the logit
     assert np.array_equal(results.values["grad_cam", "AD"], results.values["hires_cam", "AD"])
     assert np.isnan(results.values["grad_cam", "completeness_error"]).all()
     assert results.values["hires_cam", "completeness_error"].max() < 1e-9

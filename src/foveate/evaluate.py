@@ -20,6 +20,7 @@ from foveate.batch import Batch
 from foveate.capture import Capture
 from foveate.errors import DegenerateMapWarning, FoveateError, ImageError
 from foveate.explain import chosen_methods
+from foveate.methods.cam import contrast_of
 from foveate.protocol import Protocol, preset
 from foveate.registry import METHODS, METRICS, Explained, Method, Metric, Spent
 from foveate.results import MAP, MAP_SIDE, MODEL, Results, joined
@@ -236,7 +237,9 @@ class Plan:
             raw, spent = self._map(model, capture, batch, record, target, number < COSTED_BATCHES)
             part.degenerate[record.name] = int(maps.is_constant(maps.relu(raw)).sum())
             M = self._prepared(raw, capture.size)
-            explained = Explained(record, raw, target, self.own.get(record.name, {}), spent)
+            own = self.own.get(record.name, {})
+            aim = contrast_of(capture, target, own.get("against")) if record.contrasts else target
+            explained = Explained(record, raw, aim, own, spent)
             twin = next(((name, values) for name, other, values in known if _same(M, other)), None)
             values = self._values(scored, capture, M, batch, explained, {} if twin is None else twin[1])
             if twin is not None:
