@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from foveate.errors import FoveateError
-from foveate.registry import METHODS, METRICS, Metric, check_settings
+from foveate.registry import METRICS, Metric, check_settings
 
 Target = Literal["label", "pred", "second"]
 FILLED_IN = ("target", "explained")
@@ -127,8 +127,3 @@ def preset(name: str | Protocol) -> Protocol:
     if name not in PRESETS:
         raise FoveateError(f"protocol {name!r} is unknown: there are {', '.join(PRESETS)}")
     return PRESETS[name]
-
-
-def checked_methods(protocol: Protocol) -> dict[str, Mapping[str, Any]]:
-    """The protocol's settings of methods that are registered, for :func:`foveate.explain.chosen_methods`."""
-    return {METHODS.get(name).name: own for name, own in protocol.methods.items()}
