@@ -73,6 +73,12 @@ def test_maps_of_nothing_and_chunks() -> None:
     np.testing.assert_allclose(one.spread[2], (maps[6:] / maps[6:].sum((1, 2), keepdims=True)).std(0), rtol=1e-5)
 
 
+def test_images_without_labels_count_once() -> None:
+    maps = np.stack([spot(0, 0), spot(0, 0), spot(3, 3)])
+    found = prevalence(lambda: [results(maps, [-1, -1, -1])], ["m"], "m")["m"]
+    assert found.distance.tolist() == [0.5, 0.5, 1]
+
+
 def test_from_python() -> None:
     found = measure(networks()["gap"], [example(count=4)], "grad_cam", "AD", layer="features", keep_maps=True)
     assert prevalence(lambda: [found], ["grad_cam"])["grad_cam"].table.loc[EVERY, "n"] <= 4

@@ -184,10 +184,11 @@ class Plan:
         """
         base, given = preset(protocol), dict(settings or {})
         of_methods = {name: own for name, own in given.items() if name not in METRICS.all()}
-        for name in of_methods:
-            if METHODS.known(name) is None and name not in [getattr(m, "name", m) for m in expanded(methods)[0]]:
-                raise FoveateError(f"there is neither a method nor a metric {name!r} whose settings could be changed")
         names, optional = expanded(methods)
+        given_records = {getattr(method, "name", method) for method in names}
+        for name in of_methods:
+            if METHODS.known(name) is None and name not in given_records:
+                raise FoveateError(f"there is neither a method nor a metric {name!r} whose settings could be changed")
         records, own = chosen_methods(names, of_methods)
         for name, values in base.methods.items():
             if name in [record.name for record in records]:

@@ -129,7 +129,7 @@ class _Seen:
         self.labels.append(part.labels)
         behind = background_of(part, method)
         self.background.append(np.full(len(part), np.nan) if behind is None else behind)
-        for label in [EVERY, *set(part.labels.tolist())] if self.pictures else []:
+        for label in {EVERY, *part.labels.tolist()} if self.pictures else ():  # once, also where no label is known
             rows = unit[there & ((part.labels == label) | (label == EVERY))]
             kept = self.sums.setdefault(label, [np.zeros(unit.shape[1]), np.zeros(unit.shape[1]), 0])
             kept[0] += rows.sum(0)

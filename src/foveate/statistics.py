@@ -218,11 +218,10 @@ def findings(frame: pd.DataFrame, results: Results) -> list[str]:
             continue
         control = max((name for name in controls if name in scores), key=lambda name: scores[name])
         best = max(rivals, key=lambda name: scores[name])
-        _, low, high = found.difference((control, column), (best, column))
-        low, high = sorted((sign * low, sign * high))
+        low, high = _margin(found, control, best, column, sign)
         title, value = title_of(control), number(found.points[control, column][0], column)
         rival = f"{title_of(best)} ({number(found.points[best, column][0], column)})"
-        beaten = [name for name in rivals if sorted(sign * v for v in _ends(found, control, name, column))[0] > 0]
+        beaten = [name for name in rivals if _margin(found, control, name, column, sign)[0] > 0]
         if low > 0:
             sentences.append(f"{column} is won by {title} ({value}): on this data it does not measure the explanation.")
         elif high >= 0:
@@ -243,9 +242,10 @@ def findings(frame: pd.DataFrame, results: Results) -> list[str]:
     return sentences
 
 
-def _ends(found: Resampled, name: str, other: str, column: str) -> tuple[float, float]:
+def _margin(found: Resampled, name: str, other: str, column: str, sign: int) -> tuple[float, float]:
+    """The interval of how much better one method is than another, turned so that more is better."""
     _, low, high = found.difference((name, column), (other, column))
-    return low, high
+    return (low, high) if sign > 0 else (-high, -low)
 
 
 def ordered(columns: Iterable[str]) -> list[str]:

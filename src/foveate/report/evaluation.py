@@ -172,7 +172,7 @@ def _content(
                 for name, row in zip(correlation.index, correlation.to_numpy(), strict=True)
             ],
         },
-        "prevalence": None if whole is None else _prevalence(whole, results, classifier, source, small),
+        "prevalence": None if whole is None else _prevalence(whole, results, classifier, source, places, small),
     }
 
 
@@ -276,7 +276,9 @@ def _class_name(classifier: Any, index: int) -> str:
     return names[index].split(",")[0] if names and index < len(names) else f"class {index}"
 
 
-def _prevalence(whole: Prevalence, results: Results, classifier: Any, source: Any, small: SmallMaps) -> dict[str, Any]:
+def _prevalence(
+    whole: Prevalence, results: Results, classifier: Any, source: Any, places: Mapping[str, int], small: SmallMaps
+) -> dict[str, Any]:
     classes = whole.table.drop(index=EVERY)
     classes = classes[classes["n"] > 1].sort_values("n", ascending=False).head(CLASSES)
     panels = []
@@ -295,7 +297,7 @@ def _prevalence(whole: Prevalence, results: Results, classifier: Any, source: An
             (
                 results.ids[i],
                 f"{whole.distance[i]:.2f}",
-                _thumb(source, _places(source), results.ids[i], i),
+                _thumb(source, places, results.ids[i], i),
                 _panel(small[whole.method, i].reshape(whole.mean[EVERY].shape)),
             )
             for i in whole.farthest()
