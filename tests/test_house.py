@@ -35,7 +35,7 @@ FLOORS = [
     {"tail"},
     {"capture"},
     {"registry"},
-    {"boxes", "randomize"},
+    {"boxes", "randomize", "curvature", "proximal"},
     {"methods"},
     {"metrics", "losses", "explain"},
     {"models"},

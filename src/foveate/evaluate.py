@@ -235,12 +235,12 @@ class Plan:
         for record in self.records:
             if number == 0 and not record.repeats:  # the first run of anything is slower than those that follow
                 record(capture, None, target, **self.own.get(record.name, {}))
-            raw, spent = self._map(model, capture, batch, record, target, number < COSTED_BATCHES)
+            raw, spent, facts = self._map(model, capture, batch, record, target, number < COSTED_BATCHES)
             part.degenerate[record.name] = int(maps.is_constant(maps.relu(raw)).sum())
             M = self._prepared(raw, capture.size)
             own = self.own.get(record.name, {})
             aim = contrast_of(capture, target, own.get("against")) if record.contrasts else target
-            explained = Explained(record, raw, aim, own, spent)
+            explained = Explained(record, raw, aim, own, spent, facts)
             twin = next(((name, values) for name, other, values in known if _same(M, other)), None)
             values = self._values(scored, capture, M, batch, explained, {} if twin is None else twin[1])
             if twin is not None:
@@ -259,10 +259,10 @@ class Plan:
 
     def _map(
         self, model: nn.Module, capture: Capture, batch: Batch, record: Method, target: Any, costed: bool
-    ) -> tuple[Tensor, Spent | None]:
+    ) -> tuple[Tensor, Spent | None, dict[str, Tensor]]:
         own = self.own.get(record.name, {})
         if not costed:
-            return record(capture, None, target, **own).detach(), None
+            return record(capture, None, target, **own).detach(), None, capture.facts
         with memory.peak(capture.x.device) as megabytes:
             start = time.perf_counter()
             fresh = Capture(model, batch.x, list(capture.layers), head=self.head, precision=self.precision)
@@ -272,7 +272,7 @@ class Plan:
             seconds = time.perf_counter() - start
         done, count = fresh.passes, len(batch)
         spent = (seconds / count, done.forward / count, done.backward / count, done.tail / count)
-        return raw, Spent(*spent, megabytes())
+        return raw, Spent(*spent, megabytes()), fresh.facts
 
     def _prepared(self, raw: Tensor, size: tuple[int, int]) -> Tensor:
         if self.protocol.scaling == "first":

@@ -39,6 +39,8 @@ class Explanation:
         completeness_error: for methods that promise it, ``[B]``, relative to the score; None elsewhere.
         seconds: time of each method, beyond the one run that all share.
         degenerate: for each method which of its maps say nothing, ``[B]`` bool.
+        facts: for each method what else it knows of its maps, such as the sparsity that CASO reached: ``{name: [B]}``.
+        remarks: for each method the same for people, one sentence an image, or none.
         capture: the run itself, for metrics.
     """
 
@@ -51,6 +53,8 @@ class Explanation:
     completeness_error: dict[str, Tensor | None] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
     degenerate: dict[str, Tensor] = field(default_factory=dict)
+    facts: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+    remarks: dict[str, list[str]] = field(default_factory=dict)
 
     def __getitem__(self, name: str | Method) -> Tensor:
         """The map of a method by name, alias or record, ``[B,H,W]``."""
@@ -207,6 +211,7 @@ def _run(record: Method, explanation: Explanation, settings: Mapping[str, Any], 
         run = fused(record, how=fuse)
     start = time.perf_counter()
     raw = run(capture, capture.layer, target, **settings).detach()
+    explanation.facts[record.name], explanation.remarks[record.name] = capture.facts, capture.remarks
     explanation.maps[record.name] = maps.prepare(raw, capture.size)
     if raw.is_cuda:
         torch.cuda.synchronize()

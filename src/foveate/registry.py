@@ -58,10 +58,11 @@ class Method:
     repeats: bool = False
     aliases: tuple[str, ...] = ()
 
-    def __call__(self, *args: Any, **settings: Any) -> Any:
+    def __call__(self, capture: Any, *args: Any, **settings: Any) -> Any:
         """The raw map: ``(capture, layer, target, **own settings) -> S [B,h,w]``; also under the caller's inference mode."""
+        capture.facts, capture.remarks = {}, []
         with torch.inference_mode(False):
-            return self.function(*args, **settings)
+            return self.function(capture, *args, **settings)
 
 
 @dataclass(frozen=True)
@@ -85,6 +86,7 @@ class Explained:
         target: the score that was explained.
         settings: the method's own.
         spent: what it cost, where that was measured.
+        facts: what else the method knows of its maps, ``{name: [B]}``.
     """
 
     method: Method
@@ -92,6 +94,7 @@ class Explained:
     target: Any
     settings: Mapping[str, Any] = field(default_factory=dict)
     spent: Spent | None = None
+    facts: Mapping[str, torch.Tensor] = field(default_factory=dict)
 
     def again(self, capture: Any, target: Any = None) -> torch.Tensor:
         """The same method on another capture, or for another target: ``[B,h,w]``, without a graph."""

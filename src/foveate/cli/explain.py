@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -369,9 +370,17 @@ def _write(
         "completeness_error": completeness,
         "seconds": round(explanation.seconds[name] / len(explanation.capture.x), 6),
         "degenerate": flat,
+        "facts": {key: _plain(values[i]) for key, values in explanation.facts[name].items()},
+        "remark": remarks[i] if (remarks := explanation.remarks[name]) else None,
         "picture": str(picture),
         "overlay": str(over),
     }
+
+
+def _plain(value: Any) -> Any:
+    """A fact as JSON has it: NaN and infinity are null there."""
+    number = value.item()
+    return None if isinstance(number, float) and not math.isfinite(number) else number
 
 
 def _short(name: str) -> str:
@@ -414,3 +423,6 @@ def _print_answer(console: Console, answer: dict[str, Any], item: dict[str, Any]
             f"{1000 * values['seconds']:.1f}",
         )
     console.print(table)
+    for name, values in answer["maps"].items():
+        if values["remark"]:
+            console.print(f"[dim]{escape(name)}: {escape(values['remark'])}[/]", soft_wrap=True)

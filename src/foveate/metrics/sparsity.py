@@ -12,20 +12,24 @@ from foveate.registry import Explained, metric
 
 @metric(
     "sparsity",
-    title="Share of exact zeros, Gini index",
+    title="Share of exact zeros (of the map, and of what was solved for), Gini index",
     paper="Singla et al., ICML 2019 (eta); Chalasani et al., ICML 2020 (Gini)",
-    columns={"sparsity": "up", "gini": "up"},
+    columns={"sparsity": "up", "eta": "up", "gini": "up"},
     digits=3,
 )
 def sparsity(capture: Capture, M: Tensor, batch: Batch, *, explained: Explained | None = None) -> dict[str, Tensor]:
-    """``eta = #(S = 0) / N`` and ``Gini = sum_i (2 i - N - 1) |S|_(i) / (N sum |S|)``, ``|S|_(i)`` ascending; both in [0, 1].
+    """``sparsity = #(S = 0) / N`` and ``Gini = sum_i (2 i - N - 1) |S|_(i) / (N sum |S|)``, ``|S|_(i)`` ascending; in [0, 1].
 
     Of the map as the method gave it, at its own resolution: upsampling and scaling make and unmake zeros. A map of zeros
-    has eta 1, and the Gini index 0 of anything that is equal everywhere.
+    has sparsity 1, and the Gini index 0 of anything that is equal everywhere. ``eta`` is the same share of what a method
+    solved for, where that has more values than its map: of CAFO and CASO over all ``3 H W`` values, as their paper counts
+    it; elsewhere it is the sparsity of the map.
     """
     values = (M if explained is None else explained.raw).double().flatten(1).abs()  # [B,N]
     count = values.shape[1]
     place = 2 * torch.arange(1, count + 1, device=values.device, dtype=values.dtype) - count - 1
     total = values.sum(1)
     gini = (values.sort(1).values * place).sum(1) / (count * torch.where(total > 0, total, torch.ones_like(total)))
-    return {"sparsity": (values == 0).double().mean(1), "gini": gini}
+    zeros = (values == 0).double().mean(1)
+    eta = zeros if explained is None else explained.facts.get("eta", zeros)
+    return {"sparsity": zeros, "eta": eta, "gini": gini}
