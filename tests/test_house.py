@@ -42,7 +42,7 @@ FLOORS = [
     {"data"},
     {"results", "protocol", "statistics"},
     {"prevalence", "evaluate", "testing", "recipe"},
-    {"runs", "torchmetrics"},
+    {"runs", "torchmetrics", "confidence"},
     {"compare"},
     {"train"},
     {"report"},

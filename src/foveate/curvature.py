@@ -143,7 +143,8 @@ class Curvature:
 
         ``H = W (diag p - p p^T) W^T``, ``W = d logits / d x``, and ``diag p - p p^T = sum_j p_j (e_j - p)(e_j - p)^T``: class
         j adds the column ``sqrt(p_j) (w_j - sum_i p_i w_i)``. Classes are taken from the likeliest on, until those left
-        out have at most ``share`` of the probability. What they would have added is positive semi-definite, so that its
+        out have at most ``share`` of what the likeliest leaves, ``1 - p_1``: of a sure prediction that rest is small, and all
+        of the curvature comes from it. What they would have added is positive semi-definite, so that its
         trace bounds its norm; the trace is estimated with four backward passes.
 
         Args:
@@ -275,7 +276,7 @@ class _Root:
         self.order = self.p.argsort(1, descending=True)
         likeliest = self.p.gather(1, self.order)
         place = torch.arange(z.shape[1], device=z.device)
-        kept = likeliest.cumsum(1) - likeliest < 1 - share
+        kept = _kept(likeliest, share)
         kept = kept if most is None else kept & (place < most)
         self.root = likeliest.sqrt()
         self.kept = kept
@@ -299,18 +300,27 @@ def _rank_one(target: Target, head: str) -> bool:
 
 
 def classes_for(target: Target, logits: Tensor, head: str, share: float) -> Tensor:
-    """How many classes have all but ``share`` of the probability, ``[B]``; 1 where the loss has one direction."""
+    """How many classes leave at most ``share`` of ``1 - p_1`` to the others, ``[B]``; 1 where the loss has one direction."""
     if _rank_one(target, head):
         return torch.ones(len(logits), dtype=torch.long, device=logits.device)
-    p = logits.detach().double().softmax(1).sort(1, descending=True).values
-    return (p.cumsum(1) - p < 1 - share).sum(1)
+    return _kept(logits.detach().double().softmax(1).sort(1, descending=True).values, share).sum(1)
 
 
-def lanczos(multiply: Multiply, start: Tensor, steps: int = LANCZOS_STEPS, tolerance: float = LANCZOS_TOLERANCE) -> Spectrum:
+def _kept(likeliest: Tensor, share: float) -> Tensor:
+    """Which of the probabilities ``[N,C]``, largest first, leave at most ``share`` of ``1 - p_1`` to those after them."""
+    after = likeliest.flip(1).cumsum(1).flip(1)  # summed from the smallest on: 1 - p has no digits where p is near 1
+    rest = after[:, 1:2] if likeliest.shape[1] > 1 else torch.zeros_like(after)
+    return (after > share * rest) | (torch.arange(likeliest.shape[1], device=likeliest.device) == 0)
+
+
+def lanczos(
+    multiply: Multiply, start: Tensor, steps: int = LANCZOS_STEPS, tolerance: float = LANCZOS_TOLERANCE, pairs: int = 2
+) -> Spectrum:
     """The outer eigenvalues of a symmetric operator, by Lanczos' iteration with full reorthogonalisation.
 
     Power iteration needs many more products, and finds the eigenvalue that is largest in magnitude, which may be
-    negative. Each image stops for itself when the residual of its largest eigenvalue is below ``tolerance`` of it.
+    negative. Each image stops for itself when the residuals of its largest ``pairs`` eigenvalues are below ``tolerance``
+    of the largest.
 
     Args:
         multiply: ``[n,d] -> [n,d]``, each row its own operator.
@@ -342,10 +352,9 @@ def lanczos(multiply: Multiply, start: Tensor, steps: int = LANCZOS_STEPS, toler
         values, vectors = torch.linalg.eigh(T[:, : k + 1, : k + 1])
         scale = values.abs().amax(1)
         exhausted = beta <= small * scale
-        top = values.argmax(1, keepdim=True)
-        residual = beta * vectors[:, -1, :].gather(1, top)[:, 0].abs()
-        settled = residual <= tolerance * values.gather(1, top)[:, 0].clamp(min=0)
-        going = going & ~exhausted & ~(settled & (k > 0))
+        residual = beta * vectors[:, -1, -pairs:].abs().amax(1)  # eigenvalues come in ascending order
+        settled = residual <= tolerance * values[:, -1].clamp(min=0)
+        going = going & ~exhausted & ~(settled & (k + 1 >= pairs))
         if not going.any() or k + 1 == steps:
             break
         T[:, k, k + 1] = T[:, k + 1, k] = torch.where(going, beta, 0.0)

@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from foveate.cli.compare import compare
+from foveate.cli.confidence import confidence
 from foveate.cli.evaluate import evaluate
 from foveate.cli.explain import explain
 from foveate.cli.listing import list_
@@ -39,6 +40,7 @@ def _main(
 app.command()(explain)
 app.command()(evaluate)
 app.command()(compare)
+app.command()(confidence)
 app.command()(train)
 app.command()(demo)
 app.command("list")(list_)

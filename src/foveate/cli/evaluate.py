@@ -147,7 +147,7 @@ def evaluate(
             err.print(f"[yellow]note:[/] the run that was in {escape(out)} is kept in {escape(str(kept))}", soft_wrap=True)
         if workers.rank == 0:
             print_notes(classifier)  # before the work: an assumption that is wrong costs it
-        with workers.together(), _bar(len(source), as_json or workers.rank > 0, workers.count) as tick:
+        with workers.together(), measuring(len(source), as_json or workers.rank > 0, workers.count) as tick:
             runs.run(classifier, source, plan, folder, batch_size=batch_size, workers=workers, strict=strict, tick=tick)
         if workers.rank > 0:
             return
@@ -194,7 +194,7 @@ def names_of(source: Any) -> list[str]:
     return [f"{type(inner).__name__}:{count}"]
 
 
-class _bar:
+class measuring:
     """A progress bar with the rate and the time left; nothing where it is to be quiet."""
 
     def __init__(self, total: int, quiet: bool, share: int = 1) -> None:

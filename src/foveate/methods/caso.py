@@ -24,7 +24,8 @@ Unit = Literal["image", "network"]
 Convention = Literal["talk", "authors"]
 MARGIN = 10.0  # of lambda_2 over L / 2
 SAME = 0.99  # cosine with CAFO, above which the two maps are one to the eye
-SHARE = 1e-3  # of the probability that the factored form may leave out
+SHARE = 0.02  # of the probability beside the first class, that the factored form may leave out
+TOGETHER = 8  # of a chunk, so many parts are solved apart on a CPU: one image of 224 x 224
 CLASSES = 48  # that the factored form takes by itself: as many backward passes cost less than products with H do
 
 
@@ -244,8 +245,8 @@ def second_order(
         convention: ``authors``: their ``lambda2`` is added to L in a term ``(L + lambda2) / 2 |D|^2``, 20 where None.
         hessian: ``factored``: ``W (diag p - p p^T) W^T`` by a backward pass for each class, of piecewise-linear networks
             only; ``products``: double backpropagation, any network; ``auto``: factored where the network allows it and 48
-            classes have all but ``share`` of the probability.
-        share: of the probability that factors may leave out; 0 for all classes.
+            classes are enough for ``share``.
+        share: of the probability of all classes but the likeliest, that factors may leave out; 0 for all classes.
         tolerance: bound on the relative error of D.
         copies, noise, noise_seed: SmoothCASO: gradient and Hessian are means over the copies, with one D.
         unit: see :func:`first_order`.
@@ -399,7 +400,10 @@ def _by_groups(
     deviation = width(x, noise)
     every = torch.arange(len(x), device=x.device)
     groups = [every] if apart is None else [every[apart], every[~apart]]
-    step = max(1, capture.chunk_size("backward") // (2 if twice else 1) // copies)
+    step = capture.chunk_size("backward") // copies
+    if twice and x.device.type == "cpu":
+        step //= TOGETHER  # images wait for the one that needs most, and on a CPU a batch is not faster than its images
+    step = max(1, step)
     parts, order = [], []
     for rows in (piece for group in groups for piece in group.split(step) if len(piece)):
         images = x[rows][:, None].expand(-1, copies, -1, -1, -1)

@@ -1,0 +1,54 @@
+"""The figure of the confidence study: agreement of CASO with CAFO, and eigenvalues, against confidence."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from foveate.confidence import Trend
+from foveate.report.pictures import ACCENT, INK, MUTED, WRONG
+
+COLOURS = (ACCENT, WRONG, "#7048e8", "#5c940d")
+MARKERS = ("o", "^", "s", "D")
+
+
+def draw(rows: Mapping[str, pd.DataFrame], trends: Mapping[str, Trend], path: Path) -> None:
+    """Three panels against confidence, a colour and a marker a network; written as ``path`` says by its ending.
+
+    ``1 - cosine`` of CASO and CAFO with a target sparsity, the same without a penalty, and the ratio of the two largest
+    eigenvalues with what the theorem says of uniform residual mass, ``C q``, as a line.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(12.6, 4.3), dpi=110, layout="constrained")
+    axes: Any = figure.subplots(1, 3)
+    panels = (("cosine", "sparse: 1 - cosine(CASO, CAFO)"), ("cosine_dense", "no penalty: 1 - cosine((2λ₂I - H)⁻¹g, g)"))
+    for number, (name, frame) in enumerate(rows.items()):
+        look: dict[str, Any] = {"color": COLOURS[number % 4], "marker": MARKERS[number % 4], "s": 20, "alpha": 0.65}
+        look |= {"linewidths": 0}
+        unsure = (1 - frame["confidence"]).clip(lower=1e-6)
+        for axis, (column, _) in zip(axes, panels, strict=False):
+            trend = trends[name].correlation if column == "cosine" else trends[name].without_penalty
+            label = f"{name}: Spearman {trend[0]:+.2f} [{trend[1]:+.2f}, {trend[2]:+.2f}]"
+            axis.scatter(unsure, (1 - frame[column]).clip(lower=1e-9), label=label, **look)
+        axes[2].scatter(unsure, frame["ratio"], **look)
+        if number == 0:
+            classes = float((frame["predicted"] / frame["confidence"]).median())
+            q = np.linspace(1e-3, 1 - 1e-6, 400)
+            axes[2].plot(1 - q, classes * q, color=INK, linewidth=1.2, label=f"theorem: C q, C = {classes:.0f}")
+    for axis, title in zip(axes, (*(title for _, title in panels), "ratio of the two largest eigenvalues"), strict=True):
+        axis.set_title(title, fontsize=10, color=INK, loc="left")
+        axis.set_xlabel("1 - confidence: sure on the right", fontsize=8.5, color=MUTED)
+        axis.set_xscale("log")
+        axis.set_yscale("log")
+        axis.set_xlim(1.2, 5e-7)
+        axis.tick_params(labelsize=8, colors=MUTED)
+        axis.grid(alpha=0.25, linewidth=0.6)
+        for side in ("top", "right"):
+            axis.spines[side].set_visible(False)
+        axis.legend(fontsize=7.5, frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.16))
+    figure.savefig(path, facecolor="white")
