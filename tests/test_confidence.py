@@ -85,8 +85,12 @@ def test_a_trend_is_told_from_none(slope: float, words: str) -> None:
     assert "(Spearman" in found.sentence("net") and "120 images" in found.sentence("net")
 
 
-def test_two_images_are_no_trend() -> None:
+def test_few_images_and_rounding_are_no_trend() -> None:
     assert np.isnan(trend(rows(2, 0.4)).correlation[0])
+    assert "says nothing of a trend" in trend(rows(12, 0.4)).sentence("net")
+    same = rows(60, 0.4)
+    noise = same.assign(cosine=1 - 1e-14 * (1 - same["confidence"]), cosine_dense=1.0)
+    assert "are the same on all 60 images" in trend(noise).sentence("net") and np.isnan(trend(noise).correlation[0])
 
 
 def test_the_figure_shows_every_network(tmp_path: Path) -> None:
@@ -106,11 +110,15 @@ def test_the_command(tmp_path: Path) -> None:
     assert scenes.CLASSES
     first = call("confidence", *data, "--name", "one")
     assert first.exit_code == 0, first.output
-    assert "one: the agreement of CASO with CAFO" in first.output and (out / "confidence.png").stat().st_size > 10_000
+    assert "one: CASO and CAFO are the same" in first.output or "says nothing of a trend" in first.output
+    assert (out / "confidence.png").stat().st_size > 10_000
     second = call("confidence", *data, "--name", "two", "--json")
     document = json.loads(second.stdout)
     assert set(document["networks"]) == {"one", "two"} == set(known(out))
     wrong = call("confidence", *data, "--name", "one", "--eta", 0.5)
     assert wrong.exit_code == 2 and "is of another call" in wrong.output
+    assert "one figure cannot show both" in call("confidence", *data, "--name", "three", "--eta", 0.5).output
+    (out / "labels.csv").write_text("file,class_index\n")
+    assert set(known(out)) == {"one", "two"}
     assert "becomes a file's name" in call("confidence", *data, "--name", "../x").output
     assert "--unit 'pixel' is unknown" in call("confidence", *data, "--unit", "pixel").output

@@ -14,7 +14,8 @@ from foveate import Capture, FoveateError, evaluate, explain, normalized
 from foveate.curvature import Curvature, Spectrum, _Root, classes_for, lanczos, smooth_parts
 from foveate.methods.caso import Solution, first_order, path, second_order
 from foveate.noise import gaussian, width
-from foveate.proximal import ROUNDS, maximise, quantile, soft
+from foveate.proximal import maximise, quantile, soft
+from foveate.registry import METHODS
 
 CLASSES, SIZE = 5, 8
 D = 3 * SIZE * SIZE
@@ -151,7 +152,7 @@ class TestHessian:
             rest = dense(net, x[0])[1] - factors.columns[0].T @ factors.columns[0]
             assert torch.linalg.eigvalsh(rest)[0] > -1e-12
             trace = float(rest.trace())
-            assert trace > 0 and trace / 2.5 < float(factors.left_out) < 2.5 * trace
+            assert 0 < trace <= float(factors.left_out) < 5 * trace
 
     @pytest.mark.parametrize("head", ["binary", "multilabel", "contrast"])
     def test_other_heads_have_one_direction(self, head: str) -> None:
@@ -286,7 +287,8 @@ class TestSolver:
         tops = [float(torch.linalg.eigvalsh(dense(net, x[i])[1])[-1]) for i in range(3)]
         least = max(tops) / 2
         with pytest.raises(
-            FoveateError, match=rf"lambda2 {least * 0.99:.3f}.* image {tops.index(max(tops))}.*more than {least:.6g}"
+            FoveateError,
+            match=rf"lambda2 {least * 0.99:.3f}.* image {tops.index(max(tops))}.*more than {least * (1 + 1e-5):.6g}",
         ):
             second_order(capture, capture.target(1), lambda2=round(least * 0.99, 3), hessian="factored", share=0)
         assert second_order(capture, capture.target(1), lambda2=least * 1.01, hessian="factored", share=0).error.max() < 1e-3
@@ -308,7 +310,13 @@ class TestSolver:
             H = draws[:rank].T @ draws[:rank] / 40
             g, values = draws[rank], torch.linalg.eigh(H)
             known = 2 if rank == 3 else 20
-            spectrum = Spectrum(values[0].flip(0)[None, :known], values[1].T.flip(0)[None, :known], torch.zeros(1).double())
+            spectrum = Spectrum(
+                values[0].flip(0)[None, :known],
+                values[1].T.flip(0)[None, :known],
+                torch.zeros(1).double(),
+                torch.zeros(1).double(),
+                torch.zeros(1).long(),
+            )
             shift = spectrum.largest + margin
             for tolerance in (1e-2, 1e-6):
                 (found,) = maximise(
@@ -317,7 +325,7 @@ class TestSolver:
                 expected = reference.sparse_maximiser(g, H, 0.5, float(shift) / 2)
                 missed = float((found.delta - expected).norm() / found.delta.norm())
                 assert missed <= found.error + 1e-9
-                assert found.error <= tolerance, ROUNDS
+                assert found.error <= tolerance
                 assert 0 < (found.delta == 0).double().mean() < 1
 
     def test_thresholds(self) -> None:
@@ -337,19 +345,71 @@ class TestMethod:
             other = second_order(shuffled, shuffled.target(None))
             torch.testing.assert_close(other.delta, found.delta[order], rtol=1e-9, atol=1e-12)
 
-    def test_both_hessians_in_one_batch(self) -> None:
+    @pytest.mark.parametrize("head", ["binary", "contrast"])
+    @pytest.mark.parametrize("logit", [5.0, 36.0, 37.5, 45.0, 90.0])
+    def test_one_direction_of_a_sure_prediction(self, head: str, logit: float) -> None:
+        net, x = network(sure=1), images(2)
+        if head == "binary":
+            net.classifier = nn.Linear(8 * 16, 1).double().eval()
+        with torch.no_grad():
+            net.classifier.bias.zero_()
+            net.classifier.bias[0] = logit
+        capture = Capture(net, x, "features")
+        target = capture.target(1 if head == "binary" else 0, against=1 if head == "contrast" else None)
+        factored, products = (second_order(capture, target, hessian=hessian) for hessian in ("factored", "products"))  # type: ignore[arg-type]
+        assert factored.delta.any() and torch.isfinite(factored.delta).all() and factored.converged.all()
+        torch.testing.assert_close(factored.delta, products.delta, rtol=1e-3, atol=1e-3 * float(products.delta.abs().max()))
+        torch.testing.assert_close(factored.largest, products.largest, rtol=2e-3, atol=1e-15)
+
+    def test_many_classes_take_products_and_few_factors(self) -> None:
         torch.manual_seed(1)
-        net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 36, 200)).double().eval()
-        x = images(4)
-        x[1::2] *= 120  # far outside, where the network is sure
-        capture = Capture(net, x, "0")
-        found = second_order(capture, capture.target(None))
-        assert found.factored.tolist() == [False, True, False, True] and (found.classes[1::2] <= 48).all()
-        products = second_order(capture, capture.target(None), hessian="products", tolerance=1e-6)
-        difference = (found.delta - products.delta).flatten(1).norm(dim=1) / products.delta.flatten(1).norm(dim=1).clamp(
-            min=1e-12
-        )
-        assert difference.max() < 0.05
+        for classes, copies, factored in ((48, 1, True), (49, 1, False), (24, 2, True), (24, 3, False)):
+            net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(4 * 36, classes)).double().eval()
+            capture = Capture(net, images(2), "0")
+            found = second_order(capture, capture.target(None), copies=copies)
+            assert found.factored.tolist() == [factored] * 2 and (found.products > 0).tolist() == [not factored] * 2
+            assert found.classes.tolist() == [classes if factored else 0] * 2
+
+    def test_what_factors_leave_out_counts_in_l_and_in_the_error(self) -> None:
+        torch.manual_seed(1)
+        net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(4 * 36, 60)).double().eval()
+        net[3].weight.data *= 20
+        capture = Capture(net, images(6), "0")
+        target = capture.target(None)
+        exact = second_order(capture, target, hessian="factored", lambda1=0.1)
+        for share in (0.3, 0.05):
+            cut = second_order(capture, target, hessian="factored", lambda1=0.1, share=share, lambda2=None)
+            assert (cut.classes < 60).all() and (cut.largest >= exact.largest).all() and not cut.converged.any()
+            same = second_order(capture, target, hessian="factored", lambda1=0.1, lambda2=float(cut.lambda2.max()))
+            rough = second_order(
+                capture, target, hessian="factored", lambda1=0.1, lambda2=float(cut.lambda2.max()), share=share
+            )
+            missed = (same.delta - rough.delta).flatten(1).norm(dim=1) / rough.delta.flatten(1).norm(dim=1)
+            assert (missed > 1e-6).all() and (missed <= rough.error).all()
+
+    def test_the_second_eigenvalue_is_right_or_unknown(self) -> None:
+        for ratio in (3.0, 50.0, 300.0, 1000.0):
+            values = torch.cat([torch.tensor([1.0, 1 / ratio]), 0.5 / ratio * torch.rand(400)]).double()
+            start = torch.ones(1, 402).double()
+            plain = lanczos(lambda v, values=values: v * values, start)
+            found = lanczos(lambda v, values=values: v * values, start, second=True)
+            assert float(found.second) == pytest.approx(1 / ratio, rel=0.05)
+            assert bool(plain.second.isnan()) or float(plain.second) == pytest.approx(1 / ratio, rel=0.1)
+
+    def test_a_smooth_function_counts_where_it_looks_flat(self) -> None:
+        torch.manual_seed(0)
+        net = nn.Sequential(nn.Conv2d(3, 8, 3, 1, 1), nn.Hardswish(), nn.Flatten(), nn.Linear(8 * 64, 3)).double().eval()
+        with torch.no_grad():
+            net[0].bias.fill_(50.0)  # where hard swish is the identity
+        assert smooth_parts(Capture(net, images(2), "0")) == ("hardswish",)
+
+    def test_what_did_not_converge_says_so(self) -> None:
+        capture = Capture(network(sure=20), images(), "features")
+        second = METHODS.get("caso")
+        second(capture, None, capture.target(1), share=0.5, hessian="factored")
+        assert all("not converged: off by up to" in remark for remark in capture.remarks)
+        second(capture, None, capture.target(1))
+        assert not any("not converged" in remark for remark in capture.remarks)
 
     @pytest.mark.parametrize("hessian", ["factored", "products"])
     def test_smooth_variants_are_means_over_noisy_copies_of_one_label(self, hessian: str) -> None:

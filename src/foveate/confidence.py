@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,6 +15,9 @@ from foveate.capture import Capture
 from foveate.errors import FoveateError
 from foveate.evaluate import batches
 from foveate.methods.caso import SAME, Unit, path
+
+TIE = 1e-9  # of 1 - cosine: below it is the rounding of float32 images
+ENOUGH = 20  # images, for a sentence about a trend
 
 
 @dataclass(frozen=True)
@@ -43,13 +46,18 @@ class Trend:
     def sentence(self, name: str) -> str:
         """The trend in words."""
         middle, low, high = self.correlation
+        if self.cosine[1] >= 1 - TIE:
+            return f"{name}: CASO and CAFO are the same on all {self.images} images, so that there is no trend in confidence."
         verdict = (
             "rises with confidence" if low > 0 else "falls with confidence" if high < 0 else "shows no trend in confidence"
         )
+        verdict = verdict if self.images >= ENOUGH else f"on fewer than {ENOUGH} images says nothing of a trend in confidence"
+        theorem = f"{100 * self.ratio:.2g} %" if np.isfinite(self.ratio) else "an unknown part"
         return (
             f"{name}: the agreement of CASO with CAFO {verdict} (Spearman {middle:+.2f} [{low:+.2f}, {high:+.2f}], "
-            f"{self.images} images); the median cosine is {self.cosine[0]:.4f}, the least {self.cosine[1]:.4f}, and "
-            f"{100 * self.matters:.0f} % are below {SAME}."
+            f"{self.images} images; without a penalty {self.without_penalty[0]:+.2f}). The median cosine is {self.cosine[0]:.4f}, "
+            f"the least {self.cosine[1]:.4f}, and {100 * self.matters:.0f} % are below {SAME}. The ratio of the two largest "
+            f"eigenvalues is {theorem} of C q (median)."
         )
 
 
@@ -83,7 +91,7 @@ def study(
             raise FoveateError(f"the study is about softmax networks, and this one has a {capture.head!r} head")
         target = capture.target(None)
         start = time.perf_counter()
-        sparse, whole = path(capture, target, [None, 0.0], eta=eta, unit=unit)
+        sparse, whole = path(capture, target, [None, 0.0], eta=eta, unit=unit, second=True)
         seconds = (time.perf_counter() - start) / len(batch)
         confidence = capture.logits.detach().double().softmax(1).amax(1)
         rows = pd.DataFrame(
@@ -119,8 +127,8 @@ def trend(rows: pd.DataFrame) -> Trend:
     ratio = rows["ratio"].to_numpy(float)
     return Trend(
         len(rows),
-        _spearman(confidence, rows["cosine"].to_numpy()),
-        _spearman(confidence, rows["cosine_dense"].to_numpy()),
+        _spearman(confidence, rows["cosine"].clip(upper=1 - TIE).to_numpy()),
+        _spearman(confidence, rows["cosine_dense"].clip(upper=1 - TIE).to_numpy()),
         (float(rows["cosine"].median()), float(rows["cosine"].min())),
         float((rows["cosine"] < SAME).mean()),
         float(np.nanmedian(ratio / rows["predicted"].to_numpy())) if np.isfinite(ratio).any() else float("nan"),
@@ -149,10 +157,7 @@ def _spearman(x: np.ndarray, y: np.ndarray, samples: int = 1000) -> tuple[float,
     return of(x, y), float(low), float(high)
 
 
-def known(folder: Path, names: Sequence[str] = ()) -> dict[str, pd.DataFrame]:
-    """The rows of every network that has been studied into a folder, by its name."""
-    return {
-        file.stem: pd.read_csv(file, dtype={"id": str})
-        for file in sorted(folder.glob("*.csv"))
-        if not names or file.stem in names
-    }
+def known(folder: Path) -> dict[str, pd.DataFrame]:
+    """The rows of every network that has been studied into a folder, by its name: those whose call lies beside them."""
+    calls = [file for file in sorted(folder.glob("*.json")) if file.with_suffix(".csv").is_file()]
+    return {file.stem: pd.read_csv(file.with_suffix(".csv"), dtype={"id": str}) for file in calls}

@@ -19,7 +19,11 @@ from foveate.noise import gaussian
 from foveate.targets import SCORES, Target
 
 Multiply = Callable[[Tensor], Tensor]
-TRACE_DRAWS = 4
+TRACE_DRAWS = 16
+SAFETY = 2.0  # times the estimate of a trace from so many draws, whose standard deviation is at most .35 of it
+LEAST_STEPS = 5  # of Lanczos' iteration: fewer can settle on a vector that the start happened to be near to
+SECOND = 0.05  # relative accuracy of the second eigenvalue, where it is asked for
+BLOCK = 2**14  # values of each column that are in float64 at once
 LANCZOS_STEPS = 40
 LANCZOS_TOLERANCE = 1e-3  # of the largest eigenvalue, relative
 _SMOOTH = {
@@ -145,7 +149,7 @@ class Curvature:
         j adds the column ``sqrt(p_j) (w_j - sum_i p_i w_i)``. Classes are taken from the likeliest on, until those left
         out have at most ``share`` of what the likeliest leaves, ``1 - p_1``: of a sure prediction that rest is small, and all
         of the curvature comes from it. What they would have added is positive semi-definite, so that its
-        trace bounds its norm; the trace is estimated with four backward passes.
+        trace bounds its norm; the trace is estimated with 16 backward passes, and doubled for the scatter of the estimate.
 
         Args:
             most: no more than so many classes.
@@ -159,16 +163,25 @@ class Curvature:
             piece = slice(start, start + step)
             part = self._held or _Pass(self.capture, self.target, self.images[piece], self.rows[piece], False)
             root = _Root(self.target.rows(self.rows[piece]), part.logits, self.capture.head, share, most)
-            pulled = [part.pull(root.column(j)) * self.unit for j in range(root.width)]  # r times [N,3,H,W]
-            columns.append(torch.stack([column.flatten(1) for column in pulled], 1))  # [N,r,d]
+            # Written in place: of a thousand classes they are hundreds of megabytes an image.
+            pulled = self.gradient.new_empty(len(part.logits), root.width, self.gradient.shape[1])  # [N,r,d]
+            for j in range(root.width):
+                pulled[:, j] = (part.pull(root.column(j)) * self.unit).flatten(1)
+            columns.append(pulled)
             left = torch.zeros(len(part.logits), dtype=torch.float64, device=part.logits.device)
             for number in () if root.complete else range(TRACE_DRAWS):
                 signs = torch.sign(gaussian(0, [number], part.logits.shape[1:], part.logits)[0].double() + 1e-30)
-                left += (part.pull(root.rest(signs)) * self.unit).flatten(1).double().square().sum(1) / TRACE_DRAWS
+                pulled = part.pull(root.rest(signs)) * self.unit
+                left += pulled.flatten(1).double().square().sum(1) * (SAFETY / TRACE_DRAWS)
             lefts.append(left)
         widest = max(column.shape[1] for column in columns)
-        every = torch.cat([F.pad(column, (0, 0, 0, widest - column.shape[1])) for column in columns])
-        every = every.view(self.count, self.copies * widest, -1) / self.copies**0.5
+        if len(columns) == 1:
+            (every,) = columns
+        else:
+            every = torch.cat([F.pad(column, (0, 0, 0, widest - column.shape[1])) for column in columns])
+        every = every.view(self.count, self.copies * widest, -1)
+        if self.copies > 1:
+            every = every.div_(self.copies**0.5)
         classes = (every != 0).any(2).sum(1) // self.copies
         return Factors(every, classes, torch.cat(lefts).view(self.count, self.copies).mean(1))
 
@@ -180,7 +193,7 @@ class Factors:
     Attributes:
         columns: ``B^T [n,r,d]``; rows beyond an image's own number are 0.
         classes: how many classes each image kept, ``[n]``.
-        left_out: estimate of the trace of what they leave out, which bounds its norm, ``[n]``; 0 where nothing is.
+        left_out: twice the estimated trace of what they leave out, which bounds its norm, ``[n]``; 0 where nothing is.
     """
 
     columns: Tensor
@@ -189,17 +202,18 @@ class Factors:
 
     def spectrum(self) -> Spectrum:
         """The eigenvectors and eigenvalues of ``B B^T`` that are not 0, by those of ``B^T B``: exact, ``r x r``."""
-        # One image at a time: the columns in float64 are many megabytes.
-        gram = torch.stack([one.double() @ one.double().T for one in self.columns])  # [n,r,r]
+        # A part at a time: the columns in float64 are twice as many megabytes.
+        gram = sum(part.double() @ part.double().transpose(1, 2) for part in self.columns.split(BLOCK, 2))  # [n,r,r]
         values, vectors = torch.linalg.eigh(gram)
         values = values.clamp(min=0)
         kept = values > values[:, -1:] * 1e-12
         turn = torch.where(kept, values.rsqrt(), torch.zeros_like(values))[:, None, :] * vectors
-        turned = zip(turn, self.columns, strict=True)
-        eigenvectors = torch.stack([(one.T @ columns.double()).to(columns) for one, columns in turned])
+        eigenvectors = torch.empty_like(self.columns)
+        for part, into in zip(self.columns.split(BLOCK, 2), eigenvectors.split(BLOCK, 2), strict=True):
+            into.copy_(turn.transpose(1, 2) @ part.double())
         values = torch.where(kept, values, torch.zeros_like(values))
         zero = torch.zeros_like(values[:, 0])
-        return Spectrum(values.flip(1), eigenvectors.flip(1), zero)
+        return Spectrum(values.flip(1), eigenvectors.flip(1), self.left_out.to(zero), zero, zero.long())
 
 
 @dataclass(frozen=True)
@@ -209,22 +223,29 @@ class Spectrum:
     Attributes:
         values: ``[n,k]``; 0 beyond an image's own number.
         vectors: ``[n,k,d]``, orthonormal; 0 where the value is.
-        error: how far the largest value may be off, ``[n]``.
+        error: how far the largest value may be off: the residual of Lanczos' iteration, or what factors leave out, ``[n]``.
+        second_error: the same of the second value, ``[n]``.
+        products: with H, that it took, ``[n]``.
     """
 
     values: Tensor
     vectors: Tensor
     error: Tensor
+    second_error: Tensor
+    products: Tensor
 
     @property
     def largest(self) -> Tensor:
-        """``L [n]``: no eigenvalue of H is above it; 0 where all are negative."""
+        """``L [n]``, the largest eigenvalue with its error added, to be on the safe side; 0 where all are negative."""
         return (self.values[:, 0] + self.error).clamp(min=0)
 
     @property
     def second(self) -> Tensor:
-        """The second eigenvalue, ``[n]``; 0 where there is none."""
-        return self.values[:, 1] if self.values.shape[1] > 1 else torch.zeros_like(self.values[:, 0])
+        """The second eigenvalue, ``[n]``; 0 where there is none, NaN where it is not known to 5 %."""
+        if self.values.shape[1] < 2:
+            return torch.zeros_like(self.values[:, 0])
+        unknown = self.second_error > SECOND * self.values[:, 1].abs()
+        return self.values[:, 1].masked_fill(unknown, float("nan"))
 
     def multiply(self, v: Tensor) -> Tensor:
         """``sum_k value_k (vector_k . v) vector_k``, ``[n,d]``."""
@@ -268,8 +289,9 @@ class _Root:
                 z.requires_grad_(True)
                 log_p = target.log_probability(z, head)  # type: ignore[arg-type]
                 (gradient,) = torch.autograd.grad(log_p.sum(), z)
-            p = log_p.detach().exp()
-            self.one = gradient * (p / (1 - p).clamp(min=1e-300)).sqrt()[:, None]  # [N,C]
+            log_p = log_p.detach()
+            rest = -torch.expm1(log_p)  # 1 - p, which the gradient has as a factor
+            self.one = gradient * (log_p.exp() / rest.clamp(min=1e-300)).sqrt()[:, None]  # [N,C]
             self.width, self.complete = 1, True
             return
         self.p = z.softmax(1)  # [N,C]
@@ -303,6 +325,8 @@ def classes_for(target: Target, logits: Tensor, head: str, share: float) -> Tens
     """How many classes leave at most ``share`` of ``1 - p_1`` to the others, ``[B]``; 1 where the loss has one direction."""
     if _rank_one(target, head):
         return torch.ones(len(logits), dtype=torch.long, device=logits.device)
+    if share == 0:
+        return torch.full((len(logits),), logits.shape[1], device=logits.device)
     return _kept(logits.detach().double().softmax(1).sort(1, descending=True).values, share).sum(1)
 
 
@@ -314,24 +338,25 @@ def _kept(likeliest: Tensor, share: float) -> Tensor:
 
 
 def lanczos(
-    multiply: Multiply, start: Tensor, steps: int = LANCZOS_STEPS, tolerance: float = LANCZOS_TOLERANCE, pairs: int = 2
+    multiply: Multiply, start: Tensor, steps: int = LANCZOS_STEPS, tolerance: float = LANCZOS_TOLERANCE, second: bool = False
 ) -> Spectrum:
     """The outer eigenvalues of a symmetric operator, by Lanczos' iteration with full reorthogonalisation.
 
     Power iteration needs many more products, and finds the eigenvalue that is largest in magnitude, which may be
-    negative. Each image stops for itself when the residuals of its largest ``pairs`` eigenvalues are below ``tolerance``
-    of the largest.
+    negative. Each image stops for itself when the residual of its largest eigenvalue is below ``tolerance`` of it. That there
+    is one within the residual is certain, that it is the largest is as good as certain, by the noise in the start.
 
     Args:
         multiply: ``[n,d] -> [n,d]``, each row its own operator.
         start: ``[n,d]``; seeded noise is added, so that no eigenvector is missed because the start is orthogonal to it.
         steps: at most.
+        second: go on until the second eigenvalue is known to 5 % of itself, too.
 
     Source: Parlett, The symmetric eigenvalue problem, 1998, chapter 13.
     """
     n, d = start.shape
     noise = gaussian(0, [0], torch.Size([d]), start)[0]
-    q = start / start.norm(dim=1, keepdim=True).clamp(min=1e-30) + 0.1 * noise / noise.norm()
+    q = start / start.norm(dim=1, keepdim=True).clamp(min=1e-30) + noise / noise.norm()
     q = q / q.norm(dim=1, keepdim=True)
     steps = min(steps, d)
     basis = start.new_zeros(n, steps, d)
@@ -352,9 +377,11 @@ def lanczos(
         values, vectors = torch.linalg.eigh(T[:, : k + 1, : k + 1])
         scale = values.abs().amax(1)
         exhausted = beta <= small * scale
-        residual = beta * vectors[:, -1, -pairs:].abs().amax(1)  # eigenvalues come in ascending order
-        settled = residual <= tolerance * values[:, -1].clamp(min=0)
-        going = going & ~exhausted & ~(settled & (k + 1 >= pairs))
+        residual = beta[:, None] * vectors[:, -1].abs()  # of eigenvalues in ascending order
+        settled = residual[:, -1] <= tolerance * values[:, -1].clamp(min=0)
+        if second and k:
+            settled = settled & (residual[:, -2] <= SECOND * values[:, -2].abs())
+        going = going & ~exhausted & ~(settled & (k + 1 >= LEAST_STEPS))
         if not going.any() or k + 1 == steps:
             break
         T[:, k, k + 1] = T[:, k + 1, k] = torch.where(going, beta, 0.0)
@@ -372,10 +399,12 @@ def _ritz(T: Tensor, basis: Tensor, taken: Tensor, last: Tensor) -> Spectrum:
     values, vectors = torch.linalg.eigh(own)
     values, vectors = values.flip(1), vectors.flip(2)
     kept = torch.arange(steps, device=T.device) < taken[:, None]
-    residual = last * vectors[:, :, 0].gather(1, (taken - 1)[:, None])[:, 0].abs()
+    bottom = vectors.gather(1, (taken - 1)[:, None, None].expand(-1, 1, steps))[:, 0]  # last component of each vector
+    residual = last[:, None] * bottom.abs()
     values = torch.where(kept, values, torch.zeros_like(values))
     found = torch.bmm(vectors.transpose(1, 2).to(basis.dtype), basis) * kept[:, :, None]
-    return Spectrum(values, found, residual)
+    second = residual[:, 1] if steps > 1 else torch.zeros_like(last)
+    return Spectrum(values, found, residual[:, 0], second.masked_fill(taken < 2, float("inf")), taken)
 
 
 class _Recorder(TorchFunctionMode):
@@ -389,7 +418,7 @@ class _Recorder(TorchFunctionMode):
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         name = getattr(func, "__name__", "")
-        if name in _SMOOTH:
+        if name in _SMOOTH and any(isinstance(a, Tensor) and a.requires_grad for a in args):
             self.found.add(name.rstrip("_"))
         if name in ("mul", "matmul", "__mul__", "bmm") and sum(isinstance(a, Tensor) and a.requires_grad for a in args) == 2:
             self.found.add("products of features")
@@ -399,9 +428,9 @@ class _Recorder(TorchFunctionMode):
 def smooth_parts(capture: Capture) -> tuple[str, ...]:
     """What keeps the logits from being piecewise linear in the image; empty where they are.
 
-    Decided by what the model computes and not by what it is called: the second derivative of a random combination of
-    the logits, along a random direction, is exactly 0 for a piecewise-linear network, and for no other. The names of the
-    smooth functions that ran are only for the message. Kept with the model.
+    Smooth functions on the way from the image to the logits are seen as they run. Where none is known by name, what the
+    model computes decides: the second derivative of a random combination of the logits along a random direction, at the
+    first image of the batch, is exactly 0 for a piecewise-linear network, and hardly ever for another. Kept with the model.
     """
     known = _networks.of(capture.model)
     if "smooth" not in known:
@@ -426,6 +455,8 @@ def _smooth_parts(capture: Capture) -> tuple[str, ...]:
             except RuntimeError as error:
                 raise FoveateError(f"the model cannot be differentiated twice: {str(error).splitlines()[0]}") from error
     capture.passes.backward += 3
+    if recorder.found:
+        return tuple(sorted(recorder.found))
     if second is None or float(second.norm()) <= 1e-6 * float(first.detach().norm()):
         return ()
-    return tuple(sorted(recorder.found)) or ("an operation with a curvature of its own",)
+    return ("an operation with a curvature of its own",)

@@ -12,6 +12,7 @@ from foveate.curvature import Spectrum
 
 ROUNDS = 12  # of corrections by products with the whole Hessian
 PRODUCTS = 300  # after them, at most
+ETA = 1e-4  # how exactly a share of zeros is reached, where values are not fewer
 SEARCH = 40  # values of lambda_1, at most
 NEWTON = 30  # steps in the space of the low rank, at most
 STEPS = 2000  # of proximal gradient, at most
@@ -19,13 +20,23 @@ STEPS = 2000  # of proximal gradient, at most
 
 @dataclass(frozen=True)
 class Found:
-    """What was found for one image: ``D [d]``, ``theta V D [r]``, lambda_1, the bound on the relative error, and steps."""
+    """What was found for one image.
+
+    Attributes:
+        delta: ``D [d]``.
+        inside: ``theta V D [r]``.
+        threshold: lambda_1.
+        error: bound on the relative error of D.
+        steps: passes over V.
+        products: with the whole of H.
+    """
 
     delta: Tensor
     inside: Tensor
     threshold: Tensor
     error: float
     steps: int
+    products: int = 0
 
 
 @dataclass(frozen=True)
@@ -85,8 +96,8 @@ class LowRank:
         for _ in range(NEWTON):
             if float(missed.norm()) <= 1e-7 * max(float(inside.norm()), 1e-30):
                 break
-            support = self.vectors[:, delta != 0].double()
-            slope = one - self.values[:, None] * (support @ support.T) / self.shift
+            support = self.vectors[:, delta != 0]
+            slope = one - self.values[:, None] * (support @ support.T).double() / self.shift
             move = torch.linalg.solve(slope, -missed)
             for length in (1.0, 0.5, 0.25, 0.125):
                 trial, change = miss(inside + length * move)
@@ -105,12 +116,12 @@ class LowRank:
             new, error = self.step(ahead, g + self.multiply(ahead), threshold)
             ahead, here = new + self.momentum * (new - here), new
             steps += 1
-            if error <= max(self.tolerance / 2, 8 * torch.finfo(g.dtype).eps * self.steep / self.flat):
+            if not error > max(self.tolerance / 2, 8 * torch.finfo(g.dtype).eps * self.steep / self.flat):
                 break
         return Found(here, self.values * (self.vectors @ here).double(), threshold, error, steps)
 
     def by_eta(self, g: Tensor, eta: float, start: Found | None) -> Found:
-        """lambda_1 for a share ``eta`` of zeros, within .001: a bracket that is halved, from a good guess, warm.
+        """lambda_1 for a share ``eta`` of zeros, within .0001: a bracket that is halved, from a good guess, warm.
 
         At the solution ``D = soft(g + H D, lambda_1) / shift``, so that the quantile of ``|g + H D|`` is a guess.
         """
@@ -121,7 +132,7 @@ class LowRank:
             found = self.solve(g, threshold, found)
             steps += found.steps
             zeros = float((found.delta == 0).double().mean())
-            if abs(zeros - wanted) <= max(1e-3, 1 / len(g)):
+            if abs(zeros - wanted) <= max(ETA, 1 / len(g)):
                 break
             low, high = (max(low, float(threshold)), high) if zeros < wanted else (low, min(high, float(threshold)))
             guess = quantile((g + found.inside.to(g) @ self.vectors)[None], eta)[0]
@@ -199,12 +210,15 @@ def _corrected(
         for i in sorted(open_):
             one, pushed = found[i], g[i] + products[i]
             error = problems[i].error(one.delta, pushed, one.threshold)
-            if error <= tolerance:
+            one = replace(one, error=error, products=one.products + 1)
+            if not error > tolerance:
                 open_.remove(i)
-                found[i] = replace(one, error=error)
+                found[i] = one
                 continue
             better = inner(i, pushed - problems[i].multiply(one.delta), one)
-            found[i] = replace(better, error=error, steps=one.steps + better.steps)
+            found[i] = replace(
+                one, delta=better.delta, inside=better.inside, threshold=better.threshold, steps=one.steps + better.steps
+            )
         if not open_:
             return found
     # The low rank misses too much: accelerated proximal steps, with a product each, converge whatever it misses.
@@ -215,8 +229,8 @@ def _corrected(
             one, problem = found[i], problems[i]
             new, error = problem.step(ahead[i], g[i] + products[i], one.threshold)
             ahead[i] = new + problem.momentum * (new - one.delta)
-            found[i] = replace(one, delta=new, error=error, steps=one.steps + 1)
-            if error <= tolerance:
+            found[i] = replace(one, delta=new, error=error, steps=one.steps + 1, products=one.products + 1)
+            if not error > tolerance:
                 open_.remove(i)
         if not open_:
             break

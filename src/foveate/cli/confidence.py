@@ -68,10 +68,18 @@ def confidence(
         classifier = open_model(model, weights, pretrained, num_classes, size, mean, std, classes, device)
         source = open_data(data, classifier, False, limit)
         folder = out_folder(out)
-        call = {"data": data, "model": model, "weights": weights, "mean": mean, "std": std, "eta": eta, "unit": unit}
+        shared = {"data": data, "eta": eta, "unit": unit}
+        call = {**shared, "model": model, "weights": weights, "mean": mean, "std": std}
+        call |= {"pretrained": pretrained, "size": size, "num_classes": num_classes}
         record = folder / f"{called}.json"
-        if record.exists() and json.loads(record.read_text(encoding="utf-8")) != call:
-            raise FoveateError(f"{str(record)!r} is of another call: give another --name or --out")
+        for other in folder.glob("*.json"):
+            before = json.loads(other.read_text(encoding="utf-8"))
+            if other == record and before != call:
+                raise FoveateError(f"{str(record)!r} is of another call: give another --name or --out")
+            if any(before.get(key) != value for key, value in shared.items()):
+                raise FoveateError(
+                    f"{str(other)!r} has other data, eta or unit, and one figure cannot show both: give another --out"
+                )
         record.write_text(json.dumps(call, indent=2) + "\n", encoding="utf-8")
         print_notes(classifier)
         options: dict[str, Any] = {"eta": eta, "unit": unit, "batch_size": batch_size}

@@ -24,9 +24,9 @@ Unit = Literal["image", "network"]
 Convention = Literal["talk", "authors"]
 MARGIN = 10.0  # of lambda_2 over L / 2
 SAME = 0.99  # cosine with CAFO, above which the two maps are one to the eye
-SHARE = 0.02  # of the probability beside the first class, that the factored form may leave out
 TOGETHER = 8  # of a chunk, so many parts are solved apart on a CPU: one image of 224 x 224
-CLASSES = 48  # that the factored form takes by itself: as many backward passes cost less than products with H do
+CLASSES = 48  # times copies, up to which factors are exact and cheaper than products with the Hessian
+BYTES = 2**30  # of factors that are held at once
 
 
 @dataclass(frozen=True)
@@ -39,11 +39,12 @@ class Solution:
         lambda1, lambda2: of each image, ``[B]``.
         eta: share of exact zeros of ``delta``, ``[B]``.
         reached: whether ``eta`` is what was asked for, ``[B]``; a gradient of zeros or of ties cannot reach everything.
-        largest, second: eigenvalues of the Hessian, ``[B]``; NaN for CAFO.
+        largest, second: eigenvalues of the Hessian, ``[B]``; NaN for CAFO, and for a second one that is not known to 5 %.
         factored: which images had the factored Hessian, ``[B]``; the others products with it.
         classes: how many classes their factors had, ``[B]``; 0 for products.
-        left_out: estimate of the trace of what those leave out, which bounds its norm, ``[B]``.
-        error: bound on the relative error of ``delta``: ``|delta - best| / |delta|``, for the Hessian that was used, ``[B]``.
+        left_out: bound on the norm of what those leave out, ``[B]``: twice an estimate of its trace.
+        error: bound on the relative error of ``delta``: ``|delta - best| / |delta|``, ``[B]``.
+        converged: whether it is within the tolerance, ``[B]``; never where factors leave out too much.
         steps: of proximal gradient, ``[B]``.
         products: with the Hessian, ``[B]``.
         cosine: between ``delta`` and ``first_order``, ``[B]``; near 1 the second order does not matter.
@@ -61,6 +62,7 @@ class Solution:
     classes: Tensor
     left_out: Tensor
     error: Tensor
+    converged: Tensor
     steps: Tensor
     products: Tensor
     cosine: Tensor
@@ -124,7 +126,7 @@ def caso(
     lambda2: float | None = None,
     convention: Convention = "talk",
     hessian: Hessian = "auto",
-    share: float = SHARE,
+    share: float = 0.0,
     tolerance: float = 1e-3,
     copies: int = 1,
     noise: float = 0.15,
@@ -187,7 +189,7 @@ def first_order(
         FoveateError: a value out of range, a score that has no probability.
     """
     _check(lambda1, eta, copies, noise)
-    if not lambda2 > 0:
+    if not 0 < lambda2 < float("inf"):
         raise FoveateError(f"lambda2 {lambda2} must be above 0, or the problem has no largest value")
 
     def solve(rows: Tensor, images: Tensor, scale: Tensor) -> list[Solution]:
@@ -205,6 +207,7 @@ def first_order(
             classes=none,
             left_out=none.double(),
             error=none.double(),
+            converged=~none.bool(),
             steps=none,
             products=none,
         )
@@ -223,7 +226,7 @@ def second_order(
     lambda2: float | None = None,
     convention: Convention = "talk",
     hessian: Hessian = "auto",
-    share: float = SHARE,
+    share: float = 0.0,
     tolerance: float = 1e-3,
     copies: int = 1,
     noise: float = 0.15,
@@ -239,14 +242,15 @@ def second_order(
     bounds the error. ``lambda_1 = 0`` is solved in closed form on the low rank. Every image stops for itself.
 
     Args:
-        lambda1: 0 or more; where None, found so that the share ``eta`` of D is 0, within .001, by warm-started bisection.
+        lambda1: 0 or more; where None, found so that the share ``eta`` of D is 0, within .0001, by warm-started bisection.
         eta: see :func:`first_order`.
         lambda2: above ``L / 2``; ``L / 2 + 10`` of each image where it is None.
         convention: ``authors``: their ``lambda2`` is added to L in a term ``(L + lambda2) / 2 |D|^2``, 20 where None.
         hessian: ``factored``: ``W (diag p - p p^T) W^T`` by a backward pass for each class, of piecewise-linear networks
-            only; ``products``: double backpropagation, any network; ``auto``: factored where the network allows it and 48
-            classes are enough for ``share``.
-        share: of the probability of all classes but the likeliest, that factors may leave out; 0 for all classes.
+            only; ``products``: double backpropagation, any network; ``auto``: factored where the network allows it and has at
+            most 48 classes (times ``copies``).
+        share: of the probability of all classes but the likeliest, that factors may leave out; none by default. A bound on
+            what they leave out is added to L and to the error.
         tolerance: bound on the relative error of D.
         copies, noise, noise_seed: SmoothCASO: gradient and Hessian are means over the copies, with one D.
         unit: see :func:`first_order`.
@@ -287,16 +291,20 @@ def path(
     lambda2: float | None = None,
     convention: Convention = "talk",
     hessian: Hessian = "auto",
-    share: float = SHARE,
+    share: float = 0.0,
     tolerance: float = 1e-3,
     copies: int = 1,
     noise: float = 0.15,
     noise_seed: int = 0,
     unit: Unit = "image",
+    second: bool = False,
 ) -> list[Solution]:
     """CASO for several ``lambda_1``, one solution each: the Hessian is looked at once for all of them.
 
     Settings and errors are those of :func:`second_order`; None among ``lambda1`` is the one for the share ``eta``.
+
+    Args:
+        second: find the second eigenvalue too, to 5 %; more products where it is small beside the first.
     """
     for value in lambda1:
         _check(value, eta, copies, noise)
@@ -307,26 +315,26 @@ def path(
             f"the factored Hessian is that of a piecewise-linear network, and this one has {', '.join(smooth)}: "
             "use hessian='products'"
         )
-    few = classes_for(target, capture.logits, capture.head, share) <= CLASSES
-    factored = torch.ones_like(few) if hessian == "factored" else few if hessian == "auto" and not smooth else few & False
+    few = classes_for(target, capture.logits, capture.head, 0) * copies <= CLASSES
+    by_factors = hessian == "factored" or (hessian == "auto" and not smooth and bool(few.all()))
+    rank = int(classes_for(target, capture.logits, capture.head, share).max()) * copies if by_factors else 0
 
     def solve(rows: Tensor, images: Tensor, scale: Tensor) -> list[Solution]:
-        by_factors = bool(factored[rows[0]])
         curvature = Curvature(capture, target, rows, images, scale, twice=not by_factors)
         classes, left_out = torch.zeros_like(rows), torch.zeros_like(rows, dtype=torch.float64)
         if by_factors:
             factors = curvature.factors(share)
             spectrum, classes, left_out = factors.spectrum(), factors.classes, factors.left_out
         else:
-            spectrum = lanczos(curvature.multiply, curvature.gradient, tolerance=min(tolerance, 1e-3))
+            spectrum = lanczos(curvature.multiply, curvature.gradient, tolerance=min(tolerance, 1e-3), second=second)
         shift = 2 * _lambda2(lambda2, convention, spectrum.largest, rows)
         g, exact = curvature.gradient, None if by_factors else curvature.multiply
-        looked = curvature.products
 
         def at(value: float | None) -> Solution:
-            curvature.products = looked
             found = maximise(spectrum, shift, g, lambda1=value, eta=eta, tolerance=tolerance, exact=exact)
             delta, threshold = torch.stack([one.delta for one in found]), torch.stack([one.threshold for one in found])
+            error = torch.tensor([one.error for one in found], dtype=torch.float64, device=g.device)
+            error = error + left_out / (shift - spectrum.largest)
             plain = soft(g, (quantile(g, eta) if value is None else threshold)[:, None]) / shift[:, None].to(g)
             return Solution(
                 **_described(delta, plain, threshold, eta, value, capture.images.shape[1:]),
@@ -336,14 +344,15 @@ def path(
                 factored=torch.full_like(rows, by_factors, dtype=torch.bool),
                 classes=classes,
                 left_out=left_out,
-                error=torch.tensor([one.error for one in found], dtype=torch.float64, device=g.device),
+                error=error,
+                converged=error <= tolerance,
                 steps=torch.tensor([one.steps for one in found], device=g.device),
-                products=torch.full_like(rows, curvature.products),
+                products=spectrum.products + torch.tensor([one.products for one in found], device=g.device),
             )
 
         return [at(value) for value in lambda1]
 
-    return _by_groups(capture, solve, copies, noise, noise_seed, unit, twice=True, apart=factored)
+    return _by_groups(capture, solve, copies, noise, noise_seed, unit, twice=True, rank=rank)
 
 
 def _zeros(delta: Tensor) -> Tensor:
@@ -363,9 +372,10 @@ def _lambda2(lambda2: float | None, convention: Convention, largest: Tensor, row
     low = largest >= 2 * lambda2
     if low.any():
         worst = int(largest.argmax())
+        least = float(largest[worst]) / 2 * (1 + 1e-5)  # what is printed is rounded
         raise FoveateError(
             f"lambda2 {lambda2} is not above L / 2 of image {int(rows[worst])}, L the largest eigenvalue of its Hessian, so "
-            f"that the problem has no largest value: give more than {float(largest[worst]) / 2:.6g}, or None for L / 2 + 10"
+            f"that the problem has no largest value: give more than {least:.6g}, or None for L / 2 + 10"
         )
     return torch.full_like(largest, lambda2)
 
@@ -375,10 +385,10 @@ def _described(
 ) -> dict[str, Tensor]:
     """What a solution says of itself, from ``delta [n,d]`` and what the gradient alone gives, ``plain [n,d]``."""
     zeros = _zeros(delta)
-    reached = (zeros - eta).abs() <= max(2e-3, 1 / delta.shape[1]) if lambda1 is None else torch.ones_like(zeros).bool()
+    reached = (zeros - eta).abs() <= max(1e-3, 1 / delta.shape[1]) if lambda1 is None else torch.ones_like(zeros).bool()
     lengths = delta.double().norm(dim=1) * plain.double().norm(dim=1)
     inner = (delta.double() * plain.double()).sum(1)
-    cosine = torch.where(lengths > 0, inner / lengths.clamp(min=1e-300), torch.ones_like(inner))
+    cosine = torch.where(lengths > 0, inner / lengths.clamp(min=1e-300), torch.ones_like(inner)).clamp(-1, 1)
     values = {"lambda1": threshold.double(), "eta": zeros, "reached": reached, "cosine": cosine}
     return {"delta": delta.view(-1, *shape), "first_order": plain.view(-1, *shape), **values}
 
@@ -392,29 +402,28 @@ def _by_groups(
     unit: Unit,
     *,
     twice: bool,
-    apart: Tensor | None = None,
+    rank: int = 0,
 ) -> list[Solution]:
-    """Solve for so many images at once as fit into a chunk with their copies; those with another Hessian apart."""
+    """Solve for so many images at once as fit into a chunk with their copies, and into memory with ``rank`` factors each."""
     x = capture.images
     scale = _scale(capture, unit)
     deviation = width(x, noise)
     every = torch.arange(len(x), device=x.device)
-    groups = [every] if apart is None else [every[apart], every[~apart]]
     step = capture.chunk_size("backward") // copies
     if twice and x.device.type == "cpu":
         step //= TOGETHER  # images wait for the one that needs most, and on a CPU a batch is not faster than its images
+    if rank:
+        step = min(step, BYTES // (rank * x[0].numel() * x.element_size()))
     step = max(1, step)
-    parts, order = [], []
-    for rows in (piece for group in groups for piece in group.split(step) if len(piece)):
+    parts = []
+    for rows in every.split(step):
         images = x[rows][:, None].expand(-1, copies, -1, -1, -1)
         if copies > 1:
             images = images + deviation[rows][:, None] * gaussian(seed, range(copies), x.shape[1:], x)
         parts.append(solve(rows, images, scale))
-        order.append(rows)
-    back = torch.cat(order).argsort()
     names = [f.name for f in fields(Solution)]
     return [
-        Solution(**{name: torch.cat([getattr(one, name) for one in several])[back] for name in names})
+        Solution(**{name: torch.cat([getattr(one, name) for one in several]) for name in names})
         for several in zip(*parts, strict=True)
     ]
 
@@ -444,15 +453,17 @@ def _remark(found: Solution, i: int) -> str:
         return text
     how = f"factors of {int(found.classes[i])} classes" if bool(found.factored[i]) else f"{int(found.products[i])} products"
     text += f"; Hessian by {how}, L {float(found.largest[i]):.3g}; cosine with CAFO {float(found.cosine[i]):.3f}"
+    if not bool(found.converged[i]):
+        text += f"; not converged: off by up to {100 * float(found.error[i]):.1g} %"
     return text + (": the second order does not matter here" if float(found.cosine[i]) > SAME else "")
 
 
 def _check(lambda1: float | None, eta: float, copies: int, noise: float) -> None:
-    if lambda1 is not None and not lambda1 >= 0:
+    if lambda1 is not None and not 0 <= lambda1 < float("inf"):
         raise FoveateError(f"lambda1 {lambda1} must be 0 or more, or None to find it for a sparsity eta")
     if not 0 <= eta < 1:
         raise FoveateError(f"eta {eta} is a share of zeros: use a value in [0, 1), such as 0.9")
-    if copies < 1 or noise < 0:
+    if copies < 1 or not 0 <= noise < float("inf"):
         raise FoveateError(f"copies {copies} must be 1 or more, and noise {noise} not below 0")
 
 
@@ -463,5 +474,5 @@ def _check_second(lambda2: float | None, convention: str, hessian: str, share: f
         raise FoveateError(f"hessian {hessian!r} is unknown: use 'auto', 'factored' or 'products'")
     if not 0 <= share < 1 or not tolerance > 0:
         raise FoveateError(f"share {share} must be in [0, 1), and tolerance {tolerance} above 0")
-    if lambda2 is not None and not lambda2 > 0:
-        raise FoveateError(f"lambda2 {lambda2} must be above 0")
+    if lambda2 is not None and not 0 < lambda2 < float("inf"):
+        raise FoveateError(f"lambda2 {lambda2} must be a number above 0")

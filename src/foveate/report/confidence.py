@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from foveate.confidence import Trend
+from foveate.confidence import TIE, Trend
 from foveate.report.pictures import ACCENT, INK, MUTED, WRONG
 
 COLOURS = (ACCENT, WRONG, "#7048e8", "#5c940d")
@@ -20,7 +20,8 @@ def draw(rows: Mapping[str, pd.DataFrame], trends: Mapping[str, Trend], path: Pa
     """Three panels against confidence, a colour and a marker a network; written as ``path`` says by its ending.
 
     ``1 - cosine`` of CASO and CAFO with a target sparsity, the same without a penalty, and the ratio of the two largest
-    eigenvalues with what the theorem says of uniform residual mass, ``C q``, as a line.
+    eigenvalues with what the theorem says of uniform residual mass, ``C q``, as a line. Spearman's correlations are between
+    confidence and cosine.
     """
     from matplotlib.figure import Figure
 
@@ -34,15 +35,18 @@ def draw(rows: Mapping[str, pd.DataFrame], trends: Mapping[str, Trend], path: Pa
         for axis, (column, _) in zip(axes, panels, strict=False):
             trend = trends[name].correlation if column == "cosine" else trends[name].without_penalty
             label = f"{name}: Spearman {trend[0]:+.2f} [{trend[1]:+.2f}, {trend[2]:+.2f}]"
-            axis.scatter(unsure, (1 - frame[column]).clip(lower=1e-9), label=label, **look)
-        axes[2].scatter(unsure, frame["ratio"], **look)
+            axis.scatter(unsure, (1 - frame[column]).clip(lower=TIE), label=label, **look)
+        axes[2].scatter(unsure, frame["ratio"], label=f"{name}: median {100 * trends[name].ratio:.2g} % of C q", **look)
         if number == 0:
             classes = float((frame["predicted"] / frame["confidence"]).median())
             q = np.linspace(1e-3, 1 - 1e-6, 400)
             axes[2].plot(1 - q, classes * q, color=INK, linewidth=1.2, label=f"theorem: C q, C = {classes:.0f}")
+    for axis in axes[:2]:
+        axis.axhline(TIE, color=MUTED, linewidth=0.8, linestyle=":")
+        axis.text(1, TIE * 1.4, "the same, to rounding", fontsize=7.5, color=MUTED)
     for axis, title in zip(axes, (*(title for _, title in panels), "ratio of the two largest eigenvalues"), strict=True):
         axis.set_title(title, fontsize=10, color=INK, loc="left")
-        axis.set_xlabel("1 - confidence: sure on the right", fontsize=8.5, color=MUTED)
+        axis.set_xlabel("1 - confidence: sure on the right; Spearman of confidence and cosine", fontsize=8.5, color=MUTED)
         axis.set_xscale("log")
         axis.set_yscale("log")
         axis.set_xlim(1.2, 5e-7)
