@@ -53,11 +53,12 @@ class Trend:
         )
         verdict = verdict if self.images >= ENOUGH else f"on fewer than {ENOUGH} images says nothing of a trend in confidence"
         theorem = f"{100 * self.ratio:.2g} %" if np.isfinite(self.ratio) else "an unknown part"
+        dense, share = self.without_penalty[0], 100 * self.matters
         return (
             f"{name}: the agreement of CASO with CAFO {verdict} (Spearman {middle:+.2f} [{low:+.2f}, {high:+.2f}], "
-            f"{self.images} images; without a penalty {self.without_penalty[0]:+.2f}). The median cosine is {self.cosine[0]:.4f}, "
-            f"the least {self.cosine[1]:.4f}, and {100 * self.matters:.0f} % are below {SAME}. The ratio of the two largest "
-            f"eigenvalues is {theorem} of C q (median)."
+            f"{self.images} images; without a penalty {dense:+.2f}). The median cosine is {self.cosine[0]:.4f}, the least "
+            f"{self.cosine[1]:.4f}, and {share:.0f} % are below {SAME}. The ratio of the two largest eigenvalues is "
+            f"{theorem} of C q (median)."
         )
 
 
