@@ -34,7 +34,7 @@ def draw(rows: Mapping[str, pd.DataFrame], trends: Mapping[str, Trend], path: Pa
         unsure = (1 - frame["confidence"]).clip(lower=1e-6)
         for axis, (column, _) in zip(axes, panels, strict=False):
             trend = trends[name].correlation if column == "cosine" else trends[name].without_penalty
-            label = f"{name}: Spearman {trend[0]:+.2f} [{trend[1]:+.2f}, {trend[2]:+.2f}]"
+            label = f"{name}: Spearman of confidence and cosine {trend[0]:+.2f} [{trend[1]:+.2f}, {trend[2]:+.2f}]"
             axis.scatter(unsure, (1 - frame[column]).clip(lower=TIE), label=label, **look)
         axes[2].scatter(unsure, frame["ratio"], label=f"{name}: median {100 * trends[name].ratio:.2g} % of C q", **look)
         if number == 0:
@@ -46,7 +46,7 @@ def draw(rows: Mapping[str, pd.DataFrame], trends: Mapping[str, Trend], path: Pa
         axis.text(1, TIE * 1.4, "the same, to rounding", fontsize=7.5, color=MUTED)
     for axis, title in zip(axes, (*(title for _, title in panels), "ratio of the two largest eigenvalues"), strict=True):
         axis.set_title(title, fontsize=10, color=INK, loc="left")
-        axis.set_xlabel("1 - confidence: sure on the right; Spearman of confidence and cosine", fontsize=8.5, color=MUTED)
+        axis.set_xlabel("1 - confidence: sure on the right", fontsize=8.5, color=MUTED)
         axis.set_xscale("log")
         axis.set_yscale("log")
         axis.set_xlim(1.2, 5e-7)
@@ -54,5 +54,5 @@ def draw(rows: Mapping[str, pd.DataFrame], trends: Mapping[str, Trend], path: Pa
         axis.grid(alpha=0.25, linewidth=0.6)
         for side in ("top", "right"):
             axis.spines[side].set_visible(False)
-        axis.legend(fontsize=7.5, frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.16))
+        axis.legend(fontsize=7, frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.16))
     figure.savefig(path, facecolor="white")
