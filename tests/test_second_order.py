@@ -14,7 +14,7 @@ from foveate import Capture, FoveateError, evaluate, explain, normalized
 from foveate.curvature import Curvature, Spectrum, _Root, classes_for, lanczos, smooth_parts
 from foveate.methods.caso import Solution, first_order, path, second_order
 from foveate.noise import gaussian, width
-from foveate.proximal import maximise, quantile, soft
+from foveate.proximal import LowRank, maximise, quantile, soft
 from foveate.registry import METHODS
 
 CLASSES, SIZE = 5, 8
@@ -327,6 +327,18 @@ class TestSolver:
                 assert missed <= found.error + 1e-9
                 assert found.error <= tolerance
                 assert 0 < (found.delta == 0).double().mean() < 1
+
+    def test_proximal_steps_converge_beside_a_large_negative_eigenvalue(self) -> None:
+        """Without Newton's iteration in front, which would hide a step that is too long."""
+        draws = gaussian(0, range(9), torch.Size([80]), torch.zeros(1).double())
+        vectors = torch.linalg.qr(draws[:3].T)[0].T
+        values = torch.tensor([4.0, 1.0, -60.0], dtype=torch.float64)
+        g, threshold = draws[8], torch.tensor(0.5).double()
+        problem = LowRank(values, vectors, 4.0, 5.0, 1e-9)
+        found = problem._proximal(g, threshold, torch.zeros_like(g), 0)
+        expected = reference.sparse_maximiser(g, vectors.T @ torch.diag(values) @ vectors, 0.5, 2.5, 50_000)
+        torch.testing.assert_close(found.delta, expected, rtol=1e-6, atol=1e-9)
+        assert found.error < 1e-9 and problem.steep == 65
 
     def test_thresholds(self) -> None:
         v = torch.tensor([[-3.0, 1.0, 0.5, -2.0]])
