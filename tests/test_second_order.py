@@ -130,7 +130,7 @@ class TestHessian:
         p = torch.full((1, classes), (1 - q) / (classes - 1), dtype=torch.float64)
         p[0, 0] = q
         capture = Capture(network(), images(1), "features")
-        root = _Root(capture.target(0), p.log(), "softmax", 0, None)
+        root = _Root(capture.target(0), p.log(), "softmax", 0)
         R = torch.stack([root.column(j)[0] for j in range(classes)], 1)
         values = torch.linalg.eigvalsh(R @ R.T).flip(0)
         torch.testing.assert_close(R @ R.T, torch.diag(p[0]) - p[0][:, None] * p[0], rtol=1e-12, atol=1e-14)

@@ -116,7 +116,6 @@ class Curvature:
         self.products = 0
         self._held: _Pass | None = None
         self.gradient = self._mean(lambda part, piece: part.gradient.detach())
-        self.dtype = self.gradient.dtype
 
     def _mean(self, what: Callable[[_Pass, slice], Tensor]) -> Tensor:
         """A result of every copy, ``[N,3,H,W]``, in the unit; its mean over the copies of each image, ``[n,d]``.
@@ -142,7 +141,7 @@ class Curvature:
         self.products += 1
         return self._mean(lambda part, piece: part.multiply(each[piece]).detach())
 
-    def factors(self, share: float, most: int | None = None) -> Factors:
+    def factors(self, share: float) -> Factors:
         """``B`` with ``H = B B^T`` of a piecewise-linear network: a backward pass for each class that counts.
 
         ``H = W (diag p - p p^T) W^T``, ``W = d logits / d x``, and ``diag p - p p^T = sum_j p_j (e_j - p)(e_j - p)^T``: class
@@ -150,9 +149,6 @@ class Curvature:
         out have at most ``share`` of what the likeliest leaves, ``1 - p_1``: of a sure prediction that rest is small, and all
         of the curvature comes from it. What they would have added is positive semi-definite, so that its
         trace bounds its norm; the trace is estimated with 16 backward passes, and doubled for the scatter of the estimate.
-
-        Args:
-            most: no more than so many classes.
 
         Source: Singla et al., ICML 2019, theorem on the Hessian of ReLU networks; see :func:`smooth_parts` for which
         networks it holds.
@@ -162,7 +158,7 @@ class Curvature:
         for start in range(0, len(self.images), step):
             piece = slice(start, start + step)
             part = self._held or _Pass(self.capture, self.target, self.images[piece], self.rows[piece], False)
-            root = _Root(self.target.rows(self.rows[piece]), part.logits, self.capture.head, share, most)
+            root = _Root(self.target.rows(self.rows[piece]), part.logits, self.capture.head, share)
             # Written in place: of a thousand classes they are hundreds of megabytes an image.
             pulled = self.gradient.new_empty(len(part.logits), root.width, self.gradient.shape[1])  # [N,r,d]
             for j in range(root.width):
@@ -280,7 +276,7 @@ class _Root:
         complete: whether none is left out.
     """
 
-    def __init__(self, target: Target, logits: Tensor, head: str, share: float, most: int | None) -> None:
+    def __init__(self, target: Target, logits: Tensor, head: str, share: float) -> None:
         z = logits.detach().double()
         self.one: Tensor | None = None
         if _rank_one(target, head):
@@ -297,9 +293,7 @@ class _Root:
         self.p = z.softmax(1)  # [N,C]
         self.order = self.p.argsort(1, descending=True)
         likeliest = self.p.gather(1, self.order)
-        place = torch.arange(z.shape[1], device=z.device)
         kept = _kept(likeliest, share)
-        kept = kept if most is None else kept & (place < most)
         self.root = likeliest.sqrt()
         self.kept = kept
         self.width, self.complete = int(kept.sum(1).max()), bool(kept.all())
