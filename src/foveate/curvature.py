@@ -248,11 +248,6 @@ class Spectrum:
         along = torch.bmm(self.vectors, v[:, :, None])[:, :, 0] * self.values.to(v.dtype)  # [n,k]
         return torch.bmm(along[:, None, :], self.vectors)[:, 0]
 
-    def solve(self, shift: Tensor, g: Tensor) -> Tensor:
-        """``(shift I - H)^-1 g`` by Woodbury's identity, ``[n,d]``; ``shift [n]`` above the largest value."""
-        along = torch.bmm(self.vectors, g[:, :, None])[:, :, 0].double() * (self.values / (shift[:, None] - self.values))
-        return (g + torch.bmm(along.to(g.dtype)[:, None, :], self.vectors)[:, 0]) / shift[:, None].to(g.dtype)
-
 
 def _loss(target: Target, logits: Tensor, head: str) -> Tensor:
     """``-log p_y [N]`` in float64, with a gradient that keeps its digits where ``1 - p_y`` has none left.

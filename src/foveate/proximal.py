@@ -125,16 +125,16 @@ class LowRank:
 
         At the solution ``D = soft(g + H D, lambda_1) / shift``, so that the quantile of ``|g + H D|`` is a guess.
         """
-        low, high, wanted = 0.0, float("inf"), eta
+        low, high = 0.0, float("inf")
         found, steps = start, 0
         threshold = quantile((g if found is None else g + found.inside.to(g) @ self.vectors)[None], eta)[0]
         for number in range(SEARCH):
             found = self.solve(g, threshold, found)
             steps += found.steps
             zeros = float((found.delta == 0).double().mean())
-            if abs(zeros - wanted) <= max(ETA, 1 / len(g)):
+            if abs(zeros - eta) <= max(ETA, 1 / len(g)):
                 break
-            low, high = (max(low, float(threshold)), high) if zeros < wanted else (low, min(high, float(threshold)))
+            low, high = (max(low, float(threshold)), high) if zeros < eta else (low, min(high, float(threshold)))
             guess = quantile((g + found.inside.to(g) @ self.vectors)[None], eta)[0]
             if number < 4 and low < float(guess) < high:
                 threshold = guess
