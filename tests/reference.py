@@ -862,4 +862,109 @@ def cam_loss(S: Tensor, form: str = "mass", sigma: float = 0.25) -> float:
     raise ValueError(form)
 
 
-LOSSES = {"cam_loss": cam_loss}
+def contrastive(maps: Tensor, t: int, bias: Tensor) -> float:
+    """Cross-entropy of one image's class maps ``[C,h,w]``: minus the log of 1 / sum_c exp(-(y_t - y_c))."""
+    total = 0.0
+    for c in range(len(maps)):
+        total += math.exp(-(float((maps[t] - maps[c]).sum()) + float(bias[t] - bias[c])))
+    return math.log(total)
+
+
+def ablated_cross_entropy(maps: Tensor, t: int, bias: Tensor, mask: Tensor, background: float = 1.0) -> float:
+    """ACE of one image, by loops over classes and cells."""
+    logits = []
+    for c in range(len(maps)):
+        a = float(bias[c] - bias[t])
+        for i in range(mask.shape[0]):
+            for j in range(mask.shape[1]):
+                k, h = float(maps[t, i, j] - maps[c, i, j]), float(mask[i, j])
+                a += -h * k + background * (1 - h) * abs(k)
+        logits.append(a)
+    return math.log(sum(math.exp(a) for a in logits)) - logits[t]
+
+
+def ablated_binary(maps: Tensor, y: list[int], bias: Tensor, mask: Tensor) -> float:
+    """ACE of one image of a multi-label head: -log s for present classes, -log(1 - s) for absent ones."""
+    loss = 0.0
+    for c, present in enumerate(y):
+        s = float(bias[c])
+        for i in range(mask.shape[0]):
+            for j in range(mask.shape[1]):
+                m, h = float(maps[c, i, j]), float(mask[i, j])
+                s += h * m - (1 - h) * abs(m) if present else m
+        loss += math.log(1 + math.exp(-s)) if present else math.log(1 + math.exp(s))
+    return loss
+
+
+def divergence(maps: Tensor, t: int, mask: Tensor, mask_sharpness: float = 50.0, map_sharpness: float = 1.0) -> float:
+    """sum_ij P log(P' / Q), mean over the other classes."""
+    cells = [(i, j) for i in range(mask.shape[0]) for j in range(mask.shape[1])]
+    weight = {cell: math.exp(mask_sharpness * float(mask[cell])) for cell in cells}
+    P = {cell: weight[cell] / sum(weight.values()) for cell in cells}
+    values = []
+    for c in range(len(maps)):
+        if c == t:
+            continue
+        e = {cell: math.exp(map_sharpness * float(maps[t][cell] - maps[c][cell])) for cell in cells}
+        value = 0.0
+        for cell in cells:
+            log_P = 0.0 if mask[cell] > 0.5 else math.log(P[cell])
+            value += P[cell] * (log_P - math.log(max(e[cell] / sum(e.values()), 1e-6)))
+        values.append(value)
+    return sum(values) / len(values)
+
+
+def sliced_wasserstein(maps: Tensor, t: int, mask: Tensor, p: float = 0.95, directions: int = 32, tag: float = 10.0) -> float:
+    """Squared sliced Wasserstein distance of the points (K, tag h) to the target's."""
+    C = len(maps)
+    h = mask.flatten().tolist()
+    enough = -math.log((1 - p) / (p * (C - 1)))
+    T = [enough * v / max(1.0, sum(h)) for v in h]
+    values = []
+    for c in range(C):
+        if c == t:
+            continue
+        K = (maps[t] - maps[c]).flatten().tolist()
+        K = [min(k, goal) if v > 0.5 else k for k, goal, v in zip(K, T, h, strict=True)]
+        distance = 0.0
+        for d in range(directions):
+            x, y = math.cos(math.pi * d / directions), math.sin(math.pi * d / directions)
+            ours = sorted(x * k + y * tag * v for k, v in zip(K, h, strict=True))
+            theirs = sorted(x * k + y * tag * v for k, v in zip(T, h, strict=True))
+            distance += sum((a - b) ** 2 for a, b in zip(ours, theirs, strict=True)) / len(h)
+        values.append(distance / directions)
+    return sum(values) / len(values)
+
+
+def interpretable_gradients(a: Tensor, b: Tensor, error: str = "cosine") -> float:
+    """The error between two gradients of one image, by loops over their entries."""
+    u, v = a.flatten().tolist(), b.flatten().tolist()
+    if error == "cosine":
+        dot = sum(x * y for x, y in zip(u, v, strict=True))
+        return 1 - dot / math.sqrt(sum(x * x for x in u) * sum(y * y for y in v))
+    if error in ("l1", "l2"):
+        power = 1 if error == "l1" else 2
+        return sum(abs(x - y) ** power for x, y in zip(u, v, strict=True)) / len(u)
+    return 1 - sum(min(abs(x) / sum(map(abs, u)), abs(y) / sum(map(abs, v))) for x, y in zip(u, v, strict=True))
+
+
+def mass_outside(S: Tensor, mask: Tensor) -> float:
+    """Share of the positive mass of one map that is not on the mask."""
+    inside = outside = 0.0
+    for i in range(S.shape[0]):
+        for j in range(S.shape[1]):
+            value = max(float(S[i, j]), 0.0)
+            inside += value * float(mask[i, j])
+            outside += value * (1 - float(mask[i, j]))
+    return outside / (inside + outside) if inside + outside else 0.0
+
+
+LOSSES = {
+    "cam_loss": cam_loss,
+    "contrastive": contrastive,
+    "ablated_cross_entropy": ablated_cross_entropy,
+    "divergence": divergence,
+    "sliced_wasserstein": sliced_wasserstein,
+    "interpretable_gradients": interpretable_gradients,
+    "mass_outside": mass_outside,
+}

@@ -12,7 +12,8 @@ from foveate import Batch, Capture, FoveateError
 from foveate.data import scenes
 from foveate.models.small import SmallCNN, small_cnn
 from foveate.recipe import RECIPES, Augment, Recipe, read_recipe
-from foveate.train import EpochSampler, augmenter, train
+from foveate.splits import EpochSampler, augmenter
+from foveate.train import train
 
 
 @pytest.fixture

@@ -22,11 +22,13 @@ if TYPE_CHECKING:
     from foveate.losses.centre import cam_loss
     from foveate.methods.cam import contrastive_maps
     from foveate.models.load import Classifier, load
+    from foveate.models.surgery import contrastive_architecture
 
 
 _LAZY = {
     "Classifier": "foveate.models.load",
     "cam_loss": "foveate.losses.centre",
+    "contrastive_architecture": "foveate.models.surgery",
     "contrastive_maps": "foveate.methods.cam",
     "load": "foveate.models.load",
 }
@@ -46,6 +48,7 @@ __all__ = [
     "Target",
     "__version__",
     "cam_loss",
+    "contrastive_architecture",
     "contrastive_maps",
     "evaluate",
     "explain",

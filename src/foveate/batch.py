@@ -19,6 +19,7 @@ class Batch:
         mask: foreground, ``[B,H,W]`` bool (True = the object), or None.
         boxes: one ``[n,4]`` tensor an image (``x0, y0, x1, y1`` in pixels of ``x``), or None.
         id: one name an image, stable between runs.
+        background: what stands behind the object, by any name, one an image, for accuracy by group; or None.
     """
 
     x: Tensor
@@ -26,6 +27,7 @@ class Batch:
     mask: Tensor | None = None
     boxes: tuple[Tensor, ...] | None = None
     id: tuple[str, ...] = ()
+    background: tuple[str, ...] | None = None
 
     def __len__(self) -> int:
         return len(self.x)
@@ -56,4 +58,7 @@ class Batch:
             if all(sample is not None for sample in boxes)
             else None,
             id=tuple(name for sample in samples for name in sample.id),
+            background=tuple(place for sample in samples for place in sample.background or ())
+            if all(sample.background is not None for sample in samples)
+            else None,
         )

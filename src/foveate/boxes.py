@@ -78,6 +78,30 @@ def _from_mask(mask: Tensor) -> Object:
     return Object(np.array([box], dtype=float), mask[None].bool())
 
 
+def regions(batch: Batch) -> Tensor | None:
+    """Where the object of each image may be, ``[B,H,W]`` in [0, 1]: its mask, else its boxes; None where neither is known."""
+    if batch.mask is not None:
+        return batch.mask
+    return None if batch.boxes is None else box_masks(batch.boxes, (batch.x.shape[-2], batch.x.shape[-1]))
+
+
+def box_masks(boxes: Sequence[Tensor], size: tuple[int, int]) -> Tensor:
+    """Boxes ``[n,4]`` (``x0, y0, x1, y1``) of each image as masks ``[B,H,W]`` in [0, 1], exact at fractions of a pixel."""
+    height, width = size
+    masks = torch.zeros(len(boxes), height, width)
+    for mask, image in zip(masks, boxes, strict=True):
+        for x0, y0, x1, y1 in image.tolist():
+            rows, columns = _covered(y0, y1, height), _covered(x0, x1, width)
+            torch.maximum(mask, rows[:, None] * columns, out=mask)
+    return masks
+
+
+def _covered(start: float, end: float, count: int) -> Tensor:
+    """How much of each of ``count`` unit cells an interval covers."""
+    cells = torch.arange(count, dtype=torch.float32)
+    return ((cells + 1).clamp(max=end) - cells.clamp(min=start)).clamp(min=0)
+
+
 def intersection_over_union(box: Sequence[float], others: np.ndarray) -> np.ndarray:
     """``|P and G| / |P or G|`` of one box with each of ``[n,4]``; 0 for an empty box."""
     near, far = np.maximum(others[:, :2], box[:2]), np.minimum(others[:, 2:], box[2:])

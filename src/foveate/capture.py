@@ -13,9 +13,10 @@ from torch import Tensor, nn
 from foveate import layers as L
 from foveate import targets as T
 from foveate.chunks import in_chunks
-from foveate.classifier import check_eval, check_images, eager, hooked, read_logits, unwrap
+from foveate.classifier import check_eval, check_images, check_logits, eager, hooked, read_logits, unwrap
 from foveate.errors import FoveateError, LayerError
 from foveate.feature import Feature, Passes
+from foveate.guided import Guide
 from foveate.linear_head import LinearHead, at_least_float32, recognise_any
 from foveate.runner import Pass, Precision, Runner
 from foveate.tail import tail_behind
@@ -38,6 +39,7 @@ class Capture:
         precision: of changed images in :meth:`score`: ``fp32``, or ``bf16`` through autocast.
         chunk: how many changed images run at once; by memory where it is None. Results do not depend on it.
         closed_form: use a linear head's closed form instead of autograd; both give the same.
+        guided: run the model so that :meth:`guided_gradient` can be asked for as well; nothing else changes.
 
     Attributes:
         x: the batch as the model saw it, ``[B,3,H,W]``.
@@ -63,6 +65,7 @@ class Capture:
         precision: Precision = "fp32",
         chunk: int | None = None,
         closed_form: bool = True,
+        guided: bool = False,
     ) -> None:
         self.model = unwrap(model)
         self.frozen = frozen
@@ -77,8 +80,10 @@ class Capture:
             "precision": precision,
             "chunk": chunk,
             "closed_form": closed_form,
+            "guided": guided,
         }
         self._closed_form = closed_form
+        self._guide = Guide() if guided else None
         self._by_image: dict[int, Tensor] = {}
         self._heads: dict[str, LinearHead | None] = {}
         self._tails: dict[str, Callable[[Tensor, Tensor], Tensor]] = {}
@@ -94,7 +99,7 @@ class Capture:
             x = x.clone() if x.is_inference() else x
             self.x = x.detach() if frozen else x
             self._features = {}
-            for name, module in self._resolve(layers):
+            for name, module in L.resolve(self.model, self.x, self._run, layers):
                 self._features[name] = Feature(name, module)
             self._forward()
         given = layout
@@ -133,6 +138,11 @@ class Capture:
     def pred(self) -> Tensor:
         """The predicted class of each image, ``[B]``."""
         return T.predicted(self.logits, self.head)
+
+    @property
+    def guided(self) -> bool:
+        """Whether :meth:`guided_gradient` can be asked for."""
+        return self._guide is not None
 
     @property
     def precision(self) -> Precision:
@@ -224,6 +234,17 @@ class Capture:
                 f"gathered what it reads: {self._advice()}"
             )
         return grid
+
+    def guided_gradient(self, layer: str | None, target: T.Target) -> Tensor:
+        """The same by guided backpropagation through the same run, ``[B,K,h,w]``, no graph; needs ``guided=True``."""
+        if self._guide is None:
+            raise FoveateError("this run was not made for guided gradients: Capture(..., guided=True)")
+        feature = self._feature(layer)
+        with torch.inference_mode(False), torch.enable_grad(), self._guide.backward():
+            seed = self._by_logits(target).detach()
+            (gradient,) = torch.autograd.grad(self.logits, feature.raw, seed, retain_graph=True, allow_unused=True)
+        self.passes.backward += len(self.x)
+        return self._grid(feature, gradient)
 
     def image_gradient(self, target: T.Target, images: Tensor | None = None, rows: Tensor | None = None) -> Tensor:
         """Gradient of the score by the image itself, ``[N,3,H,W]``: of this batch, kept per target, or of changed images.
@@ -330,11 +351,15 @@ class Capture:
         return self._run.differentiable(images)
 
     def again(
-        self, x: Tensor, layers: str | nn.Module | Sequence[str | nn.Module] | None = None, model: nn.Module | None = None
+        self,
+        x: Tensor,
+        layers: str | nn.Module | Sequence[str | nn.Module] | None = None,
+        model: nn.Module | None = None,
+        **changed: Any,
     ) -> Capture:
-        """The same capture of other images, layers or a changed model: the same options, and the same counters."""
-        wanted = list(self.layers) if layers is None else layers
-        other = Capture(self._run.live if model is None else model, x, wanted, head=self.head, **self._options)
+        """The same capture of other images, layers or a changed model: options as they are or ``changed``, one count."""
+        wanted, options = list(self.layers) if layers is None else layers, {**self._options, **changed}
+        other = Capture(self._run.live if model is None else model, x, wanted, head=self.head, **options)
         self.passes.add(other.passes)
         other.passes = other._run.passes = self.passes
         return other
@@ -404,21 +429,6 @@ class Capture:
             raise LayerError(f"layer {layer!r} was not captured: this run has {', '.join(self._features)}")
         return self._features[layer]
 
-    def _resolve(self, given: str | nn.Module | Sequence[str | nn.Module]) -> list[tuple[str, nn.Module | None]]:
-        items = [given] if isinstance(given, (str, nn.Module)) else list(given)
-        if not items:
-            raise LayerError("no layer was given: name one, or 'auto'")
-        resolved: list[tuple[str, nn.Module | None]] = []
-        for item in items:
-            if isinstance(item, nn.Module):
-                resolved.append((L.name_of(self.model, item), item))
-            elif item == L.INPUT:
-                resolved.append((item, None))
-            else:
-                name = L.find(self.model, self.x, self._run) if item == "auto" else item
-                resolved.append((name, L.get(self.model, name)))
-        return resolved
-
     def _forward(self) -> None:
         x = self.x
         if L.INPUT in self._features:
@@ -428,6 +438,8 @@ class Capture:
         with ExitStack() as stack:
             stack.enter_context(torch.enable_grad())
             stack.enter_context(eager(self.model))
+            if self._guide is not None:
+                stack.enter_context(self._guide.forward())
             for feature in self._features.values():
                 if feature.module is not None:
                     stack.enter_context(hooked(feature.module, self._keep(feature)))
@@ -437,19 +449,7 @@ class Capture:
             output = self._run.laid_out(self._from_the_start, x)
         self.logits = at_least_float32(read_logits(output))
         self.passes.forward += len(x)
-        if len(self.logits) != len(x):
-            raise FoveateError(f"the model returned {len(self.logits)} rows for {len(x)} image(s)")
-        if self.logits.shape[1] > 1 and bool((self.logits >= 0).all()) and bool((self.logits.sum(1) - 1).abs().max() < 1e-4):
-            warnings.warn(
-                "the model's outputs add up to 1, as probabilities do: give the logits, without the softmax at the end",
-                stacklevel=4,
-            )
-        bad = ~torch.isfinite(self.logits).all(1)
-        if bad.any():
-            raise FoveateError(
-                f"the model returns NaN or infinity for image {int(bad.nonzero()[0])} of the batch: "
-                "check its weights and its input range"
-            )
+        check_logits(self.logits, len(x))
 
     def _from_the_start(self, x: Tensor) -> Any:
         """Run the model with nothing kept of an attempt before."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from foveate.errors import FoveateError
+from foveate.errors import FoveateError, NotFiniteError
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -89,6 +90,19 @@ def eager(model: nn.Module) -> Iterator[None]:
         yield
 
 
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """A model in evaluation mode inside; afterwards every module is in the mode that it was in."""
+    training = [module for module in model.modules() if module.training]
+    try:
+        for module in training:
+            module.training = False
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
 def read_logits(output: Any) -> Tensor:
     """The logits ``[B,C]`` in what a classifier returns: a tensor, a tuple, a dict, or an object with ``.logits``.
 
@@ -126,6 +140,27 @@ def hooked(module: nn.Module, hook: Callable[..., Any]) -> Iterator[None]:
         yield
     finally:
         handle.remove()
+
+
+def check_logits(logits: Tensor, count: int) -> None:
+    """One row of finite numbers an image; a warning where they look like probabilities.
+
+    Raises:
+        FoveateError: another number of rows, or NaN or infinity.
+    """
+    if len(logits) != count:
+        raise FoveateError(f"the model returned {len(logits)} rows for {count} image(s)")
+    if logits.shape[1] > 1 and bool((logits >= 0).all()) and bool((logits.sum(1) - 1).abs().max() < 1e-4):
+        warnings.warn(
+            "the model's outputs add up to 1, as probabilities do: give the logits, without the softmax at the end",
+            stacklevel=5,
+        )
+    bad = ~torch.isfinite(logits).all(1)
+    if bad.any():
+        raise NotFiniteError(
+            f"the model returns NaN or infinity for image {int(bad.nonzero()[0])} of the batch: "
+            "check its weights and its input range"
+        )
 
 
 def check_images(x: Tensor) -> None:

@@ -25,3 +25,7 @@ class DegenerateMapWarning(UserWarning):
 
 class SlowPathWarning(UserWarning):
     """The result is right, but a faster way could not be taken."""
+
+
+class NotFiniteError(FoveateError):
+    """A model or a loss gave NaN or infinity."""

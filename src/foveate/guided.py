@@ -111,3 +111,27 @@ def guided() -> Iterator[_Guided]:
             f"guided backpropagation guided {mode.relus} ReLUs; {', '.join(sorted(mode.others))} keep their own gradient",
             stacklevel=3,
         )
+
+
+class Guide:
+    """One forward pass whose backward passes are plain, and guided where they run inside of :meth:`backward`."""
+
+    def __init__(self) -> None:
+        self._mode: _Guided | None = None
+
+    @contextmanager
+    def forward(self) -> Iterator[None]:
+        """Around the forward pass; raises as :func:`guided` does."""
+        with guided() as self._mode:
+            self._mode.open = False
+            yield
+
+    @contextmanager
+    def backward(self) -> Iterator[None]:
+        """Around a backward pass that is to be guided; not around one that is differentiated again."""
+        assert self._mode is not None  # the forward pass has been run
+        self._mode.open = True
+        try:
+            yield
+        finally:
+            self._mode.open = False

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -72,6 +72,29 @@ def get(model: nn.Module, name: str) -> nn.Module:
     parts = [part for part in names if "." not in part]
     hint = f"did you mean {', '.join(near)}?" if near else f"its parts are {', '.join(parts[:12])}"
     raise LayerError(f"layer {name!r} is not in the model: {hint}")
+
+
+def resolve(
+    model: nn.Module, x: Tensor, run: Callable[[Tensor], Any], given: str | nn.Module | Sequence[str | nn.Module]
+) -> list[tuple[str, nn.Module | None]]:
+    """What a person writes for a layer, or several, as paths and modules; no module for the image itself.
+
+    Raises:
+        LayerError: none was given, or one that the model does not have.
+    """
+    items = [given] if isinstance(given, (str, nn.Module)) else list(given)
+    if not items:
+        raise LayerError("no layer was given: name one, or 'auto'")
+    resolved: list[tuple[str, nn.Module | None]] = []
+    for item in items:
+        if isinstance(item, nn.Module):
+            resolved.append((name_of(model, item), item))
+        elif item == INPUT:
+            resolved.append((item, None))
+        else:
+            name = find(model, x, run) if item == "auto" else item
+            resolved.append((name, get(model, name)))
+    return resolved
 
 
 def name_of(model: nn.Module, module: nn.Module) -> str:

@@ -105,6 +105,29 @@ def blur(x: Tensor, sigma: float) -> Tensor:
     return flat.reshape(x.shape)
 
 
+def grid_mask(mask: Tensor, like: Tensor, resize: Literal["nearest", "area"] = "area", empty: float = 0.0) -> Tensor:
+    """A mask ``[B,H,W]`` on the grid of a map ``[...,h,w]``: ``[B,h,w]`` in [0, 1] and of the map's type.
+
+    Args:
+        resize: ``area``, the share of each cell that is inside, or ``nearest``, 0 or 1 by one pixel, which may lose a
+            thin object.
+        empty: what a mask becomes of which nothing is left.
+
+    Raises:
+        FoveateError: an unknown kind.
+    """
+    if resize not in ("nearest", "area"):
+        raise FoveateError(f"resize {resize!r} is unknown: use 'nearest' or 'area'")
+    size = (like.shape[-2], like.shape[-1])
+    values = mask[:, None].to(like.dtype)
+    if resize == "nearest":
+        grid = F.interpolate(values, size=size, mode="nearest-exact")[:, 0]
+    else:
+        grid = F.adaptive_avg_pool2d(values, size)[:, 0]
+    lost = ~(grid > 0).flatten(1).any(1)
+    return torch.where(lost[:, None, None], torch.full_like(grid, empty), grid)
+
+
 def mass_inside(saliency: Tensor, mask: Tensor) -> Tensor:
     """Share of each map's positive mass inside its mask, ``[B]`` in [0, 1]: ``sum(relu(S) * mask) / sum(relu(S))``.
 

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from foveate.errors import FoveateError
-from foveate.registry import LOSSES, check_settings
+from foveate.registry import LOSSES, METHODS, check_settings
 
 RECIPES = Path(__file__).parent / "recipes"
 
@@ -20,11 +21,11 @@ class _Strict(BaseModel):
 
 
 class LossTerm(_Strict):
-    """One loss that is added to cross-entropy."""
+    """One loss of the sum."""
 
     name: str
     weight: float = Field(1.0, ge=0)
-    schedule: Literal["constant", "three_phase"] = "constant"
+    schedule: Literal["constant", "linear", "three_phase", "inverse_fit"] = "constant"
     settings: dict[str, Any] = {}
 
 
@@ -34,14 +35,46 @@ class Augment(_Strict):
     flip: bool = False
     rotation: float = Field(0.0, ge=0, le=180, description="largest angle in degrees, either way")
     color_jitter: float = Field(0.0, ge=0, le=1, description="strength for brightness, contrast and saturation")
+    crop_padding: int = Field(0, ge=0, description="pixels around the image, of which a random part of its size is taken")
 
 
-class Splits(_Strict):
-    """Folders of a data set of one's own."""
+class Data(_Strict):
+    """Data of one's own, each as ``foveate evaluate`` takes it: a folder, ``pets:FOLDER``, ``torchvision:CIFAR100:FOLDER``."""
 
-    train: Path
-    val: Path
-    test: Path | None = None
+    train: str
+    val: str | None = Field(None, description="hold_out of train where it is not named")
+    test: str | None = None
+    hold_out: float = Field(0.2, gt=0, lt=1, description="share of every class of train, for validation")
+    folds: int | None = Field(None, ge=2, description="cross-validation: one of so many parts of train is the test data")
+    fold: int = Field(0, ge=0, description="which one, from 0")
+    split_seed: int = Field(0, ge=0, description="of these divisions; seed does not change them")
+
+    @field_validator("train", "val", "test", mode="before")
+    @classmethod
+    def _as_text(cls, value: Any) -> Any:
+        return str(value) if isinstance(value, Path) else value
+
+    @model_validator(mode="after")
+    def _possible(self) -> Data:
+        if self.folds is not None and self.test is not None:
+            raise ValueError("test data is named, and folds divides it off train: leave one of them out")
+        if self.folds is not None and self.fold >= self.folds:
+            raise ValueError(f"fold {self.fold} is not one of {self.folds} folds, which count from 0")
+        return self
+
+
+class Measure(_Strict):
+    """What is measured on validation and test images when training has ended."""
+
+    method: str = "contrastive_cam"
+    images: int = Field(200, ge=0, description="at most so many of each split; 0 for none")
+
+
+class Film(_Strict):
+    """The film strip: maps of a few validation images after every epoch."""
+
+    images: int = Field(6, ge=0, description="0 for no film")
+    method: str = "contrastive_cam"
 
 
 class Recipe(_Strict):
@@ -51,20 +84,47 @@ class Recipe(_Strict):
     model: str = "foveate:small_cnn"
     weights: Path | None = None
     pretrained: bool = False
-    data: Literal["scenes"] | Splits = "scenes"
+    contrastive_architecture: bool = Field(False, description="last stride 1 and a head without bias")
+    head: Literal["softmax", "binary", "multilabel"] | None = Field(None, description="by the labels where it is not given")
+    data: Literal["scenes"] | Data = "scenes"
     size: int | None = Field(None, ge=16, description="input size, where it is not the model's own")
     epochs: int = Field(12, ge=1)
-    batch_size: int = Field(32, ge=1)
-    optimizer: Literal["sgd", "adamw"] = "sgd"
+    batch_size: int = Field(32, ge=1, description="of all devices together")
+    accumulate: int = Field(1, ge=1, description="batches whose gradients make one step")
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    optimizer: Literal["sgd", "adam", "adamw"] = "sgd"
     learning_rate: float = Field(0.02, gt=0)
     momentum: float = Field(0.9, ge=0, lt=1)
+    nesterov: bool = False
     weight_decay: float = Field(5e-4, ge=0)
-    warmup: float = Field(0.2, ge=0, lt=1, description="share of the steps; a cosine to 0 follows")
+    gradient_clip: float | None = Field(None, gt=0, description="largest norm of the gradient of all parameters")
+    warmup: float = Field(0.2, ge=0, lt=1, description="share of the steps")
+    decay: Literal["cosine", "steps", "none"] = Field("cosine", description="of the learning rate behind the warm-up")
+    milestones: list[float] = Field([0.3, 0.6, 0.8], description="shares of the run, for decay: steps")
+    factor: float = Field(0.2, gt=0, lt=1, description="at each milestone")
+    early_stop: int | None = Field(None, ge=1, description="epochs without a better validation accuracy")
+    keep: Literal["last", "best"] = Field("last", description="which epoch's weights: best is by validation accuracy")
+    cross_entropy: float | None = Field(None, ge=0, description="its weight; 0 where a loss replaces it, else 1")
     losses: list[LossTerm] = []
     rebalance: bool = Field(False, description="draw every class equally often")
-    augment: Augment = Augment(rotation=0.0, color_jitter=0.0)
+    augment: Augment = Augment(rotation=0.0, color_jitter=0.0, crop_padding=0)
+    freeze_batch_norm: bool = Field(False, description="running statistics and affine weights of batch norms stay as they are")
     layer: str = "auto"
+    measure: Measure = Measure(images=200)
+    film: Film = Film(images=6)
     seed: int = Field(0, ge=0)
+
+    @field_validator("data", mode="before")
+    @classmethod
+    def _short(cls, value: Any) -> Any:
+        return {"train": value} if isinstance(value, str) and value != "scenes" else value
+
+    @property
+    def weight_of_cross_entropy(self) -> float:
+        """As given, or by whether one of the losses is a cross-entropy itself."""
+        if self.cross_entropy is not None:
+            return self.cross_entropy
+        return 0.0 if any(LOSSES.get(term.name).replaces for term in self.losses) else 1.0
 
 
 def read_recipe(source: str | Path, changes: Mapping[str, Any] | None = None) -> Recipe:
@@ -107,15 +167,53 @@ def _validated(content: Mapping[str, Any], where: str) -> Recipe:
     try:
         recipe = Recipe.model_validate(content)
     except ValidationError as error:
-        first = error.errors()[0]
-        key = ".".join(str(part) for part in first["loc"])
-        known = ", ".join(Recipe.model_fields) if first["type"] == "extra_forbidden" and len(first["loc"]) == 1 else ""
-        raise FoveateError(
-            f"{where}: {key}: {first['msg'].lower()}, and it is {first['input']!r}" + (f"; known are {known}" if known else "")
-        ) from None
+        raise FoveateError(f"{where}: {_sentence(error)}") from None
+    names: set[str] = set()
     for term in recipe.losses:
         try:
-            check_settings(LOSSES.get(term.name), term.settings)
+            record = LOSSES.get(term.name)
+            check_settings(record, term.settings)
         except FoveateError as error:
             raise FoveateError(f"{where}: losses: {error}") from None
+        if record.name in names:
+            raise FoveateError(f"{where}: losses: {record.name} stands there twice")
+        names.add(record.name)
+        if term.schedule == "inverse_fit" and not record.share:
+            shares = ", ".join(name for name, known in LOSSES.all().items() if known.share)
+            raise FoveateError(
+                f"{where}: losses: the schedule inverse_fit needs a loss that is a share of the map, and {record.name} is "
+                f"none: {shares} are"
+            )
+        if "guided" in record.needs and recipe.precision == "fp16":
+            raise FoveateError(
+                f"{where}: {record.name} takes a gradient at the image, which is too small for precision fp16: use bf16 or fp32"
+            )
+    for method in (recipe.measure.method, recipe.film.method):
+        if METHODS.known(method) is None:
+            METHODS.get(method)
+    if not recipe.losses and recipe.weight_of_cross_entropy == 0:
+        raise FoveateError(f"{where}: cross_entropy is 0 and there are no losses: nothing would be trained")
     return recipe
+
+
+def _sentence(error: ValidationError) -> str:
+    """The first thing that is wrong with a recipe: where, why, what was given, and what there is."""
+    problems = [p for p in error.errors() if p["loc"][-1] != "literal['scenes']"] or error.errors()
+    first = problems[0]
+    place = [str(part) for part in first["loc"] if "Data" not in str(part)]
+    message = first["msg"].removeprefix("Value error, ")
+    model: type[BaseModel] = Recipe
+    inside: dict[str, type[BaseModel]] = {
+        "data": Data,
+        "losses": LossTerm,
+        "augment": Augment,
+        "measure": Measure,
+        "film": Film,
+    }
+    if len(place) > 1 and place[0] in inside:
+        model = inside[place[0]]
+    if first["type"] == "extra_forbidden":
+        near = difflib.get_close_matches(place[-1], model.model_fields, 1, 0.6)
+        known = f"did you mean {near[0]}?" if near else f"known are {', '.join(model.model_fields)}"
+        return f"{'.'.join(place)} is no key of a recipe: {known}"
+    return f"{'.'.join(place)}: {message[0].lower() + message[1:]}, and it is {first['input']!r}"

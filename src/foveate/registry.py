@@ -138,13 +138,22 @@ class Metric:
 
 @dataclass(frozen=True)
 class Loss:
-    """What is added to cross-entropy: ``(capture, batch, **own settings) -> [B]``, differentiable in the parameters."""
+    """What is added to cross-entropy: ``(capture, batch, **own settings) -> [B]``, differentiable in the parameters.
+
+    Attributes:
+        needs: of ``mask`` (or boxes), ``linear_head`` and ``guided``: a capture of the layer and of ``"input"``, made
+            with ``guided=True``.
+        replaces: it is a cross-entropy of its own, and stands instead of the plain one.
+        share: its value is a share in [0, 1], so that 1 less it says how well the map fits.
+    """
 
     name: str
     title: str
     function: Callable[..., Any]
     paper: str
     needs: tuple[str, ...] = ()
+    replaces: bool = False
+    share: bool = False
     aliases: tuple[str, ...] = ()
 
     def __call__(self, *args: Any, **settings: Any) -> Any:
@@ -356,12 +365,19 @@ def metric(
 
 
 def loss(
-    name: str, *, title: str, paper: str, needs: tuple[str, ...] = (), aliases: tuple[str, ...] = ()
+    name: str,
+    *,
+    title: str,
+    paper: str,
+    needs: tuple[str, ...] = (),
+    replaces: bool = False,
+    share: bool = False,
+    aliases: tuple[str, ...] = (),
 ) -> Callable[[Function], Function]:
     """Register ``(capture, batch, **own settings) -> [B]`` as a loss."""
 
     def add(function: Function) -> Function:
-        LOSSES.add(Loss(name, title, function, paper, needs, aliases))
+        LOSSES.add(Loss(name, title, function, paper, needs, replaces, share, aliases))
         return function
 
     return add

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 from foveate.errors import FoveateError
 
+WORST_FIT = 0.05  # below it a map's fit counts as this: a weight of at most 20
+
 
 @dataclass(frozen=True)
 class Weights:
@@ -17,15 +19,20 @@ class Weights:
     learning_rate: float = 1.0
 
 
-Schedule = Callable[[float], Weights]
+Schedule = Callable[[float, float], Weights]
 
 
-def constant(progress: float) -> Weights:
+def constant(progress: float, value: float = 0.0) -> Weights:
     """Both losses at their full weight all the time."""
     return Weights()
 
 
-def three_phase(progress: float) -> Weights:
+def linear(progress: float, value: float = 0.0) -> Weights:
+    """The added loss grows from 0 to its full weight over the first half: maps of random weights mean nothing yet."""
+    return Weights(added=min(1.0, 2 * progress))
+
+
+def three_phase(progress: float, value: float = 0.0) -> Weights:
     """The talk's three phases: cross-entropy alone, the added loss alone, cross-entropy again at a tenth of the rate.
 
     Args:
@@ -41,11 +48,27 @@ def three_phase(progress: float) -> Weights:
     return Weights(1.0, 0.0, 0.1)
 
 
-SCHEDULES: dict[str, Schedule] = {"constant": constant, "three_phase": three_phase}
+def inverse_fit(progress: float, value: float = 0.0) -> Weights:
+    """Weights proportional to 1 / fit quality: the heavier, the worse the map fits.
+
+    Args:
+        value: of the added loss on this batch, a share in [0, 1]: ``1 - value`` is the fit, and counts as .05 at least.
+
+    Source: Setpal, "Interpretability tools as feedback loops", 2023.
+    """
+    return Weights(added=1 / max(WORST_FIT, 1 - value))
+
+
+SCHEDULES: dict[str, Schedule] = {
+    "constant": constant,
+    "linear": linear,
+    "three_phase": three_phase,
+    "inverse_fit": inverse_fit,
+}
 
 
 def get(name: str) -> Schedule:
-    """A schedule by name.
+    """A schedule by name: ``(share of the epochs that are done, value of the loss on this batch) -> Weights``.
 
     Raises:
         FoveateError: no such schedule.

@@ -2,231 +2,216 @@
 
 from __future__ import annotations
 
-import csv
-import json
 import math
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
-import yaml
-from safetensors.torch import save_file
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset
 
-from foveate import schedules
+from foveate import outcome, schedules, trained
 from foveate._torchvision import torchvision
 from foveate.batch import Batch
 from foveate.capture import Capture
+from foveate.classifier import read_logits
 from foveate.data import scenes
-from foveate.data.folder import Folder, open_folder
-from foveate.errors import FoveateError
-from foveate.evaluate import batches
+from foveate.errors import FoveateError, NotFiniteError
+from foveate.film import Film, lightning_callback
+from foveate.groups import correct
+from foveate.layers import INPUT
 from foveate.models.load import Classifier, load
-from foveate.recipe import Augment, Recipe
+from foveate.models.surgery import contrastive_architecture
+from foveate.recipe import Data, Recipe
 from foveate.registry import LOSSES
+from foveate.splits import BLOCK, EpochSampler, Kept, augmenter, film_images, labels_of, open_splits, processes
+from foveate.targets import Head, predicted
 
 torchvision()  # lightning imports torchmetrics, which imports torchvision
 import lightning as L  # noqa: E402
-from lightning.pytorch.callbacks import Callback, ModelCheckpoint  # noqa: E402
+from lightning.pytorch.callbacks import Callback, EarlyStopping, ModelCheckpoint  # noqa: E402
 
-# -- data ----------------------------------------------------------------------------------------------------------
-
-
-def open_data(recipe: Recipe, classifier: Classifier) -> dict[str, Dataset[Batch]]:
-    """The splits that a recipe names: ``train``, ``val`` and, where there is one, ``test``."""
-    if recipe.data == "scenes":
-        size = recipe.size or classifier.preprocess.crop[0]
-        return {split: scenes.make(split, recipe.seed, size) for split in ("train", "val", "test")}
-    train_data = open_folder(recipe.data.train, classifier.preprocess)
-    found: dict[str, Dataset[Batch]] = {"train": train_data}
-    for split in ("val", "test"):
-        root = getattr(recipe.data, split)
-        if root is not None:
-            found[split] = _numbered_alike(open_folder(root, classifier.preprocess), train_data, root)
-    return found
-
-
-def _numbered_alike(data: Folder, like: Folder, root: Path) -> Folder:
-    """Classes by name get the numbers that they have in training, also where a folder lacks one of them."""
-    if data.class_names is None or like.class_names is None:
-        return data
-    if unknown := [name for name in data.class_names if name not in like.class_names]:
-        raise FoveateError(f"{str(root)!r} has the class {unknown[0]!r}, and the training data has not")
-    return data.renumbered({i: like.class_names.index(name) for i, name in enumerate(data.class_names)})
-
-
-class EpochSampler(Sampler[int]):
-    """A random order that depends on the seed and the epoch alone, so that a resumed run sees the same images.
-
-    Args:
-        labels: of all images.
-        rebalance: draw with replacement, every class equally often; as many draws as there are images.
-    """
-
-    def __init__(self, labels: Tensor, seed: int, rebalance: bool = False) -> None:
-        self.labels, self.seed, self.rebalance, self.epoch = labels, seed, rebalance, 0
-
-    def set_epoch(self, epoch: int) -> None:
-        """Called by Lightning before each epoch."""
-        self.epoch = epoch
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def __iter__(self) -> Iterator[int]:
-        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
-        if self.rebalance:
-            share = 1 / torch.bincount(self.labels).double()[self.labels]
-            return iter(torch.multinomial(share, len(self), replacement=True, generator=generator).tolist())
-        return iter(torch.randperm(len(self), generator=generator).tolist())
-
-
-def _labels(data: Dataset[Batch]) -> Tensor:
-    if isinstance(data, scenes.Scenes):
-        return data.labels
-    if isinstance(data, Folder):
-        labels = [entry.label for entry in data.entries]
-    else:
-        labels = [None if data[i].y is None else int(data[i].y) for i in range(len(data))]  # type: ignore[arg-type]
-    if any(label is None for label in labels):
-        raise FoveateError("training needs a label for every image")
-    return torch.tensor(labels)
-
-
-def augmenter(augment: Augment) -> Callable[[Batch], Batch] | None:
-    """The changes of a recipe as a function of a batch, each image and its mask changed on its own; None for no change."""
-    torchvision()
-    from torchvision import tv_tensors
-    from torchvision.transforms import v2
-
-    steps: list[nn.Module] = []
-    if augment.flip:
-        steps.append(v2.RandomHorizontalFlip())
-    if augment.rotation:
-        fill: Any = {tv_tensors.Image: 0.5, tv_tensors.Mask: 0}
-        steps.append(v2.RandomRotation(augment.rotation, v2.InterpolationMode.BILINEAR, fill=fill))
-    if augment.color_jitter:
-        steps.append(v2.ColorJitter(*[augment.color_jitter] * 3))
-    if not steps:
-        return None
-    change = v2.Compose(steps)
-
-    def apply(batch: Batch) -> Batch:
-        images, masks = [], []
-        for index in range(len(batch)):
-            image = tv_tensors.Image(batch.x[index])
-            if batch.mask is None:
-                image = change(image)
-            else:
-                image, mask = change(image, tv_tensors.Mask(batch.mask[index : index + 1].float()))
-                masks.append(mask.as_subclass(Tensor) > 0.5)
-            images.append(image.as_subclass(Tensor))
-        mask = torch.cat(masks) if masks else None
-        return replace(batch, x=torch.stack(images), mask=mask, boxes=None)
-
-    return apply
-
-
-# -- training ------------------------------------------------------------------------------------------------------
+PRECISION = {"fp32": "32-true", "bf16": "bf16-mixed", "fp16": "16-mixed"}
+Logger = Literal["csv", "tensorboard"]
+UNCHECKED = ("name", "measure", "film")  # of a recipe: what a run that goes on may have otherwise
 
 
 class Training(L.LightningModule):
-    """Cross-entropy and any sum of registered losses on one model; each epoch's figures go to ``history``."""
+    """Cross-entropy and any sum of registered losses on one model; each epoch's figures go to ``history``.
 
-    def __init__(self, classifier: Classifier, recipe: Recipe) -> None:
+    Args:
+        compiled: run the model through ``torch.compile`` where no loss looks into it: validation, and plain training.
+    """
+
+    def __init__(self, classifier: Classifier, recipe: Recipe, compiled: bool = False) -> None:
         super().__init__()
         self.classifier = classifier
         self.recipe = recipe
         self.terms = [(LOSSES.get(term.name), term, schedules.get(term.schedule)) for term in recipe.losses]
         self.history: list[dict[str, float]] = []
+        self.best: dict[str, Any] | None = None
+        self._plain: Callable[[Tensor], Any] = torch.compile(classifier) if compiled else classifier
+        self._guided = any("guided" in record.needs for record, *_ in self.terms)
         self._augment = augmenter(recipe.augment)
-        self._sums: dict[str, float] = {}
+        self._sums: dict[str, Tensor] = {}
         self._started = 0.0
+        self._norms = [m for m in classifier.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+        if recipe.freeze_batch_norm:
+            for parameter in (p for module in self._norms for p in module.parameters()):
+                parameter.requires_grad_(False)
 
-    def _augmented(self, batch: Batch, index: int) -> Batch:
-        """The batch with the recipe's changes, drawn from seed, epoch and step alone, so that a resumed run repeats them."""
-        if self._augment is None:
-            return batch
-        with torch.random.fork_rng():
-            torch.manual_seed((self.recipe.seed * 100_003 + self.current_epoch) * 100_003 + index)
-            return self._augment(batch)
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits ``[B,C]`` of images in [0, 1]."""
+        return read_logits(self._plain(x))
 
     def training_step(self, batch: Batch, index: int) -> Tensor:
-        batch = self._augmented(batch, index)
-        assert batch.y is not None  # open_data gives labels
-        progress = self.current_epoch / self.recipe.epochs
-        if self.terms:
-            capture = Capture(self.classifier, batch.x, self.recipe.layer, frozen=False)
-            logits = capture.logits
-        else:
-            logits = self.classifier(batch.x)
-        cross_entropy = F.cross_entropy(logits, batch.y)
-        share = min((schedule(progress).cross_entropy for *_, schedule in self.terms), default=1.0)
-        total = share * cross_entropy
-        self._add("train_loss", cross_entropy, len(batch))
-        for record, term, schedule in self.terms:
-            value = record(capture, batch, **term.settings).mean()
-            total = total + term.weight * schedule(progress).added * value
-            self._add(term.name, value, len(batch))
-        self._add("train_accuracy", (logits.argmax(1) == batch.y).float().mean(), len(batch))
-        self._add("images", torch.tensor(1.0), len(batch))
+        rank, _ = processes()
+        # Whatever is drawn in a step depends on seed, epoch, step and process alone, so that a resumed run repeats it.
+        torch.manual_seed(((self.recipe.seed * BLOCK + self.current_epoch) * BLOCK + index) * 64 + rank)
+        if self._augment is not None:
+            batch = self._augment(batch)
+        try:
+            total = self._loss(batch)
+        except NotFiniteError:
+            raise self._diverged("an output of the model") from None
+        if not torch.isfinite(total):
+            raise self._diverged("the loss")
+        self.log("loss", total.detach(), on_step=True, on_epoch=False, batch_size=len(batch))
         return total
 
+    def _loss(self, batch: Batch) -> Tensor:
+        assert batch.y is not None  # open_splits gives labels
+        progress = self.current_epoch / self.recipe.epochs
+        if not self.terms:
+            logits = self(batch.x)
+            head: Head = _head(self.recipe, logits)
+        else:
+            layers = (self.recipe.layer, INPUT) if self._guided else self.recipe.layer
+            options: dict[str, Any] = {"frozen": False, "head": self.recipe.head, "guided": self._guided}
+            capture = Capture(self.classifier, batch.x, layers, **options)
+            logits, head = capture.logits, capture.head
+        plain = _cross_entropy(logits, batch.y, head)
+        share, total = 1.0, plain.new_zeros(())
+        with torch.autocast(batch.x.device.type, enabled=False):  # sums over thousands of cells
+            for record, term, schedule in self.terms:
+                value = record(capture, batch, **term.settings).mean()
+                weights = schedule(progress, float(value.detach()) if term.schedule == "inverse_fit" else 0.0)
+                share = min(share, weights.cross_entropy)
+                total = total + term.weight * weights.added * value
+                self._add(term.name, value, len(batch))
+        self._add("train_loss", plain, len(batch))
+        self._add("train_accuracy", correct(predicted(logits, head), batch.y).float().mean(), len(batch))
+        self._add("images", torch.ones_like(plain), len(batch))
+        weight = share * self.recipe.weight_of_cross_entropy
+        return total + weight * plain if weight else total
+
+    def _diverged(self, what: str) -> FoveateError:
+        done = len(self.history)
+        kept = f"; the weights after epoch {done} are kept" if done and self.trainer.checkpoint_callback is not None else ""
+        return FoveateError(
+            f"{what} became NaN or infinite at step {self.global_step + 1}, in epoch {self.current_epoch + 1} of "
+            f"{self.recipe.epochs}{kept}: lower learning_rate or the weights of the losses"
+        )
+
     def validation_step(self, batch: Batch, index: int) -> None:
+        rank, count = processes()
+        if index % count != rank:  # every process is asked for every batch, and runs its own
+            return
         assert batch.y is not None  # likewise
-        logits = self.classifier(batch.x)
-        self._add("val_loss", F.cross_entropy(logits, batch.y), len(batch))
-        self._add("val_accuracy", (logits.argmax(1) == batch.y).float().mean(), len(batch))
-        self._add("val_images", torch.tensor(1.0), len(batch))
+        logits = self(batch.x)
+        head = _head(self.recipe, logits)
+        self._add("val_loss", _cross_entropy(logits, batch.y, head), len(batch))
+        self._add("val_accuracy", correct(predicted(logits, head), batch.y).float().mean(), len(batch))
+        self._add("val_images", torch.ones((), device=logits.device), len(batch))
 
     def _add(self, name: str, value: Tensor, count: int) -> None:
-        self._sums[name] = self._sums.get(name, 0.0) + float(value.detach()) * count
+        before = self._sums.get(name)
+        self._sums[name] = value.detach().float() * count if before is None else before + value.detach().float() * count
 
     def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
         return replace(batch, x=batch.x.contiguous(memory_format=torch.channels_last))
 
     def on_train_epoch_start(self) -> None:
         self._sums, self._started = {}, time.perf_counter()
+        if self.recipe.freeze_batch_norm:
+            for module in self._norms:
+                module.training = False
 
     def on_validation_epoch_end(self) -> None:
         # Here and not at the end of the training epoch: callbacks of that hook read the history.
-        train, val = self._sums.pop("images"), self._sums.pop("val_images", 1.0)
-        figures = {name: value / (val if name.startswith("val") else train) for name, value in self._sums.items()}
+        names = ["images", "val_images", *(n for n in self._sums if n not in ("images", "val_images"))]
+        sums = torch.stack([self._sums.get(name, torch.zeros((), device=self.device)).double() for name in names])
+        if processes()[1] > 1:
+            torch.distributed.all_reduce(sums)
+        values = dict(zip(names, sums.tolist(), strict=True))
+        train, val = values.pop("images"), values.pop("val_images")
+        figures = {name: value / (val if name.startswith("val") else train) for name, value in values.items()}
         figures["learning_rate"] = self.trainer.optimizers[0].param_groups[0]["lr"]
+        self.log_dict({name: torch.tensor(value) for name, value in figures.items()})
         self.history.append({"epoch": self.current_epoch + 1, **figures, "seconds": time.perf_counter() - self._started})
+        if self.recipe.keep == "best" and (self.best is None or figures["val_accuracy"] > self.best["val_accuracy"]):
+            state = {name: value.detach().cpu().clone() for name, value in self.classifier.state_dict().items()}
+            self.best = {"val_accuracy": figures["val_accuracy"], "epoch": self.current_epoch + 1, "state": state}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["history"] = self.history
+        checkpoint["best"] = self.best
         checkpoint["recipe"] = self.recipe.model_dump(mode="json")
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self.history = list(checkpoint["history"])
+        self.best = checkpoint.get("best")
 
     def configure_optimizers(self) -> Any:
         recipe = self.recipe
         parameters = [parameter for parameter in self.classifier.parameters() if parameter.requires_grad]
+        decay: dict[str, Any] = {"lr": recipe.learning_rate, "weight_decay": recipe.weight_decay}
         optimizer: torch.optim.Optimizer
         if recipe.optimizer == "sgd":
-            optimizer = torch.optim.SGD(parameters, recipe.learning_rate, recipe.momentum, weight_decay=recipe.weight_decay)
+            optimizer = torch.optim.SGD(parameters, momentum=recipe.momentum, nesterov=recipe.nesterov, **decay)
+        elif recipe.optimizer == "adam":
+            optimizer = torch.optim.Adam(parameters, **decay)
         else:
-            optimizer = torch.optim.AdamW(parameters, recipe.learning_rate, weight_decay=recipe.weight_decay)
+            optimizer = torch.optim.AdamW(parameters, **decay)
         steps = int(self.trainer.estimated_stepping_batches)
-        warm = max(1, round(recipe.warmup * steps))
 
         def rate(step: int) -> float:
-            phase = min((schedule(step / steps).learning_rate for *_, schedule in self.terms), default=1.0)
-            if step < warm:
-                return phase * (step + 1) / warm
-            return phase * 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, steps - warm)))
+            phase = min((schedule(step / steps, 0.0).learning_rate for *_, schedule in self.terms), default=1.0)
+            return phase * learning_rate_at(recipe, step, steps)
 
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+
+def learning_rate_at(recipe: Recipe, step: int, steps: int) -> float:
+    """The factor of the learning rate at a step: a linear warm-up, then a cosine to 0, or steps down, or nothing."""
+    warm = max(1, round(recipe.warmup * steps)) if recipe.warmup else 0
+    if step < warm:
+        return (step + 1) / warm
+    if recipe.decay == "none":
+        return 1.0
+    if recipe.decay == "steps":
+        return float(recipe.factor ** sum(step >= share * steps for share in recipe.milestones))
+    return 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, steps - warm)))
+
+
+def _head(recipe: Recipe, logits: Tensor) -> Head:
+    return recipe.head or ("binary" if logits.shape[1] == 1 else "softmax")
+
+
+def _cross_entropy(logits: Tensor, y: Tensor, head: Head) -> Tensor:
+    logits = logits.float() if logits.element_size() < 4 else logits
+    if head == "softmax":
+        return F.cross_entropy(logits, y)
+    if head == "binary":
+        return F.binary_cross_entropy_with_logits(logits[:, 0], y.to(logits.dtype))
+    return F.binary_cross_entropy_with_logits(logits, y.to(logits.dtype), reduction="none").sum(1).mean()
 
 
 @dataclass
@@ -236,7 +221,9 @@ class Run:
     Attributes:
         history: one line an epoch.
         seconds: of training alone.
-        out: folder with ``model.safetensors``, ``recipe.yaml``, ``history.csv`` and ``run.json``, or None.
+        out: folder with ``model.safetensors``, ``recipe.yaml``, ``history.csv``, ``run.json`` and ``film.npz``, or None.
+        film: where the model looked after each epoch.
+        epoch: whose weights these are.
     """
 
     classifier: Classifier
@@ -244,28 +231,18 @@ class Run:
     data: dict[str, Dataset[Batch]]
     history: list[dict[str, float]]
     seconds: float
-    out: Path | None
+    out: Path | None = None
+    film: Film | None = None
+    epoch: int = 0
+
+    @cached_property
+    def outcome(self) -> dict[str, Any]:
+        """Accuracy of every split and group, and the measures of the maps: see :func:`foveate.outcome.outcome`."""
+        return outcome.outcome(self.classifier, self.data, self.recipe)
 
     def accuracy(self, split: str) -> float:
         """Share of images of a split that are classified right."""
-        right, count = 0, 0
-        for batch in batches(self.data[split], 128):
-            assert batch.y is not None  # open_data gives labels
-            right += int((predict(self.classifier, batch.x).argmax(1) == batch.y).sum())
-            count += len(batch)
-        return right / count
-
-
-@torch.inference_mode()
-def predict(model: nn.Module, x: Tensor) -> Tensor:
-    """Logits of a batch in evaluation mode, ``[B,C]``; the mode is put back."""
-    training = model.training
-    first = next(model.parameters(), None)
-    model.eval()
-    try:
-        return model(x if first is None else x.to(first.device)).cpu()
-    finally:
-        model.train(training)
+        return float(self.outcome["accuracy"][split])
 
 
 def train(
@@ -276,62 +253,50 @@ def train(
     callbacks: Sequence[Callback] = (),
     resume: bool = False,
     overwrite: bool = False,
+    devices: int = 1,
+    loggers: Sequence[Logger] = (),
+    workers: int = 0,
+    compiled: bool = False,
 ) -> Run:
     """Train a recipe; with the same recipe the same weights on the same machine.
 
     Args:
-        out: folder for weights, curves and checkpoints; nothing is written where it is None.
+        out: folder for weights, curves, film and checkpoints; nothing is written where it is None.
         data: the splits, where they are at hand already.
         callbacks: Lightning's, such as a progress bar.
         resume: go on from the last finished epoch in ``out``, with the recipe that it was started with.
         overwrite: replace a run that ``out`` holds.
+        devices: GPUs, or processes on CPUs; a batch is divided among them.
+        loggers: ``csv`` and ``tensorboard``, into ``out/logs``.
+        workers: processes that read images.
+        compiled: ``torch.compile`` for what no loss looks into.
 
     Raises:
         KeyboardInterrupt: with a message that says how to go on.
         FoveateError: ``out`` holds a run, or one of another recipe where it is to be resumed; there is nothing to resume;
-            the model and the data do not fit; the loss became NaN.
+            the model, the data and the losses do not fit; the loss became NaN.
     """
     folder = Path(out) if out is not None else None
-    checkpoint = folder / "checkpoints" / "last.ckpt" if folder is not None else None
-    if resume and (checkpoint is None or not checkpoint.is_file()):
-        raise FoveateError(f"there is no run to resume in {str(folder)!r}: start one without --resume")
-    if resume and checkpoint is not None:
-        _check_same(recipe, checkpoint)
-    elif checkpoint is not None and checkpoint.is_file() and not overwrite:
-        raise FoveateError(f"{str(folder)!r} holds a run already: name another folder, or ask to resume or to overwrite it")
-    elif checkpoint is not None:
-        checkpoint.unlink(missing_ok=True)
+    checkpoint = _checkpoint(recipe, folder, resume, overwrite)
     L.seed_everything(recipe.seed, verbose=False)
-    classifier = _classifier(recipe)
-    splits = dict(data) if data is not None else open_data(recipe, classifier)
-    labels = _labels(splits["train"])
-    _check_classes(classifier, labels, splits["train"])
-    loader: DataLoader[Batch] = DataLoader(
-        splits["train"],
-        recipe.batch_size,
-        sampler=EpochSampler(labels, recipe.seed, recipe.rebalance),
-        collate_fn=Batch.collate,
-    )
-    validation: DataLoader[Batch] = DataLoader(splits["val"], 128, collate_fn=Batch.collate)
-    classifier.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # twice as fast on CPUs
-    module = Training(classifier, recipe)
-    saving = []
+    classifier, splits = prepared(recipe, data)
+    module = Training(classifier, recipe, compiled)
+    film = None
+    extra: list[Callback] = [EarlyStopping("val_accuracy", patience=recipe.early_stop, mode="max")] if recipe.early_stop else []
+    if recipe.film.images and recipe.head != "multilabel":
+        images = film_images(splits, recipe.film.images)
+        film = Film(images, recipe.film.method, recipe.layer, tuple(classifier.class_names or ()) or None)
+        path = None if folder is None else folder / "film.npz"
+        extra.append(lightning_callback(film, path, lambda m: m.classifier))
     if checkpoint is not None:
-        saving = [ModelCheckpoint(checkpoint.parent, filename="last", save_top_k=1, enable_version_counter=False)]
+        options: dict[str, Any] = {"save_top_k": 1, "enable_version_counter": False, "save_on_train_epoch_end": True}
+        extra.append(ModelCheckpoint(checkpoint.parent, filename="last", **options))
     start = time.perf_counter()
     with _quiet():
-        trainer = L.Trainer(
-            max_epochs=recipe.epochs,
-            devices=1,
-            logger=False,
-            enable_checkpointing=bool(saving),
-            enable_progress_bar=False,
-            enable_model_summary=False,
-            num_sanity_val_steps=0,
-            callbacks=[*saving, _StopAtNaN(), *callbacks],
-        )
+        trainer = _trainer(recipe, devices, _loggers(loggers, folder), [*extra, *callbacks])
+        loaders = _loaders(recipe, splits, devices, workers)
         try:
-            trainer.fit(module, loader, validation, ckpt_path=str(checkpoint) if resume else None, weights_only=True)
+            trainer.fit(module, *loaders, ckpt_path=str(checkpoint) if resume else None, weights_only=True)
         except SystemExit:  # Lightning's answer to Ctrl-C
             if not trainer.interrupted:
                 raise
@@ -339,11 +304,141 @@ def train(
         done = len(module.history)
         go_on = "; go on with --resume" if checkpoint is not None and checkpoint.is_file() else ""
         raise KeyboardInterrupt(f"interrupted after {done} of {recipe.epochs} epochs{go_on}")
-    classifier.eval()
-    run = Run(classifier, recipe, splits, module.history, time.perf_counter() - start, folder)
-    if folder is not None:
-        save(run, folder)
+    epoch = len(module.history)
+    if module.best is not None:
+        classifier.load_state_dict(module.best["state"])
+        epoch = int(module.best["epoch"])
+    classifier.cpu().eval()
+    run = Run(classifier, recipe, splits, module.history, time.perf_counter() - start, folder, film, epoch)
+    if folder is not None and trainer.is_global_zero:
+        record = {"name": recipe.name, "seed": recipe.seed, "epoch": epoch, "seconds": run.seconds, **run.outcome}
+        trained.save(folder, classifier.model, recipe.model_dump(mode="json"), run.history, record)
     return run
+
+
+def _checkpoint(recipe: Recipe, folder: Path | None, resume: bool, overwrite: bool) -> Path | None:
+    """Where the run keeps its last epoch; the folder is as the call wants it."""
+    checkpoint = folder / "checkpoints" / "last.ckpt" if folder is not None else None
+    if resume and (checkpoint is None or not checkpoint.is_file()):
+        raise FoveateError(f"there is no run to resume in {str(folder)!r}: start one without --resume")
+    if resume and checkpoint is not None:
+        _check_same(recipe, checkpoint)
+    elif checkpoint is not None and checkpoint.is_file() and not overwrite and processes()[1] == 1:
+        raise FoveateError(f"{str(folder)!r} holds a run already: name another folder, or ask to resume or to overwrite it")
+    elif checkpoint is not None:
+        checkpoint.unlink(missing_ok=True)
+    return checkpoint
+
+
+def prepared(recipe: Recipe, data: Mapping[str, Dataset[Batch]] | None = None) -> tuple[Classifier, dict[str, Dataset[Batch]]]:
+    """The model of a recipe, in training mode, and its splits; what does not fit together is refused before training.
+
+    Raises:
+        FoveateError: fewer outputs than classes; a loss needs masks that the data has not.
+    """
+    classifier = _classifier(recipe, data)
+    splits = dict(data) if data is not None else open_splits(recipe, classifier.preprocess)
+    if missing := [split for split in ("train", "val") if split not in splits]:
+        raise FoveateError(f"training needs the splits train and val, and {missing[0]} is missing")
+    labels, first = labels_of(splits["train"]), splits["train"][0]
+    outputs = outcome.predict(classifier, first.x).shape[1]
+    if labels.ndim == 2 and labels.shape[1] != outputs:
+        raise FoveateError(f"the model has {outputs} outputs, and an image has {labels.shape[1]} labels")
+    if labels.ndim == 1 and int(labels.max()) >= max(2, outputs):
+        raise FoveateError(f"the model has {outputs} outputs, and the data has a class {int(labels.max())}: set num_classes")
+    for term in recipe.losses:
+        record = LOSSES.get(term.name)
+        if "mask" in record.needs and first.mask is None and first.boxes is None:
+            raise FoveateError(f"{record.name} needs masks of the objects, and the data has none: 'cam_loss' needs none")
+    classifier.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # twice as fast on CPUs
+    return classifier, splits
+
+
+def _classifier(recipe: Recipe, data: Mapping[str, Dataset[Batch]] | None) -> Classifier:
+    count, names = None, None
+    if not recipe.model.rpartition(":")[0].endswith(".py"):
+        if recipe.data == "scenes":
+            names = list(scenes.CLASSES)
+            count = len(names)
+        else:
+            assert isinstance(recipe.data, Data)
+            from foveate.data.benchmarks import open_benchmark
+
+            tree = data["train"] if data is not None else None
+            tree = tree or open_benchmark(recipe.data.train, load("foveate:small_cnn").preprocess, train=True)
+            known = getattr(tree, "class_names", None)
+            labels = labels_of(tree)
+            count = len(known) if known else labels.shape[1] if labels.ndim == 2 else int(labels.max()) + 1
+            names = list(known) if known else None
+        if recipe.head == "binary":
+            if count != 2:
+                raise FoveateError(f"a binary head has two classes, and the data has {count}")
+            count = 1
+    classifier = load(recipe.model, weights=recipe.weights, pretrained=recipe.pretrained, num_classes=count, size=recipe.size)
+    if recipe.contrastive_architecture:
+        classifier = contrastive_architecture(classifier)
+    classifier.class_names = names or classifier.class_names
+    return classifier.train()
+
+
+def _loaders(
+    recipe: Recipe, splits: Mapping[str, Dataset[Batch]], devices: int, workers: int
+) -> tuple[DataLoader[Batch], DataLoader[Batch]]:
+    if recipe.batch_size % devices:
+        raise FoveateError(f"batch_size {recipe.batch_size} cannot be divided among {devices} devices")
+    options: dict[str, Any] = {"collate_fn": Batch.collate, "num_workers": workers, "persistent_workers": workers > 0}
+    train_data, val_data = (splits[s] if workers else Kept.of(splits[s]) for s in ("train", "val"))
+    sampler = EpochSampler(labels_of(splits["train"]), recipe.seed, recipe.rebalance)
+    train_loader: DataLoader[Batch] = DataLoader(train_data, recipe.batch_size // devices, sampler=sampler, **options)
+    return train_loader, DataLoader(val_data, 128, **options)
+
+
+def _trainer(recipe: Recipe, devices: int, loggers: list[Any], callbacks: list[Callback]) -> L.Trainer:
+    accelerator = "cuda" if torch.cuda.is_available() else "cpu"
+    if devices > 1:
+        from lightning.pytorch.strategies import DDPStrategy
+
+        # Some losses leave parameters without a gradient, such as the bias of a head.
+        strategy: Any = DDPStrategy(find_unused_parameters=True)
+    try:
+        return L.Trainer(
+            accelerator=accelerator,
+            devices=devices,
+            strategy=strategy if devices > 1 else "auto",
+            precision=PRECISION[recipe.precision],  # type: ignore[arg-type]
+            max_epochs=recipe.epochs,
+            accumulate_grad_batches=recipe.accumulate,
+            gradient_clip_val=recipe.gradient_clip,
+            logger=loggers or False,
+            log_every_n_steps=10,
+            enable_checkpointing=any(isinstance(callback, ModelCheckpoint) for callback in callbacks),
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            num_sanity_val_steps=0,
+            use_distributed_sampler=False,
+            callbacks=callbacks,
+        )
+    except (RuntimeError, ValueError) as error:
+        raise FoveateError(f"{devices} device(s) cannot be used here: {str(error).splitlines()[0]}") from None
+
+
+def _loggers(names: Sequence[str], folder: Path | None) -> list[Any]:
+    made: list[Any] = []
+    for name in names:
+        if folder is None:
+            raise FoveateError(f"the logger {name!r} writes into the run's folder: name one")
+        from lightning.pytorch import loggers
+
+        if name == "csv":
+            made.append(loggers.CSVLogger(folder, name="logs", version=""))
+        elif name == "tensorboard":
+            try:
+                made.append(loggers.TensorBoardLogger(folder, name="logs", version=""))
+            except ModuleNotFoundError:
+                raise FoveateError("the logger 'tensorboard' needs it installed: pip install tensorboard") from None
+        else:
+            raise FoveateError(f"logger {name!r} is unknown: use 'csv' or 'tensorboard'")
+    return made
 
 
 def _check_same(recipe: Recipe, checkpoint: Path) -> None:
@@ -351,59 +446,10 @@ def _check_same(recipe: Recipe, checkpoint: Path) -> None:
     before = torch.load(checkpoint, map_location="cpu", weights_only=True).get("recipe", {})
     now = recipe.model_dump(mode="json")
     for key in now:
-        if before.get(key) != now[key]:
+        if key not in UNCHECKED and before.get(key) != now[key]:
             raise FoveateError(
                 f"the run in {str(checkpoint.parents[1])!r} was started with {key} {before.get(key)!r}, and now it is "
                 f"{now[key]!r}: resume it with the same recipe, or start another run"
-            )
-
-
-def _classifier(recipe: Recipe) -> Classifier:
-    count = None
-    if recipe.data != "scenes":
-        tree = open_folder(recipe.data.train, load("foveate:small_cnn").preprocess)
-        count = len(tree.class_names) if tree.class_names else int(_labels(tree).max()) + 1
-    elif not recipe.model.partition(":")[0].endswith(".py"):
-        count = len(scenes.CLASSES)
-    if recipe.model.rpartition(":")[0].endswith(".py"):
-        count = None
-    classifier = load(recipe.model, weights=recipe.weights, pretrained=recipe.pretrained, num_classes=count, size=recipe.size)
-    classifier.class_names = list(scenes.CLASSES) if recipe.data == "scenes" else classifier.class_names
-    return classifier.train()
-
-
-def _check_classes(classifier: Classifier, labels: Tensor, data: Dataset[Batch]) -> None:
-    outputs = predict(classifier, data[0].x).shape[1]
-    if int(labels.max()) >= outputs:
-        raise FoveateError(f"the model has {outputs} outputs, and the data has a class {int(labels.max())}: set num_classes")
-
-
-def save(run: Run, folder: Path) -> None:
-    """Write the weights of the user's own model, the recipe, the curves and the accuracies of a run."""
-    folder.mkdir(parents=True, exist_ok=True)
-    state = {key: value.contiguous() for key, value in run.classifier.model.state_dict().items()}
-    save_file(state, folder / "model.safetensors")
-    (folder / "recipe.yaml").write_text(yaml.safe_dump(run.recipe.model_dump(mode="json"), sort_keys=False), encoding="utf-8")
-    with (folder / "history.csv").open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, list(run.history[0]))
-        writer.writeheader()
-        writer.writerows(run.history)
-    figures = {
-        "accuracy": {split: run.accuracy(split) for split in run.data},
-        "seconds": run.seconds,
-        "versions": {"torch": torch.__version__, "lightning": L.__version__},
-    }
-    (folder / "run.json").write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
-
-
-class _StopAtNaN(Callback):
-    """End a run whose loss is no longer a number, with a sentence instead of a broken model."""
-
-    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        value = outputs["loss"] if isinstance(outputs, Mapping) else outputs
-        if value is not None and not torch.isfinite(value):
-            raise FoveateError(
-                f"the loss became {float(value)} in epoch {trainer.current_epoch + 1}: lower learning_rate or the weights"
             )
 
 
@@ -417,7 +463,8 @@ class _quiet:
         self._caught.__enter__()
         warnings.filterwarnings("ignore", module="lightning")
         warnings.filterwarnings("ignore", message=".*(num_workers|isinstance\\(treespec|LeafSpec).*")
-        self._levels = {name: logging.getLogger(name).level for name in ("lightning.pytorch", "lightning.fabric")}
+        names = ("lightning.pytorch", "lightning.fabric", "pytorch_lightning", "lightning_fabric")
+        self._levels = {name: logging.getLogger(name).level for name in names}
         for name in self._levels:
             logging.getLogger(name).setLevel(logging.ERROR)
 

@@ -22,7 +22,7 @@ from foveate.images import Preprocess
 FOREGROUND = 1  # of a trimap of Oxford-IIIT Pet: 2 is background, 3 the border between
 
 
-def open_benchmark(name: str, preprocess: Preprocess, *, clip_boxes: bool = True) -> Any:
+def open_benchmark(name: str, preprocess: Preprocess, *, clip_boxes: bool = True, train: bool = False) -> Any:
     """Data by what a person may call it.
 
     ``scenes``; ``imagenet:FOLDER``; ``pets:FOLDER`` (37 breeds) and ``species:FOLDER`` (cat or dog); ``torchvision:NAME`` or
@@ -30,18 +30,19 @@ def open_benchmark(name: str, preprocess: Preprocess, *, clip_boxes: bool = True
 
     Args:
         clip_boxes: boxes end at the crop; False keeps them as they are, as some published code does.
+        train: the part for training, of data that has one.
 
     Raises:
         FoveateError: no such data, or a folder that is laid out otherwise; the message says how.
     """
     if name == "scenes":
-        return scenes.make("test", 0, preprocess.crop[0])
+        return scenes.make("train" if train else "test", 0, preprocess.crop[0])
     kind, colon, where = name.partition(":")
     openers: dict[str, Callable[[str, Preprocess], Any]] = {
         "imagenet": open_imagenet,
         "pets": open_pets,
         "species": lambda where, preprocess: open_pets(where, preprocess, species=True),
-        "torchvision": open_torchvision,
+        "torchvision": lambda where, preprocess: open_torchvision(where, preprocess, train=train),
     }
     if colon and kind in openers and not Path(name).exists():
         source = openers[kind](where, preprocess)
@@ -120,7 +121,7 @@ def open_pets(where: str | Path, preprocess: Preprocess, *, species: bool = Fals
                 kind if species else breed,
                 None,
                 mask if mask.is_file() else None,
-                FOREGROUND,
+                mask_value=FOREGROUND,
             )
         )
     names = ("cat", "dog") if species else tuple(breeds.get(i, f"breed {i + 1}") for i in range(max(breeds, default=-1) + 1))
@@ -151,13 +152,20 @@ class Vision(Dataset[Batch]):
     def __iter__(self) -> Iterator[Batch]:
         return (self[index] for index in range(len(self)))
 
+    def labels(self) -> list[int] | None:
+        """The labels, where the data set knows them without reading an image."""
+        known = next((getattr(self.source, n) for n in ("targets", "_labels", "labels") if hasattr(self.source, n)), None)
+        if known is None or len(known) != len(self):
+            return None
+        return [int(label) if self.order is None else self.order[int(label)] for label in known]
+
     def renumbered(self, order: Mapping[int, int]) -> Vision:
         """The same images with labels in another numbering."""
         return replace(self, order=order)
 
 
-def open_torchvision(where: str, preprocess: Preprocess) -> Vision:
-    """``NAME`` or ``NAME:FOLDER``: the test part of a classification data set of torchvision, already downloaded.
+def open_torchvision(where: str, preprocess: Preprocess, train: bool = False) -> Vision:
+    """``NAME`` or ``NAME:FOLDER``: a classification data set of torchvision, already downloaded; its test part, or ``train``.
 
     Raises:
         FoveateError: no such data set, or it is not in the folder.
@@ -172,9 +180,10 @@ def open_torchvision(where: str, preprocess: Preprocess) -> Vision:
         raise FoveateError(f"torchvision has no data set {name!r}: it has {known}, and others")
     kind = getattr(kinds, name)
     parameters = inspect.signature(kind).parameters
-    options: dict[str, Any] = {"train": False} if "train" in parameters else {}
+    options: dict[str, Any] = {"train": train} if "train" in parameters else {}
     reason = ""
-    for split in ("test", "val", None) if "split" in parameters else (None,):
+    wanted = ("train", "trainval", None) if train else ("test", "val", None)
+    for split in wanted if "split" in parameters else (None,):
         try:
             source = kind(root, **options, **({} if split is None else {"split": split}))
         except (RuntimeError, ValueError, TypeError, OSError, ImportError) as error:

@@ -28,6 +28,7 @@ class Entry:
     label: int | None = None
     boxes: tuple[tuple[float, ...], ...] | None = None
     mask: Path | None = None
+    background: str | None = None
     mask_value: int | None = None  # the value of the object's pixels; above half of the largest where it is None
 
 
@@ -91,6 +92,7 @@ class Folder(Dataset[Batch]):
             mask=mask if mask is not None or not self._has("mask") else torch.zeros(1, *self.preprocess.crop, dtype=torch.bool),
             boxes=(self.preprocess.boxes(entry.boxes or (), image.size, self.clip_boxes),) if self._has("boxes") else None,
             id=(self.name_of(index),),
+            background=None if entry.background is None else (entry.background,),
         )
 
     def __iter__(self) -> Iterator[Batch]:
@@ -107,7 +109,7 @@ def _only(mask: Image.Image, value: int) -> Image.Image:
 
 
 def open_folder(root: str | Path, preprocess: Preprocess) -> Folder:
-    """A folder with ``labels.csv`` (``file,class_index[,boxes_xyxy][,mask]``), or one with a folder for each class.
+    """A folder with ``labels.csv`` (``file,class_index[,boxes_xyxy][,mask][,background]``), or a folder for each class in it.
 
     Without ``class_index`` the column ``name`` is used, its values in alphabetical order.
 
@@ -152,7 +154,7 @@ def read_labels(path: Path) -> tuple[list[Entry], tuple[str, ...] | None]:
         except ValueError as error:
             raise FoveateError(f"{path}, line {number}: {error}") from None
         mask = path.parent / row["mask"] if row.get("mask") else None
-        entries.append(Entry(path.parent / row["file"], label, boxes, mask))
+        entries.append(Entry(path.parent / row["file"], label, boxes, mask, row.get("background") or None))
     return entries, names
 
 

@@ -61,7 +61,8 @@ class Scenes(Dataset[Batch]):
             raise IndexError(f"image {index} of {len(self)}")
         index %= len(self)
         rows = slice(index, index + 1)
-        return Batch(self.images[rows].float() / 255, self.labels[rows], self.masks[rows], id=self.ids[rows])
+        x, places = self.images[rows].float() / 255, self.backgrounds[rows]
+        return Batch(x, self.labels[rows], self.masks[rows], id=self.ids[rows], background=places)
 
     def __iter__(self) -> Iterator[Batch]:
         return (self[index] for index in range(len(self)))
@@ -72,7 +73,7 @@ class Scenes(Dataset[Batch]):
 
     def batch(self) -> Batch:
         """The whole split as one batch."""
-        return Batch(self.images.float() / 255, self.labels, self.masks, id=self.ids)
+        return Batch(self.images.float() / 255, self.labels, self.masks, id=self.ids, background=self.backgrounds)
 
 
 def make(split: Split, seed: int = 0, size: int = 96, tick: Callable[[], object] = lambda: None) -> Scenes:

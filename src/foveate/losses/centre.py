@@ -15,7 +15,6 @@ from foveate.capture import Capture
 from foveate.errors import FoveateError
 from foveate.maps import relu
 from foveate.registry import METHODS, loss
-from foveate.targets import Target
 
 Form = Literal["mass", "abs", "raw", "square", "talk_2023", "top_decile", "squared_kernel", "contrast_2024"]
 
@@ -121,7 +120,14 @@ _FORMS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 _HISTORICAL = ("talk_2023", "top_decile", "squared_kernel", "contrast_2024")
 
 
-def cam_loss(saliency: Tensor, *, sigma: float = 0.25, centre: tuple[float, float] = (0.5, 0.5), form: Form = "mass") -> Tensor:
+def cam_loss(
+    saliency: Tensor,
+    *,
+    sigma: float = 0.25,
+    centre: tuple[float, float] = (0.5, 0.5),
+    form: Form = "mass",
+    kernel: Tensor | None = None,
+) -> Tensor:
     """CAM loss of raw maps ``S [B,h,w]``, ``[B]``: ``sum_ij K_ij phi(S)_ij`` with the inverted Gaussian ``K``.
 
     Args:
@@ -132,9 +138,11 @@ def cam_loss(saliency: Tensor, *, sigma: float = 0.25, centre: tuple[float, floa
             ``K S^2``; they shrink the map as well, and ``raw`` rewards a negative border. As history has them, with
             a Gaussian of sum 1 (weights of up to 1e18 went with it): ``talk_2023``, ``top_decile``, ``squared_kernel``,
             ``contrast_2024``.
+        kernel: prices of one's own instead of the Gaussian, ``[h,w]`` or one an image ``[B,h,w]``, 0 where mass is free.
 
     Raises:
-        FoveateError: an unknown form, sigma not above 0; ``talk_2023`` on a map that is not square.
+        FoveateError: an unknown form, sigma not above 0; ``talk_2023`` on a map that is not square; a kernel of another
+            size than the map.
 
     Source: Setpal, "Interpretability tools as feedback loops", 2023, and the history of its code. Published evidence
     is mixed: on Waterbirds its authors report a worst-group accuracy below plain training.
@@ -144,17 +152,28 @@ def cam_loss(saliency: Tensor, *, sigma: float = 0.25, centre: tuple[float, floa
     height, width = saliency.shape[-2:]
     if form == "talk_2023" and height != width:
         raise FoveateError(f"form 'talk_2023' is a matrix product and needs a square map, not {height}x{width}")
-    kernel = _kernel(height, width, sigma, centre, form in _HISTORICAL, saliency.device, saliency.dtype)
-    return _FORMS[form](saliency, kernel)
+    if kernel is None:
+        kernel = _kernel(height, width, sigma, centre, form in _HISTORICAL, saliency.device, saliency.dtype)
+    elif kernel.shape[-2:] != (height, width):
+        raise FoveateError(f"a kernel of shape {list(kernel.shape)} does not fit maps of {height}x{width}")
+    return _FORMS[form](saliency, kernel.to(saliency.dtype))
 
 
-def _target(capture: Capture, batch: Batch) -> Target:
+def trained_map(capture: Capture, batch: Batch, method: str) -> Tensor:
+    """The raw map ``[B,h,w]`` of each image's own class by a method, differentiable in the parameters.
+
+    Raises:
+        FoveateError: the method's map has no gradient in the parameters; labels are missing.
+    """
+    record = METHODS.get(method)
+    if not record.differentiable:
+        raise FoveateError(f"method {method!r} cannot be trained through: use 'hires_cam', 'grad_cam' or 'cam'")
     if batch.y is None:
         raise FoveateError("this loss needs labels, and the batch has none")
-    return capture.target(batch.y)
+    return record(capture, None, capture.target(batch.y))  # type: ignore[no-any-return]
 
 
-@loss("cam_loss", title="CAM loss", paper="Setpal, Interpretability tools as feedback loops, 2023")
+@loss("cam_loss", title="CAM loss", paper="Setpal, Interpretability tools as feedback loops, 2023", share=True)
 def cam_loss_of(
     capture: Capture,
     batch: Batch,
@@ -173,7 +192,4 @@ def cam_loss_of(
     Raises:
         FoveateError: the method's map has no gradient in the parameters; labels are missing.
     """
-    record = METHODS.get(method)
-    if not record.differentiable:
-        raise FoveateError(f"method {method!r} cannot be trained through: use 'hires_cam', 'grad_cam' or 'cam'")
-    return cam_loss(record(capture, None, _target(capture, batch)), sigma=sigma, centre=(centre[0], centre[1]), form=form)
+    return cam_loss(trained_map(capture, batch, method), sigma=sigma, centre=(centre[0], centre[1]), form=form)

@@ -1,0 +1,202 @@
+"""Film: where a model looks at a few fixed images, kept after every epoch, for any training loop."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from foveate import maps
+from foveate.batch import Batch
+from foveate.capture import Capture
+from foveate.classifier import evaluating
+from foveate.errors import FoveateError
+from foveate.registry import METHODS
+from foveate.targets import log_probability
+
+SIDE = 112  # pixels of a kept map: what a picture of it is drawn from
+
+
+@dataclass(frozen=True)
+class Frame:
+    """One epoch.
+
+    Attributes:
+        epoch: its number, from 1; 0 for before training.
+        maps: ``[N,h,w]`` uint8, of each image's label, 255 where it is largest.
+        predicted: class of each image, ``[N]``.
+        probability: of the label, ``[N]``.
+        inside: share of each map on its mask, ``[N]``; not a number where there is no mask.
+    """
+
+    epoch: int
+    maps: np.ndarray
+    predicted: np.ndarray
+    probability: np.ndarray
+    inside: np.ndarray
+
+
+@dataclass
+class Film:
+    """Maps of a few fixed images over the epochs of a training run.
+
+    ``film.shoot(model, epoch)`` in any loop; :func:`lightning_callback` and :func:`hugging_face_callback` call it.
+
+    Args:
+        batch: the images, in [0, 1], with labels, and masks where they are known.
+        method: whose maps of the labels are kept.
+        layer: where to look.
+        class_names: for captions.
+    """
+
+    batch: Batch
+    method: str = "contrastive_cam"
+    layer: str = "auto"
+    class_names: tuple[str, ...] | None = None
+    frames: list[Frame] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        METHODS.get(self.method)
+        if self.batch.y is None or self.batch.y.ndim != 1:
+            raise FoveateError("a film needs one label for each of its images")
+
+    def shoot(self, model: nn.Module, epoch: int) -> Frame:
+        """Keep where a model looks now; one frame an epoch, so that a run that goes on replaces what it repeats.
+
+        The model may be in training mode: it is put into evaluation mode and back, and nothing else of it changes.
+        """
+        assert self.batch.y is not None  # __post_init__ has seen them
+        with evaluating(model):
+            capture = Capture(model, self.batch.x, self.layer)
+            target = capture.target("label", labels=self.batch.y.to(capture.logits.device))
+            raw = METHODS.get(self.method)(capture, None, target).detach()
+            M = maps.prepare(raw, capture.size)
+            probability = log_probability(capture.logits.detach(), target.y, capture.head).exp()
+        inside = torch.full((len(M),), float("nan"))
+        if self.batch.mask is not None:
+            inside = maps.mass_inside(M, self.batch.mask.to(M.device))
+        factor = min(1.0, SIDE / max(M.shape[-2:]))
+        small = M
+        if factor < 1:
+            height, width = (max(1, round(side * factor)) for side in M.shape[-2:])
+            small = torch.nn.functional.adaptive_avg_pool2d(M[:, None], (height, width))[:, 0]
+        frame = Frame(
+            epoch,
+            (255 * small).round().byte().cpu().numpy(),
+            capture.pred.cpu().numpy(),
+            probability.float().cpu().numpy(),
+            inside.float().cpu().numpy(),
+        )
+        self.frames = [*(known for known in self.frames if known.epoch < epoch), frame]
+        return frame
+
+    def state(self) -> dict[str, Any]:
+        """The frames as tensors, for a checkpoint."""
+        return {"frames": [{name: torch.as_tensor(value) for name, value in vars(frame).items()} for frame in self.frames]}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Take the frames of :meth:`state` back."""
+        self.frames = [
+            Frame(int(frame["epoch"]), *(frame[name].numpy() for name in ("maps", "predicted", "probability", "inside")))
+            for frame in state["frames"]
+        ]
+
+    def save(self, path: str | Path) -> None:
+        """Write images and frames to a ``.npz`` file that numpy can open."""
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        columns = ("epoch", "maps", "predicted", "probability", "inside")
+        frames: dict[str, Any] = {
+            name: np.stack([getattr(frame, name) for frame in self.frames]) for name in columns if self.frames
+        }
+        assert self.batch.y is not None  # likewise
+        mask: dict[str, Any] = {} if self.batch.mask is None else {"mask": self.batch.mask.cpu().numpy()}
+        np.savez_compressed(
+            path,
+            images=(255 * self.batch.x).round().byte().cpu().numpy(),
+            labels=self.batch.y.cpu().numpy(),
+            ids=np.array(self.batch.id, dtype=str),
+            names=np.array(self.class_names or (), dtype=str),
+            method=np.array(self.method),
+            **mask,
+            **frames,
+        )
+
+    @staticmethod
+    def load(path: str | Path) -> Film:
+        """Read what :meth:`save` wrote.
+
+        Raises:
+            FoveateError: no such file, or another one.
+        """
+        try:
+            with np.load(path, allow_pickle=False) as file:
+                known = dict(file)
+            images = torch.from_numpy(known["images"]).float() / 255
+            mask = torch.from_numpy(known["mask"]) if "mask" in known else None
+            batch = Batch(images, torch.from_numpy(known["labels"]), mask, id=tuple(map(str, known["ids"])))
+            film = Film(batch, str(known["method"]), class_names=tuple(map(str, known["names"])) or None)
+            columns = ("maps", "predicted", "probability", "inside")
+            for number, epoch in enumerate(known.get("epoch", ())):
+                film.frames.append(Frame(int(epoch), *(known[name][number] for name in columns)))
+        except (OSError, KeyError, ValueError) as error:
+            raise FoveateError(f"{str(path)!r} is not a film: {error}") from None
+        return film
+
+
+def lightning_callback(film: Film, path: str | Path | None = None, model: Callable[[Any], nn.Module] | None = None) -> Any:
+    """A Lightning callback that shoots a film after every epoch of a run, and carries it through checkpoints.
+
+    Args:
+        path: ``.npz`` file that is written anew each time.
+        model: from the LightningModule to the classifier of images in [0, 1]; the module itself where it is None.
+    """
+    from foveate._torchvision import torchvision
+
+    torchvision()  # lightning imports it, and beside PyTorch's CPU build that fails where it was not mended before
+    from lightning.pytorch.callbacks import Callback
+
+    class FilmStrip(Callback):
+        def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
+            film.shoot(pl_module if model is None else model(pl_module), trainer.current_epoch + 1)
+            if path is not None and trainer.is_global_zero:
+                film.save(path)
+
+        def state_dict(self) -> dict[str, Any]:
+            return film.state()
+
+        def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+            film.restore(state_dict)
+
+    return FilmStrip()
+
+
+def hugging_face_callback(
+    film: Film, path: str | Path | None = None, wrap: Callable[[nn.Module], nn.Module] = lambda model: model
+) -> Any:
+    """A callback for ``transformers.Trainer`` that shoots a film after every epoch.
+
+    Args:
+        path: ``.npz`` file that is written anew each time.
+        wrap: from the trainer's model to a classifier of images in [0, 1], such as
+            ``lambda model: foveate.normalized(model, mean, std)``.
+
+    Raises:
+        FoveateError: transformers is not installed.
+    """
+    try:
+        from transformers import TrainerCallback
+    except ImportError:
+        raise FoveateError("a callback for its Trainer needs transformers: pip install transformers accelerate") from None
+
+    class FilmStrip(TrainerCallback):  # type: ignore[misc]
+        def on_epoch_end(self, args: Any, state: Any, control: Any, model: nn.Module, **kwargs: Any) -> None:
+            film.shoot(wrap(model), round(state.epoch))
+            if path is not None and state.is_world_process_zero:
+                film.save(path)
+
+    return FilmStrip()

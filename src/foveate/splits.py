@@ -1,0 +1,252 @@
+"""Splits: what a recipe trains, validates and tests on, in which order, and how training images are changed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import Dataset, Sampler
+
+from foveate._torchvision import torchvision
+from foveate.batch import Batch
+from foveate.data import scenes
+from foveate.data.benchmarks import Vision, open_benchmark
+from foveate.data.folder import Folder
+from foveate.errors import FoveateError
+from foveate.images import Preprocess
+from foveate.recipe import Augment, Data, Recipe
+
+BLOCK = 1_000_003  # more than any run has steps an epoch
+
+
+@dataclass(frozen=True)
+class Part(Dataset[Batch]):
+    """Some images of a data set, by number."""
+
+    whole: Any
+    chosen: tuple[int, ...]
+
+    def __len__(self) -> int:
+        return len(self.chosen)
+
+    def __getitem__(self, index: int) -> Batch:
+        return self.whole[self.chosen[index]]  # type: ignore[no-any-return]
+
+    def __iter__(self) -> Iterator[Batch]:
+        return (self[index] for index in range(len(self)))
+
+    @property
+    def class_names(self) -> tuple[str, ...] | None:
+        """Those of the whole."""
+        return getattr(self.whole, "class_names", None)
+
+
+def open_splits(recipe: Recipe, preprocess: Preprocess) -> dict[str, Dataset[Batch]]:
+    """The splits that a recipe names: ``train``, ``val`` and, where there is one, ``test``.
+
+    Raises:
+        FoveateError: data that is not there, has no labels, or is too little to be divided.
+    """
+    if recipe.data == "scenes":
+        size = recipe.size or preprocess.crop[0]
+        return {split: scenes.make(split, recipe.seed, size) for split in scenes.SPLITS}
+    data = recipe.data
+    assert isinstance(data, Data)
+    train: Any = open_benchmark(data.train, preprocess, train=True)
+    found: dict[str, Any] = {}
+    for split, where in (("val", data.val), ("test", data.test)):
+        if where is not None:
+            found[split] = _numbered_alike(open_benchmark(where, preprocess), train, where)
+    labels = labels_of(train)
+    rest = list(range(len(train)))
+    if data.folds is not None:
+        test = held_out(labels, 1 / data.folds, data.split_seed, data.fold, data.folds)
+        found["test"] = Part(train, tuple(test))
+        rest = sorted(set(rest) - set(test))
+    if "val" not in found:
+        chosen = held_out(labels[rest], data.hold_out, data.split_seed + 1)
+        found["val"] = Part(train, tuple(rest[i] for i in chosen))
+        rest = sorted(set(rest) - {rest[i] for i in chosen})
+    found["train"] = train if len(rest) == len(train) else Part(train, tuple(rest))
+    return {split: found[split] for split in scenes.SPLITS if split in found}
+
+
+def held_out(labels: Tensor, share: float, seed: int, fold: int = 0, folds: int | None = None) -> list[int]:
+    """The images to hold out, the same share of every class: drawn from the seed, or the ``fold`` of ``folds`` equal parts.
+
+    Raises:
+        FoveateError: a class has too few images to give one of them away.
+    """
+    chosen: list[int] = []
+    generator = torch.Generator().manual_seed(seed)
+    keys = labels if labels.ndim == 1 else torch.zeros(len(labels), dtype=torch.long)
+    for label in keys.unique().tolist():
+        images = (keys == label).nonzero()[:, 0]
+        images = images[torch.randperm(len(images), generator=generator)].tolist()
+        count = round(share * len(images)) if folds is None else 0
+        part = images[fold::folds] if folds is not None else images[: max(1, count)]
+        if len(part) >= len(images) or not part:
+            raise FoveateError(
+                f"class {label} has {len(images)} image(s), too few to hold {share:.2g} of them out: give more, or name val "
+                "and test data"
+            )
+        chosen += part
+    return sorted(chosen)
+
+
+def _numbered_alike(data: Any, like: Any, where: str) -> Any:
+    """Classes by name get the numbers that they have in training, also where a folder lacks one of them."""
+    if not isinstance(data, Folder) or data.class_names is None or getattr(like, "class_names", None) is None:
+        return data
+    if unknown := [name for name in data.class_names if name not in like.class_names]:
+        raise FoveateError(f"{where!r} has the class {unknown[0]!r}, and the training data has not")
+    return data.renumbered({i: like.class_names.index(name) for i, name in enumerate(data.class_names)})
+
+
+def labels_of(data: Any) -> Tensor:
+    """The labels of all images, ``[N]``, or ``[N,C]`` where an image can have several classes; no image is read if possible.
+
+    Raises:
+        FoveateError: an image has no label.
+    """
+    if isinstance(data, Part):
+        return labels_of(data.whole)[list(data.chosen)]
+    if isinstance(data, scenes.Scenes):
+        return data.labels
+    labels: Sequence[Any]
+    if isinstance(data, Folder):
+        labels = [entry.label for entry in data.entries]
+    elif isinstance(data, Vision) and (known := data.labels()) is not None:
+        labels = known
+    else:
+        labels = [None if data[i].y is None else data[i].y[0] for i in range(len(data))]
+    if any(label is None for label in labels):
+        raise FoveateError("training needs a label for every image")
+    return torch.stack([torch.as_tensor(label) for label in labels])
+
+
+class EpochSampler(Sampler[int]):
+    """A random order that depends on the seed and the epoch alone, so that a resumed run sees the same images.
+
+    With several processes each takes every n-th image of that order, so that together they see what one would.
+
+    Args:
+        labels: of all images.
+        rebalance: draw with replacement, every class equally often; as many draws as there are images.
+    """
+
+    def __init__(self, labels: Tensor, seed: int, rebalance: bool = False) -> None:
+        if rebalance and labels.ndim != 1:
+            raise FoveateError("rebalance draws classes equally often, and these images have several classes each")
+        self.labels, self.seed, self.rebalance, self.epoch = labels, seed, rebalance, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Called by Lightning before each epoch."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return -(-len(self.labels) // processes()[1])
+
+    def __iter__(self) -> Iterator[int]:
+        generator = torch.Generator().manual_seed(self.seed * BLOCK + self.epoch)
+        if self.rebalance:
+            share = 1 / torch.bincount(self.labels).double()[self.labels]
+            order = torch.multinomial(share, len(self.labels), replacement=True, generator=generator)
+        else:
+            order = torch.randperm(len(self.labels), generator=generator)
+        rank, count = processes()
+        padded = torch.cat([order, order[: len(self) * count - len(order)]])
+        return iter(padded[rank::count].tolist())
+
+
+def processes() -> tuple[int, int]:
+    """Which process this is, and how many there are."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        return torch.distributed.get_rank(), torch.distributed.get_world_size()
+    return 0, 1
+
+
+def augmenter(augment: Augment) -> Callable[[Batch], Batch] | None:
+    """The changes of a recipe as a function of a batch, each image and its mask changed on its own; None for no change."""
+    torchvision()
+    from torchvision import tv_tensors
+    from torchvision.transforms import v2
+
+    fill: Any = {tv_tensors.Image: 0.5, tv_tensors.Mask: 0}
+    steps: list[nn.Module] = []
+    if augment.flip:
+        steps.append(v2.RandomHorizontalFlip())
+    if augment.rotation:
+        steps.append(v2.RandomRotation(augment.rotation, v2.InterpolationMode.BILINEAR, fill=fill))
+    if augment.color_jitter:
+        steps.append(v2.ColorJitter(*[augment.color_jitter] * 3))
+    if not steps and not augment.crop_padding:
+        return None
+    changes: dict[tuple[int, int], Any] = {}
+
+    def change(size: tuple[int, int]) -> Any:
+        if size not in changes:
+            crop = [v2.RandomCrop(size, augment.crop_padding, fill=fill)] if augment.crop_padding else []
+            changes[size] = v2.Compose([*crop, *steps])
+        return changes[size]
+
+    def apply(batch: Batch) -> Batch:
+        images, masks = [], []
+        for index in range(len(batch)):
+            image = tv_tensors.Image(batch.x[index])
+            with_size = change((batch.x.shape[-2], batch.x.shape[-1]))
+            if batch.mask is None:
+                image = with_size(image)
+            else:
+                image, mask = with_size(image, tv_tensors.Mask(batch.mask[index : index + 1].float()))
+                masks.append(mask.as_subclass(Tensor) > 0.5)
+            images.append(image.as_subclass(Tensor))
+        mask = torch.cat(masks) if masks else None
+        return replace(batch, x=torch.stack(images), mask=mask, boxes=None)
+
+    return apply
+
+
+class Kept(Dataset[Batch]):
+    """A data set whose images are kept in memory once they have been read."""
+
+    LIMIT = 1 << 30  # bytes
+
+    def __init__(self, whole: Any) -> None:
+        self.whole = whole
+        self._known: dict[int, Batch] = {}
+
+    @staticmethod
+    def of(data: Any) -> Any:
+        """The data set itself where it is in memory already, or would not fit."""
+        if isinstance(data, scenes.Scenes) or not len(data):
+            return data
+        x = data[0].x
+        return Kept(data) if x.numel() * x.element_size() * len(data) <= Kept.LIMIT else data
+
+    def __len__(self) -> int:
+        return len(self.whole)
+
+    def __getitem__(self, index: int) -> Batch:
+        if index not in self._known:
+            self._known[index] = self.whole[index]
+        return self._known[index]
+
+
+def film_images(splits: dict[str, Any], count: int) -> Batch:
+    """A few images to follow through training: of validation, and as many of the test data, the classes in turn."""
+    names = [split for split in ("val", "test") if split in splits]
+    chosen = []
+    for number, split in enumerate(names):
+        share = count // len(names) + (number < count % len(names))
+        orders = [(labels_of(splits[split]) == label).nonzero()[:, 0].tolist() for label in _labels_in(splits[split])]
+        turns = [order[turn] for turn in range(max(map(len, orders))) for order in orders if turn < len(order)]
+        chosen += [splits[split][index] for index in turns[:share]]
+    return Batch.collate(chosen)
+
+
+def _labels_in(data: Any) -> list[int]:
+    return [int(label) for label in labels_of(data).unique()]
