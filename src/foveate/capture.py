@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from typing import Any
 
 import torch
@@ -39,7 +39,7 @@ class Capture:
         precision: of changed images in :meth:`score`: ``fp32``, or ``bf16`` through autocast.
         chunk: how many changed images run at once; by memory where it is None. Results do not depend on it.
         closed_form: use a linear head's closed form instead of autograd; both give the same.
-        guided: run the model so that :meth:`guided_gradient` can be asked for as well; nothing else changes.
+        guided: run the model so that :meth:`guided_gradient` can be asked for; an attribute afterwards.
 
     Attributes:
         x: the batch as the model saw it, ``[B,3,H,W]``.
@@ -83,7 +83,7 @@ class Capture:
             "guided": guided,
         }
         self._closed_form = closed_form
-        self._guide = Guide() if guided else None
+        self.guided, self._guide = guided, Guide() if guided else None
         self._by_image: dict[int, Tensor] = {}
         self._heads: dict[str, LinearHead | None] = {}
         self._tails: dict[str, Callable[[Tensor, Tensor], Tensor]] = {}
@@ -138,11 +138,6 @@ class Capture:
     def pred(self) -> Tensor:
         """The predicted class of each image, ``[B]``."""
         return T.predicted(self.logits, self.head)
-
-    @property
-    def guided(self) -> bool:
-        """Whether :meth:`guided_gradient` can be asked for."""
-        return self._guide is not None
 
     @property
     def precision(self) -> Precision:
@@ -206,7 +201,8 @@ class Capture:
             return
         raws = [feature.raw for feature in autograd]
         self._check_graph(autograd[0])
-        with torch.inference_mode(False), torch.enable_grad():
+        inner = nullcontext() if self._guide is None else self._guide.backward(guided=False)
+        with torch.inference_mode(False), torch.enable_grad(), inner:
             results = torch.autograd.grad(
                 self.logits,
                 raws,
@@ -237,9 +233,9 @@ class Capture:
 
     def guided_gradient(self, layer: str | None, target: T.Target) -> Tensor:
         """The same by guided backpropagation through the same run, ``[B,K,h,w]``, no graph; needs ``guided=True``."""
+        feature = self._feature(layer)
         if self._guide is None:
             raise FoveateError("this run was not made for guided gradients: Capture(..., guided=True)")
-        feature = self._feature(layer)
         with torch.inference_mode(False), torch.enable_grad(), self._guide.backward():
             seed = self._by_logits(target).detach()
             (gradient,) = torch.autograd.grad(self.logits, feature.raw, seed, retain_graph=True, allow_unused=True)

@@ -28,7 +28,7 @@ class Frame:
 
     Attributes:
         epoch: its number, from 1; 0 for before training.
-        maps: ``[N,h,w]`` uint8, of each image's label, 255 where it is largest.
+        maps: ``[N,h,w]`` uint8, of what the model says of each image, 255 where it is largest.
         predicted: class of each image, ``[N]``.
         probability: of the label, ``[N]``.
         inside: share of each map on its mask, ``[N]``; not a number where there is no mask.
@@ -49,7 +49,7 @@ class Film:
 
     Args:
         batch: the images, in [0, 1], with labels, and masks where they are known.
-        method: whose maps of the labels are kept.
+        method: whose maps of the predicted classes are kept.
         layer: where to look.
         class_names: for captions.
     """
@@ -73,10 +73,9 @@ class Film:
         assert self.batch.y is not None  # __post_init__ has seen them
         with evaluating(model):
             capture = Capture(model, self.batch.x, self.layer)
-            target = capture.target("label", labels=self.batch.y.to(capture.logits.device))
-            raw = METHODS.get(self.method)(capture, None, target).detach()
+            raw = METHODS.get(self.method)(capture, None, capture.target()).detach()
             M = maps.prepare(raw, capture.size)
-            probability = log_probability(capture.logits.detach(), target.y, capture.head).exp()
+            probability = log_probability(capture.logits.detach(), self.batch.y.to(M.device), capture.head).exp()
         inside = torch.full((len(M),), float("nan"))
         if self.batch.mask is not None:
             inside = maps.mass_inside(M, self.batch.mask.to(M.device))

@@ -79,7 +79,7 @@ def _maps(classifier: Classifier, data: Any, recipe: Recipe) -> dict[str, dict[s
     step = -(-len(data) // recipe.measure.images)
     part = Part(data, tuple(range(0, len(data), step)))
     columns = [*COLUMNS, "mass_inside"] if part[0].mask is not None else list(COLUMNS)
-    results = measure(classifier, part, recipe.measure.method, columns, layer=recipe.layer, target="label", head=recipe.head)
+    results = measure(classifier, part, recipe.measure.method, columns, layer=recipe.layer, target="pred", head=recipe.head)
     frame = results.table(None)
     return {
         str(column): {key: float(line[key]) for key in ("mean", "low", "high", "n")} for (_, column), line in frame.iterrows()

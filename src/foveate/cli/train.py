@@ -59,14 +59,21 @@ def train(
     out: Out = "run",
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a run that the folder holds.")] = False,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the last finished epoch in the folder.")] = False,
+    devices: Annotated[int, typer.Option(min=1, help="GPUs, or processes on CPUs: a batch is divided among them.")] = 1,
+    logger: Annotated[list[str] | None, typer.Option(help="csv or tensorboard, into OUT/logs. Repeat.")] = None,
+    workers: Annotated[int, typer.Option(min=0, help="Processes that read images.")] = 0,
+    compiled: Annotated[bool, typer.Option("--compile", help="torch.compile where no loss looks inside.")] = False,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
     """Train a classifier with cross-entropy and any sum of losses on its maps."""
     with sentences(debug):
+        import os
+
         import yaml
 
         from foveate.recipe import read_recipe
+        from foveate.report import training
         from foveate.train import train as run
 
         changes = {}
@@ -77,16 +84,27 @@ def train(
             changes[key] = yaml.safe_load(value)
         settings = read_recipe(recipe, changes)
         out_folder(out)
-        result = run(
-            settings, out, overwrite=overwrite, callbacks=[] if as_json else [_epoch_bar(settings.name)], resume=resume
-        )
-        accuracy = {split: result.accuracy(split) for split in result.data}
+        first = int(os.environ.get("LOCAL_RANK", "0")) == 0  # of several processes, which all run this
+        bars = [] if as_json or not first else [_epoch_bar(settings.name)]
+        options: dict[str, Any] = {"devices": devices, "loggers": logger or [], "workers": workers, "compiled": compiled}
+        result = run(settings, out, overwrite=overwrite, callbacks=bars, resume=resume, **options)
+        if not first:
+            return
+        page = training.write(out)
+        found = result.outcome
         if as_json:
-            print(json.dumps({"name": settings.name, "accuracy": accuracy, "seconds": result.seconds, "out": out}, indent=2))
+            print(json.dumps({"name": settings.name, **found, "seconds": result.seconds, "out": out}, indent=2))
             return
         console = Console(highlight=False, soft_wrap=True)
-        console.print("accuracy: " + ", ".join(f"{split} [bold]{value:.3f}[/]" for split, value in accuracy.items()))
-        console.print(f"weights, recipe and curves in [bold]{escape(out)}[/]")
+        console.print("accuracy: " + ", ".join(f"{split} [bold]{value:.3f}[/]" for split, value in found["accuracy"].items()))
+        if worst := found.get("worst_group"):
+            console.print(f"worst group: {escape(worst['name'])} [bold]{worst['accuracy']:.3f}[/] ({worst['count']} images)")
+        inside = {split: values["mass_inside"]["mean"] for split, values in found["maps"].items() if "mass_inside" in values}
+        if inside:
+            console.print("map on the object: " + ", ".join(f"{split} [bold]{value:.3f}[/]" for split, value in inside.items()))
+        if "maps_error" in found:
+            err.print(f"[yellow]note:[/] the maps could not be measured: {escape(found['maps_error'])}")
+        console.print(f"weights, recipe, curves and film in [bold]{escape(out)}[/]; the page: [bold]{escape(str(page))}[/]")
         if settings.data == "scenes" and settings.model == "foveate:small_cnn":
             weights = escape(str(Path(out) / "model.safetensors"))
             console.print(f"look at it: foveate evaluate scenes --model {settings.model} --weights {weights}")

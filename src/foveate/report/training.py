@@ -1,0 +1,139 @@
+"""Training: a finished run on one self-contained page: what it scores, where it looked over time, and its worst group."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import yaml
+from PIL import Image
+
+import foveate
+from foveate.film import Film, Frame
+from foveate.images import to_image
+from foveate.maps import upsample
+from foveate.registry import LOSSES, METHODS
+from foveate.report import pictures
+from foveate.report.page import render
+from foveate.trained import Trained, read
+
+SHOWN = 8  # epochs of a film that fit beside each other
+SIDE = 112
+TITLES = {"train": "training", "val": "validation", "test": "test"}
+COLUMNS = {"mass_inside": "on the object", "AD": "AD ↓", "AG": "AG ↑", "AI": "AI ↑"}
+
+
+def write(folder: str | Path, path: str | Path | None = None) -> Path:
+    """Write ``report.html`` of a training run from what its folder holds.
+
+    Raises:
+        FoveateError: there is no finished training run.
+    """
+    run = read(folder)
+    record = run.record
+    accuracy = {TITLES.get(split, split): value for split, value in record["accuracy"].items()}
+    content = {
+        "name": run.name,
+        "model": run.recipe["model"],
+        "data": _data(run.recipe["data"]),
+        "objective": objective(run.recipe),
+        "epochs": len(run.history),
+        "epoch": record["epoch"],
+        "seconds": record["seconds"],
+        "accuracy": accuracy,
+        "worst": record.get("worst_group"),
+        "inside": next((m["mass_inside"] for m in reversed(record["maps"].values()) if "mass_inside" in m), None),
+        "film": None if run.film is None or not run.film.frames else film_strip(run.film),
+        "method": METHODS.get(run.recipe["measure"]["method"]).title,
+        "groups": [
+            {"split": TITLES.get(split, split), "name": name, **group}
+            for split, parts in record["groups"].items()
+            if split != "train"
+            for name, group in parts.items()
+        ],
+        "columns": [(key, title) for key, title in COLUMNS.items() if any(key in m for m in record["maps"].values())],
+        "maps": {TITLES.get(split, split): values for split, values in record["maps"].items()},
+        "maps_error": record.get("maps_error"),
+        "curves": _curves(run),
+        "recipe": yaml.safe_dump(run.recipe, sort_keys=False),
+        "version": foveate.__version__,
+    }
+    return render("training.html.j2", Path(folder) / "report.html" if path is None else path, content)
+
+
+def objective(recipe: dict[str, Any]) -> str:
+    """The sum of losses of a recipe in words."""
+    parts = []
+    weight = recipe.get("cross_entropy")
+    replaced = any(LOSSES.get(term["name"]).replaces for term in recipe["losses"])
+    if weight is None:
+        weight = 0.0 if replaced else 1.0
+    if weight:
+        parts.append("cross-entropy" if weight == 1 else f"{weight:g} × cross-entropy")
+    for term in recipe["losses"]:
+        name = LOSSES.get(term["name"]).title
+        words = name if term["weight"] == 1 else f"{term['weight']:g} × {name}"
+        parts.append(words if term["schedule"] == "constant" else f"{words} ({term['schedule'].replace('_', ' ')})")
+    return " + ".join(parts)
+
+
+def _data(data: Any) -> str:
+    if isinstance(data, str):
+        return data
+    fold = f", fold {data['fold'] + 1} of {data['folds']}" if data.get("folds") else ""
+    return f"{data['train']}{fold}"
+
+
+def epochs_shown(film: Film, count: int = SHOWN) -> list[Frame]:
+    """The first and the last frame of a film, and evenly spaced ones between."""
+    places = np.unique(np.linspace(0, len(film.frames) - 1, min(count, len(film.frames))).round().astype(int))
+    return [film.frames[place] for place in places]
+
+
+def film_strip(film: Film, count: int = SHOWN) -> dict[str, Any]:
+    """What the page shows of a film: for each image its picture, and its map at some epochs."""
+    frames = epochs_shown(film, count)
+    batch, names = film.batch, film.class_names
+    assert batch.y is not None  # a film has labels
+    rows = []
+    for index in range(len(batch)):
+        label = int(batch.y[index])
+        x = batch.x[index]
+        cells = []
+        for frame in frames:
+            M = upsample(torch.from_numpy(frame.maps[index : index + 1]).float() / 255, (x.shape[-2], x.shape[-1]))[0]
+            inside = float(frame.inside[index])
+            cells.append(
+                {
+                    "picture": _picture(pictures.overlay(x, M)),
+                    "probability": float(frame.probability[index]),
+                    "right": int(frame.predicted[index]) == label,
+                    "inside": None if np.isnan(inside) else inside,
+                }
+            )
+        title = batch.id[index] if batch.id else ""
+        rows.append({"picture": _picture(x), "label": names[label] if names else f"class {label}", "id": title, "cells": cells})
+    return {"epochs": [frame.epoch for frame in frames], "rows": rows, "method": METHODS.get(film.method).title}
+
+
+def _picture(x: torch.Tensor) -> str:
+    image = to_image(x)
+    factor = SIDE * 2 / max(image.size)
+    size = (max(1, round(image.width * factor)), max(1, round(image.height * factor)))
+    return pictures.data_uri(image.resize(size, Image.Resampling.LANCZOS), 82)
+
+
+def _curves(run: Trained) -> str:
+    panels = [("train_loss", "cross-entropy, training"), ("val_accuracy", "accuracy, validation")]
+    panels += [(term["name"], LOSSES.get(term["name"]).title) for term in run.recipe["losses"]]
+    history: list[dict[str, float]] = [dict(line) for line in run.history]
+    if run.film is not None:
+        for frame in run.film.frames:
+            known = frame.inside[np.isfinite(frame.inside)]
+            for line in history:
+                if line["epoch"] == frame.epoch and len(known):
+                    line["inside"] = float(known.mean())
+        panels.append(("inside", "share of the film's maps on the object"))
+    return pictures.curves({run.name: history}, panels)
