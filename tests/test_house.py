@@ -44,7 +44,7 @@ FLOORS = [
     {"prevalence", "evaluate", "testing", "recipe", "film", "groups"},
     {"runs", "torchmetrics", "confidence", "splits", "trained"},
     {"outcome"},
-    {"compare"},
+    {"compare", "trainings"},
     {"train"},
     {"report"},
     {"demo"},

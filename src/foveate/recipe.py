@@ -127,17 +127,33 @@ class Recipe(_Strict):
         return 0.0 if any(LOSSES.get(term.name).replaces for term in self.losses) else 1.0
 
 
-def read_recipe(source: str | Path, changes: Mapping[str, Any] | None = None) -> Recipe:
+def read_recipe(source: str | Path, changes: Mapping[str, Any] | None = None, *, small: bool = False) -> Recipe:
     """A recipe from a YAML file, or one of foveate's own by name; ``changes`` replace values (``augment.flip``: True).
+
+    ``extends: NAME`` in a file takes everything from another recipe first; ``small:`` holds changes for a machine without
+    a GPU, which count where ``small`` is asked for.
 
     Raises:
         FoveateError: no such recipe, broken YAML, an unknown key or a value out of range; each with its place.
     """
+    content, reduced = _content(source, ())
+    if small and not reduced:
+        raise FoveateError(f"recipe {str(source)!r} has no small variant")
+    for key, value in {**(reduced if small else {}), **(changes or {})}.items():
+        _put(content, key, value, str(source))
+    content.setdefault("name", Path(source).stem)
+    return _validated(content, f"recipe {str(source)!r}")
+
+
+def _content(source: str | Path, seen: tuple[str, ...]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What a recipe says, with what it extends, and the changes of its small variant."""
     path = Path(source)
     if not path.is_file():
         own = sorted(file.stem for file in RECIPES.glob("*.yaml"))
         if str(source) not in own:
-            raise FoveateError(f"recipe {str(source)!r} is neither a file nor one of foveate's own: {', '.join(own)}")
+            near = difflib.get_close_matches(str(source), own, 3, 0.5)
+            known = f"did you mean {' or '.join(near)}?" if near else f"there are {', '.join(own)}"
+            raise FoveateError(f"recipe {str(source)!r} is neither a file nor one of foveate's own: {known}")
         path = RECIPES / f"{source}.yaml"
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
@@ -145,22 +161,34 @@ def read_recipe(source: str | Path, changes: Mapping[str, Any] | None = None) ->
         raise FoveateError(f"recipe {str(path)!r} is not YAML: {' '.join(str(error).split())}") from None
     if not isinstance(content, dict):
         raise FoveateError(f"recipe {str(path)!r} is not a list of 'key: value' lines")
-    for key, value in (changes or {}).items():
-        place = content
-        *parents, last = key.split(".")
+    base: dict[str, Any] = {}
+    reduced: dict[str, Any] = {}
+    if (parent := content.pop("extends", None)) is not None:
+        if str(parent) in seen:
+            raise FoveateError(f"recipe {str(source)!r} extends itself: {' from '.join([*seen, str(parent)])}")
+        beside = path.parent / f"{parent}.yaml"
+        base, reduced = _content(beside if beside.is_file() else str(parent), (*seen, str(parent)))
+    own_small = content.pop("small", {})
+    if not isinstance(own_small, dict):
+        raise FoveateError(f"recipe {str(source)!r}: small is a list of 'key: value' lines, and it is {own_small!r}")
+    return {**base, **content}, {**reduced, **own_small}
+
+
+def _put(content: dict[str, Any], key: str, value: Any, where: str) -> None:
+    """Set a value by its path, such as ``losses.0.weight``."""
+    place: Any = content
+    *parents, last = key.split(".")
+    try:
         for parent in parents:
-            step = (
-                place.setdefault(int(parent) if isinstance(place, list) and parent.isdigit() else parent, {})
-                if isinstance(place, dict)
-                else place[int(parent)]
-            )
-            place = step
-        if isinstance(place, list):
-            place[int(last)] = value
-        else:
-            place[last] = value
-    content.setdefault("name", path.stem)
-    return _validated(content, f"recipe {str(source)!r}")
+            if isinstance(place, list):
+                place = place[int(parent)]
+                continue
+            if not isinstance(place.get(parent, {}), (dict, list)):
+                place[parent] = {"train": place[parent]} if parent == "data" and place[parent] != "scenes" else {}
+            place = place.setdefault(parent, {})
+        place[int(last) if isinstance(place, list) else last] = value
+    except (ValueError, IndexError, AttributeError):
+        raise FoveateError(f"recipe {where!r} has no place {key!r} for {value!r}") from None
 
 
 def _validated(content: Mapping[str, Any], where: str) -> Recipe:

@@ -77,7 +77,7 @@ class Training(L.LightningModule):
         if self._augment is not None:
             batch = self._augment(batch)
         try:
-            total = self._loss(batch)
+            total = self.loss_of(batch, self.current_epoch / self.recipe.epochs)
         except NotFiniteError:
             raise self._diverged("an output of the model") from None
         if not torch.isfinite(total):
@@ -85,9 +85,9 @@ class Training(L.LightningModule):
         self.log("loss", total.detach(), on_step=True, on_epoch=False, batch_size=len(batch))
         return total
 
-    def _loss(self, batch: Batch) -> Tensor:
+    def loss_of(self, batch: Batch, progress: float) -> Tensor:
+        """The sum of losses on a batch, at a share of the epochs in [0, 1)."""
         assert batch.y is not None  # open_splits gives labels
-        progress = self.current_epoch / self.recipe.epochs
         if not self.terms:
             logits = self(batch.x)
             head: Head = _head(self.recipe, logits)

@@ -14,7 +14,9 @@ from foveate.cli.options import FAILURES, Debug, Json, err, sentences
 
 
 def compare(
-    run: Annotated[list[str], typer.Argument(help="Folders of finished runs of foveate evaluate; the first is the reference.")],
+    run: Annotated[
+        list[str], typer.Argument(help="Folders of finished runs, all of evaluate or all of train; the first is the reference.")
+    ],
     out: Annotated[str | None, typer.Option("--out", "-o", help="A page to write: FILE.html.")] = None,
     fail_under: Annotated[
         list[str] | None,
@@ -23,8 +25,13 @@ def compare(
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Two or more runs side by side, with differences paired by image."""
+    """Two or more runs side by side: of evaluate, paired by image; of train, a line a recipe, paired by seed and fold."""
     with sentences(debug):
+        from foveate.trained import is_trained
+
+        if any(map(is_trained, run)):
+            _trainings(run, out, fail_under, as_json)
+            return
         from foveate import compare as comparing
         from foveate.errors import FoveateError
         from foveate.report import comparison
@@ -52,6 +59,46 @@ def compare(
             err.print(f"[bold red]worse:[/] {escape(sentence)}", soft_wrap=True)
         if failures:
             raise typer.Exit(FAILURES)
+
+
+def _trainings(run: list[str], out: str | None, fail_under: list[str] | None, as_json: bool) -> None:
+    from foveate import trainings
+    from foveate.errors import FoveateError
+    from foveate.report import trainings as page
+    from foveate.results import plain
+
+    if fail_under:
+        raise FoveateError("--fail-under holds for runs of foveate evaluate, and these are of foveate train")
+    if out is not None and not out.lower().endswith((".html", ".htm")):
+        raise FoveateError(f"--out {out!r} is not a page: name a file that ends in .html")
+    result = trainings.compare(run)
+    if out is not None:
+        page.write(out, result)
+    if as_json:
+        cells: dict[str, dict[str, Any]] = {}
+        for (name, column), line in result.frame.iterrows():  # type: ignore[misc]
+            cells.setdefault(name, {})[column] = {key: plain(value) for key, value in line.items()}
+        print(json.dumps({"table": cells, "notes": result.notes}, indent=2))
+    else:
+        console = Console(highlight=False)
+        lines, columns = page.table(result), result.columns
+        names = [f"{name} ({len(result.runs[name])})" for name in result.runs]
+        for part in (columns[:5], columns[5:9], columns[9:]):
+            if not part:
+                continue
+            table = Table(box=None, padding=(0, 2), header_style="dim")
+            table.add_column("recipe (runs)", no_wrap=True)
+            for column in part:
+                table.add_column(column.replace("_", " "), justify="right")
+            for name, (_, cells_) in zip(names, lines, strict=True):
+                chosen = [cells_[columns.index(column)] for column in part]
+                texts = ["" if c is None else c[0] + (f"  {_colour(c[1], c[2])}" if c[1] else "") for c in chosen]
+                table.add_row(name.replace("_", " "), *texts)
+            console.print(table)
+        if out is not None:
+            err.print(f"written to [bold]{escape(out)}[/]")
+    for note in result.notes:
+        err.print(f"[yellow]note:[/] {escape(note)}", soft_wrap=True)
 
 
 def _print(result: Any) -> None:

@@ -81,9 +81,10 @@ def _listing(kind: str) -> list[dict[str, Any]]:
         ]
     if kind == "models":
         from foveate._torchvision import timm, torchvision
+        from foveate.models.load import OWN
 
         vision = torchvision().models
-        names = ["foveate:small_cnn"]
+        names = [f"foveate:{name}" for name in OWN]
         names += [f"torchvision:{name}" for name in vision.list_models(module=vision)]
         names += [f"timm:{name}" for name in timm().list_models()]
         return [{"name": name, "paper": ""} for name in names]

@@ -56,6 +56,8 @@ def _epoch_bar(name: str) -> Any:
 def train(
     recipe: Annotated[str, typer.Argument(help="A YAML file, or one of foveate's own: see 'foveate list recipes'.")],
     change: Annotated[list[str] | None, typer.Option("--set", help="key=value, such as epochs=5 or augment.flip=true.")] = None,
+    data: Annotated[str | None, typer.Option(help="Train on this: what the recipe calls data.train.")] = None,
+    small: Annotated[bool, typer.Option("--small", help="The recipe's variant for a machine without a GPU.")] = False,
     out: Out = "run",
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a run that the folder holds.")] = False,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the last finished epoch in the folder.")] = False,
@@ -76,13 +78,15 @@ def train(
         from foveate.report import training
         from foveate.train import train as run
 
-        changes = {}
+        changes: dict[str, Any] = {}
         for item in change or []:
             key, equals, value = item.partition("=")
             if not equals or not key:
                 raise FoveateError(f"--set {item!r} is not of the form key=value")
             changes[key] = yaml.safe_load(value)
-        settings = read_recipe(recipe, changes)
+        if data is not None:
+            changes = {"data.train" if data != "scenes" else "data": data, **changes}
+        settings = read_recipe(recipe, changes, small=small)
         out_folder(out)
         first = int(os.environ.get("LOCAL_RANK", "0")) == 0  # of several processes, which all run this
         bars = [] if as_json or not first else [_epoch_bar(settings.name)]

@@ -202,15 +202,38 @@ def _from_torchvision(name: str, pretrained: bool, num_classes: int | None) -> B
     return model, preprocess, weights.meta["categories"] if num_classes in (None, 1000) else None
 
 
-def _from_foveate(name: str, pretrained: bool, num_classes: int | None) -> Built:
+def _small_cnn(num_classes: int | None) -> Built:
     from foveate.models.small import small_cnn
 
-    if name != "small_cnn":
-        raise _unknown("foveate", name, ["small_cnn"])
-    if pretrained:
-        raise FoveateError("small_cnn has no pretrained weights: train it with 'foveate demo' or 'foveate train'")
     names = ["leopard", "orca"] if num_classes in (None, 2) else None
     return small_cnn(num_classes or 2), Preprocess((96, 96), 96, "bilinear", (0.5,) * 3, (0.25,) * 3), names
+
+
+def _cifar_resnet18(num_classes: int | None) -> Built:
+    from foveate.models import cifar
+
+    return cifar.cifar_resnet18(num_classes or 100), cifar.PREPROCESS, None
+
+
+def _cifar_mobilenet_v2(num_classes: int | None) -> Built:
+    from foveate.models import cifar
+
+    return cifar.cifar_mobilenet_v2(num_classes or 100), cifar.PREPROCESS, None
+
+
+OWN: dict[str, Callable[[int | None], Built]] = {
+    "small_cnn": _small_cnn,
+    "cifar_resnet18": _cifar_resnet18,
+    "cifar_mobilenet_v2": _cifar_mobilenet_v2,
+}
+
+
+def _from_foveate(name: str, pretrained: bool, num_classes: int | None) -> Built:
+    if name not in OWN:
+        raise _unknown("foveate", name, list(OWN))
+    if pretrained:
+        raise FoveateError(f"{name} has no pretrained weights: train it with 'foveate demo' or 'foveate train'")
+    return OWN[name](num_classes)
 
 
 SOURCES: dict[str, Callable[[str, bool, int | None], Built]] = {

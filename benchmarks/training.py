@@ -1,0 +1,164 @@
+"""What each loss does, and what it costs: the experiments of docs/training.md.
+
+    python benchmarks/training.py scenes --out DIR                 # seven recipes, seeds 0 to 4
+    python benchmarks/training.py caltech --data DATA --out DIR    # DATA/caltech: labels.csv (file, name); five folds
+    python benchmarks/training.py pets --data DATA --out DIR       # DATA/pets: labels.csv (file, mask, species); five folds
+    python benchmarks/training.py cifar10 --data DATA --out DIR    # DATA/cifar10/*.npz and DATA/zoo.py:resnet20_cifar10
+    python benchmarks/training.py cost                             # a step of each loss over one of cross-entropy
+
+Finished runs are left as they are, so that it goes on where it stopped. ``foveate compare DIR/*`` makes the tables.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import statistics
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+import foveate
+from foveate.recipe import Recipe, read_recipe
+from foveate.registry import LOSSES
+from foveate.report import training
+from foveate.train import Training, train
+
+Runs = Iterator[tuple[str, Recipe]]
+SCENES = ("plain", "augmented", "cam_loss", "ace", "ace_divergence", "mass_outside", "interpretable_gradients")
+IG = {"name": "interpretable_gradients", "weight": 0.0075}
+MASKED: dict[str, list[dict[str, Any]]] = {
+    "plain": [],
+    "cam_loss": [{"name": "cam_loss"}],
+    "ace": [{"name": "ablated_cross_entropy"}],
+    "ace_divergence": [{"name": "ablated_cross_entropy"}, {"name": "divergence", "weight": 0.001}],
+    "mass_outside": [{"name": "mass_outside"}],
+    "interpretable_gradients": [IG],
+}
+
+
+def scenes(data: Path, out: Path) -> Runs:
+    for seed in range(5):
+        for name in SCENES:
+            yield f"{name}-{seed}", read_recipe(f"scenes_{name}", {"seed": seed})
+
+
+def caltech(data: Path, out: Path) -> Runs:
+    """Leopards and dolphins, no masks."""
+    folder = data / "caltech"
+    for fold in range(5):
+        place = {"data.train": str(folder), "data.fold": fold}
+        for name in ("caltech_plain", "caltech_cam_loss", "caltech_cam_loss_constant"):
+            yield f"{name.removeprefix('caltech_')}-{fold}", read_recipe(name, place, small=True)
+        change = {**place, "losses": [IG], "name": "interpretable_gradients"}
+        yield f"interpretable_gradients-{fold}", read_recipe("caltech_plain", change, small=True)
+
+
+def pets(data: Path, out: Path) -> Runs:
+    """Cats and dogs with masks."""
+    folder = out / "species"
+    folder.mkdir(parents=True, exist_ok=True)
+    with (data / "pets" / "labels.csv").open(encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    with (folder / "labels.csv").open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(["file", "name", "mask"])
+        writer.writerows([data / "pets" / row["file"], row["species"], data / "pets" / row["mask"]] for row in rows)
+    for fold in range(5):
+        for name, losses in MASKED.items():
+            change = {"data.train": str(folder), "data.fold": fold, "name": name, "losses": losses, "keep": "last"}
+            yield f"{name}-{fold}", read_recipe("pets_species", change, small=True)
+
+
+def cifar10(data: Path, out: Path) -> Runs:
+    """Fine-tuning a trained ResNet-20 on four fifths of 600 images, measured on the rest."""
+    folder = out / "images"
+    if not folder.is_dir():
+        arrays = np.load(next((data / "cifar10").glob("*.npz")))
+        for index, (pixels, label) in enumerate(zip(arrays["x"], arrays["y"], strict=True)):
+            place = folder / f"{int(label)}"
+            place.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(pixels).save(place / f"{index:04d}.png")
+    base = {
+        "model": f"{data / 'zoo.py'}:resnet20_cifar10",
+        "size": 32,
+        "epochs": 6,
+        "learning_rate": 0.001,
+        "augment.flip": True,
+        "augment.crop_padding": 4,
+        "data.folds": 5,
+        "data.train": str(folder),
+        "data.hold_out": 0.1,
+        "measure.method": "grad_cam",
+        "measure.images": 120,
+    }
+    arms = {
+        "plain": 0.0,
+        "interpretable_gradients": 0.0075,
+        "interpretable_gradients_0.1": 0.1,
+        "interpretable_gradients_1": 1.0,
+    }
+    for fold in range(5):
+        for name, weight in arms.items():
+            losses = [{"name": "interpretable_gradients", "weight": weight}] if weight else []
+            yield f"{name}-{fold}", read_recipe("caltech_plain", {**base, "data.fold": fold, "name": name, "losses": losses})
+
+
+def cost(rounds: int = 15) -> None:
+    """Time and peak memory of a training step, each loss in turns with cross-entropy; medians of ratios."""
+    import resource
+
+    for name, size, count in (("foveate:small_cnn", 96, 32), ("torchvision:resnet18", 112, 16)):
+        print(f"{name}, {count} images of {size} pixels, {torch.get_num_threads()} threads")
+        torch.manual_seed(0)
+        x, y = torch.rand(count, 3, size, size), torch.randint(2, (count,))
+        mask = torch.zeros(count, size, size, dtype=torch.bool)
+        mask[:, size // 4 : -size // 4, size // 4 : -size // 4] = True
+        batch = foveate.Batch(x.contiguous(memory_format=torch.channels_last), y, mask)
+        steps = {}
+        for loss in (None, *LOSSES.all()):
+            terms = [] if loss is None else [{"name": loss}]
+            model = foveate.load(name, num_classes=2).train().to(memory_format=torch.channels_last)
+            steps[loss] = Training(model, Recipe(losses=terms, epochs=1))
+        times: dict[Any, list[float]] = {loss: [] for loss in steps}
+        for _ in range(rounds + 2):
+            for loss, module in steps.items():
+                module._sums = {}
+                start = time.perf_counter()
+                module.loss_of(batch, 0.0).backward()
+                times[loss].append(time.perf_counter() - start)
+                module.zero_grad()
+        plain = times.pop(None)[2:]
+        print(f"  cross-entropy: {1000 * statistics.median(plain):.0f} ms")
+        for loss, values in times.items():
+            ratios = sorted(v / p for v, p in zip(values[2:], plain, strict=True))
+            low, high = ratios[len(ratios) // 4], ratios[-len(ratios) // 4 - 1]
+            print(f"  {loss}: {statistics.median(ratios):.2f} [{low:.2f}, {high:.2f}] times")
+    print(f"peak memory of all: {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024:.0f} MB")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("what", choices=["scenes", "caltech", "pets", "cifar10", "cost"])
+    parser.add_argument("--data", type=Path, default=Path("data"))
+    parser.add_argument("--out", type=Path, default=Path("training"))
+    call = parser.parse_args()
+    if call.what == "cost":
+        cost()
+        return
+    out = call.out
+    for name, recipe in {"scenes": scenes, "caltech": caltech, "pets": pets, "cifar10": cifar10}[call.what](call.data, out):
+        folder = out / "runs" / name
+        if not (folder / "run.json").is_file():
+            run = train(recipe, folder, overwrite=True)
+            training.write(folder)
+            print(name, run.outcome["accuracy"], flush=True)
+
+
+if __name__ == "__main__":
+    main()
