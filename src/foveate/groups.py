@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 
 from foveate.errors import FoveateError
+from foveate.targets import Head
+from foveate.targets import predicted as predicted_class
 
 
 @dataclass(frozen=True)
@@ -73,6 +75,11 @@ def merged(parts: Sequence[Sequence[Group]]) -> list[Group]:
         count, right = found.get(group.name, (0, 0.0))
         found[group.name] = (count + group.count, right + group.count * group.accuracy)
     return [Group(name, count, right / count) for name, (count, right) in found.items()]
+
+
+def decided(logits: Tensor, head: Head) -> Tensor:
+    """What a classifier says: one class an image, ``[N]``, or of a multi-label head every class, ``[N,C]`` of 0 and 1."""
+    return (logits > 0).long() if head == "multilabel" else predicted_class(logits, head)
 
 
 def correct(predicted: Tensor, labels: Tensor) -> Tensor:

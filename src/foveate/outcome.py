@@ -18,7 +18,6 @@ from foveate.models.load import Classifier
 from foveate.recipe import Recipe
 from foveate.splits import Part
 from foveate.targets import Head, head_of
-from foveate.targets import predicted as predicted_by
 
 COLUMNS = ("AD", "AG", "AI")
 
@@ -38,7 +37,7 @@ def predictions(model: nn.Module, data: Any, head: Head | None = None) -> tuple[
     for batch in batches(data, 128):
         assert batch.y is not None  # open_splits gives labels
         logits = predict(model, batch.x)
-        found.append(predicted_by(logits, head_of(logits, head)))
+        found.append(groups.decided(logits, head_of(logits, head)))
         labels.append(batch.y)
         known = known and batch.background is not None
         places += batch.background or ()

@@ -216,9 +216,11 @@ def _validated(content: Mapping[str, Any], where: str) -> Recipe:
             raise FoveateError(
                 f"{where}: {record.name} takes a gradient at the image, which is too small for precision fp16: use bf16 or fp32"
             )
-    for method in (recipe.measure.method, recipe.film.method):
-        if METHODS.known(method) is None:
+    for key, method in (("measure", recipe.measure.method), ("film", recipe.film.method)):
+        try:
             METHODS.get(method)
+        except FoveateError as error:
+            raise FoveateError(f"{where}: {key}: {error}") from None
     if not recipe.losses and recipe.weight_of_cross_entropy == 0:
         raise FoveateError(f"{where}: cross_entropy is 0 and there are no losses: nothing would be trained")
     return recipe

@@ -24,14 +24,14 @@ from foveate.classifier import read_logits
 from foveate.data import scenes
 from foveate.errors import FoveateError, NotFiniteError
 from foveate.film import Film, lightning_callback
-from foveate.groups import correct
+from foveate.groups import correct, decided
 from foveate.layers import INPUT
 from foveate.models.load import Classifier, load
 from foveate.models.surgery import contrastive_architecture
 from foveate.recipe import Data, Recipe
 from foveate.registry import LOSSES
 from foveate.splits import BLOCK, EpochSampler, Kept, augmenter, film_images, labels_of, open_splits, processes
-from foveate.targets import Head, predicted
+from foveate.targets import Head
 
 torchvision()  # lightning imports torchmetrics, which imports torchvision
 import lightning as L  # noqa: E402
@@ -106,7 +106,7 @@ class Training(L.LightningModule):
                 total = total + term.weight * weights.added * value
                 self._add(term.name, value, len(batch))
         self._add("train_loss", plain, len(batch))
-        self._add("train_accuracy", correct(predicted(logits, head), batch.y).float().mean(), len(batch))
+        self._add("train_accuracy", correct(decided(logits, head), batch.y).float().mean(), len(batch))
         self._add("images", torch.ones_like(plain), len(batch))
         weight = share * self.recipe.weight_of_cross_entropy
         return total + weight * plain if weight else total
@@ -127,7 +127,7 @@ class Training(L.LightningModule):
         logits = self(batch.x)
         head = _head(self.recipe, logits)
         self._add("val_loss", _cross_entropy(logits, batch.y, head), len(batch))
-        self._add("val_accuracy", correct(predicted(logits, head), batch.y).float().mean(), len(batch))
+        self._add("val_accuracy", correct(decided(logits, head), batch.y).float().mean(), len(batch))
         self._add("val_images", torch.ones((), device=logits.device), len(batch))
 
     def _add(self, name: str, value: Tensor, count: int) -> None:

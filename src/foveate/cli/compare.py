@@ -12,6 +12,8 @@ from rich.table import Table
 
 from foveate.cli.options import FAILURES, Debug, Json, err, sentences
 
+WIDTH = 5  # columns beside each other in a terminal
+
 
 def compare(
     run: Annotated[
@@ -80,25 +82,34 @@ def _trainings(run: list[str], out: str | None, fail_under: list[str] | None, as
             cells.setdefault(name, {})[column] = {key: plain(value) for key, value in line.items()}
         print(json.dumps({"table": cells, "notes": result.notes}, indent=2))
     else:
-        console = Console(highlight=False)
-        lines, columns = page.table(result), result.columns
-        names = [f"{name} ({len(result.runs[name])})" for name in result.runs]
-        for part in (columns[:5], columns[5:9], columns[9:]):
-            if not part:
-                continue
+        console, columns = Console(highlight=False), result.columns
+        for start in range(0, len(columns), WIDTH):
+            part = columns[start : start + WIDTH]
             table = Table(box=None, padding=(0, 2), header_style="dim")
             table.add_column("recipe (runs)", no_wrap=True)
             for column in part:
                 table.add_column(column.replace("_", " "), justify="right")
-            for name, (_, cells_) in zip(names, lines, strict=True):
-                chosen = [cells_[columns.index(column)] for column in part]
-                texts = ["" if c is None else c[0] + (f"  {_colour(c[1], c[2])}" if c[1] else "") for c in chosen]
-                table.add_row(name.replace("_", " "), *texts)
+            for name, runs in result.runs.items():
+                table.add_row(f"{name.replace('_', ' ')} ({len(runs)})", *[_mean(result.frame, name, c) for c in part])
             console.print(table)
+        console.print("[dim]mean ± half of the 95 % interval over runs; in colour where the difference to the first is sure[/]")
         if out is not None:
             err.print(f"written to [bold]{escape(out)}[/]")
     for note in result.notes:
         err.print(f"[yellow]note:[/] {escape(note)}", soft_wrap=True)
+
+
+def _mean(frame: Any, name: str, column: str) -> str:
+    from foveate.report.trainings import cell, number
+
+    if (name, column) not in frame.index:
+        return ""
+    line = frame.loc[(name, column)]
+    text, half = number(line["mean"], column), line["high"] - line["mean"]
+    if half == half:  # a single run has no interval
+        text += f" ±{number(half, column).lstrip('0') if half < 1 else number(half, column)}"
+    way = cell(line, column)[2]
+    return f"[{'green' if way > 0 else 'red'}]{text}[/]" if way else text
 
 
 def _print(result: Any) -> None:
