@@ -145,7 +145,8 @@ class Training(L.LightningModule):
 
     def on_validation_epoch_end(self) -> None:
         # Here and not at the end of the training epoch: callbacks of that hook read the history.
-        names = ["images", "val_images", *(n for n in self._sums if n not in ("images", "val_images"))]
+        names = ["images", "val_images", "train_loss", *(term.name for _, term, _ in self.terms), "train_accuracy"]
+        names += ["val_loss", "val_accuracy"]  # the same in every process, also in one without a validation batch
         sums = torch.stack([self._sums.get(name, torch.zeros((), device=self.device)).double() for name in names])
         if processes()[1] > 1:
             torch.distributed.all_reduce(sums)
@@ -355,10 +356,9 @@ def prepared(recipe: Recipe, data: Mapping[str, Dataset[Batch]] | None = None) -
 
 
 def _classifier(recipe: Recipe, data: Mapping[str, Dataset[Batch]] | None) -> Classifier:
-    count, names = None, None
+    count, names = None, list(scenes.CLASSES) if recipe.data == "scenes" else None
     if not recipe.model.rpartition(":")[0].endswith(".py"):
-        if recipe.data == "scenes":
-            names = list(scenes.CLASSES)
+        if names is not None:
             count = len(names)
         else:
             assert isinstance(recipe.data, Data)
@@ -398,8 +398,9 @@ def _trainer(recipe: Recipe, devices: int, loggers: list[Any], callbacks: list[C
     if devices > 1:
         from lightning.pytorch.strategies import DDPStrategy
 
-        # Some losses leave parameters without a gradient, such as the bias of a head.
-        strategy: Any = DDPStrategy(find_unused_parameters=True)
+        # Without its bias in the losses, a head's bias has no gradient, and that has to be looked for.
+        unused = recipe.weight_of_cross_entropy == 0 and any(term.settings.get("bias") is False for term in recipe.losses)
+        strategy: Any = DDPStrategy(find_unused_parameters=unused)
     try:
         return L.Trainer(
             accelerator=accelerator,

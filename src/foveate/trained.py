@@ -85,7 +85,10 @@ def read(folder: str | Path) -> Trained:
             history = [{key: float(value) for key, value in line.items()} for line in csv.DictReader(file)]
         if record.get("kind") != KIND:
             raise ValueError("run.json is of another kind of run")
-    except (OSError, ValueError, yaml.YAMLError) as error:
+    except OSError as error:
+        name = Path(str(error.filename)).name
+        raise FoveateError(f"{str(folder)!r} holds no finished training run: {name} is not there; --resume ends one") from None
+    except (ValueError, yaml.YAMLError) as error:
         raise FoveateError(f"{str(folder)!r} holds no finished training run: {error}") from None
     film = folder / "film.npz"
     return Trained(folder, record, recipe, history, Film.load(film) if film.is_file() else None)
