@@ -523,3 +523,11 @@ class TestRecipes:
     def test_a_part_knows_its_classes(self) -> None:
         whole = scenes.make("val", 0, 32)
         assert Part(whole, (0, 3)).class_names == scenes.CLASSES
+
+
+@pytest.mark.parametrize("name", ["bare_pytorch", "lightning_module"])
+def test_the_examples_run(name: str, tmp_path: Path) -> None:
+    call = [sys.executable, f"examples/{name}.py", "--epochs", "1", "--out", str(tmp_path / "film.html")]
+    done = subprocess.run(call, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert (tmp_path / "film.html").read_text(encoding="utf-8").count('alt="map after epoch 1"') == 3

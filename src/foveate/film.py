@@ -147,6 +147,13 @@ class Film:
         return film
 
 
+def ready() -> None:
+    """Make ``import lightning`` possible beside PyTorch's CPU build: it imports torchvision, which fails there by itself."""
+    from foveate._torchvision import torchvision
+
+    torchvision()
+
+
 def lightning_callback(film: Film, path: str | Path | None = None, model: Callable[[Any], nn.Module] | None = None) -> Any:
     """A Lightning callback that shoots a film after every epoch of a run, and carries it through checkpoints.
 
@@ -154,9 +161,7 @@ def lightning_callback(film: Film, path: str | Path | None = None, model: Callab
         path: ``.npz`` file that is written anew each time.
         model: from the LightningModule to the classifier of images in [0, 1]; the module itself where it is None.
     """
-    from foveate._torchvision import torchvision
-
-    torchvision()  # lightning imports it, and beside PyTorch's CPU build that fails where it was not mended before
+    ready()
     from lightning.pytorch.callbacks import Callback
 
     class FilmStrip(Callback):

@@ -9,9 +9,9 @@ import numpy as np
 import torch
 
 import foveate
-from foveate.images import to_image
 from foveate.maps import upsample
 from foveate.report import pictures
+from foveate.report.film import picture
 from foveate.report.page import render
 from foveate.report.training import objective
 from foveate.trained import Trained
@@ -85,12 +85,6 @@ def _looks(runs: dict[str, Trained]) -> dict[str, Any] | None:
             frame = film.frames[-1]
             M = upsample(torch.from_numpy(frame.maps[index : index + 1]).float() / 255, (x.shape[-2], x.shape[-1]))[0]
             right = first.batch.y is not None and int(frame.predicted[index]) == int(first.batch.y[index])
-            cells.append((_picture(pictures.overlay(x, M)), float(frame.probability[index]), right))
-        rows.append((_picture(x), cells))
+            cells.append((picture(pictures.overlay(x, M)), float(frame.probability[index]), right))
+        rows.append((picture(x), cells))
     return {"names": list(same), "rows": rows}
-
-
-def _picture(x: torch.Tensor) -> str:
-    image = to_image(x)
-    factor = 224 / max(image.size)
-    return pictures.data_uri(image.resize((round(image.width * factor), round(image.height * factor))), 82)
