@@ -29,7 +29,8 @@ class Trainings:
 
     Attributes:
         runs: the runs of each line, in the order given.
-        frame: index ``recipe, column``: ``mean``, ``low``, ``high`` (95 %, Student's t over runs; not a number for one),
+        frame: index ``recipe, column``: ``mean``, ``low``, ``high`` (95 %, Student's t over runs, within the range that a
+            column can have; not a number for one run),
             ``n`` runs, and ``difference``, ``difference_low``, ``difference_high`` to the first line, paired by seed and fold.
         notes: what a reader should know.
     """
@@ -78,6 +79,9 @@ def compare(folders: Sequence[str | Path]) -> Trainings:
         for column in dict.fromkeys(column for _, known in runs for column in known):
             own = {place: known[column] for place, known in runs if column in known}
             mean, low, high = interval(list(own.values()))
+            if column != "train_loss":  # shares and percentages end somewhere, and Student's t does not know it
+                top = 100.0 if column.split()[-1] in ("AD", "AG", "AI") else 1.0
+                low, high = float(np.clip(low, 0, top)), float(np.clip(high, 0, top))
             cell = {"mean": mean, "low": low, "high": high, "n": float(len(own))}
             base = {place: known[column] for place, known in first if column in known}
             both = [own[place] - base[place] for place in own if place in base]

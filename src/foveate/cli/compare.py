@@ -105,7 +105,7 @@ def _mean(frame: Any, name: str, column: str) -> str:
     if (name, column) not in frame.index:
         return ""
     line = frame.loc[(name, column)]
-    text, half = number(line["mean"], column), line["high"] - line["mean"]
+    text, half = number(line["mean"], column), max(line["high"] - line["mean"], line["mean"] - line["low"])
     if half == half:  # a single run has no interval
         text += f" ±{number(half, column).lstrip('0') if half < 1 else number(half, column)}"
     way = cell(line, column)[2]

@@ -70,7 +70,10 @@ def objective(recipe: dict[str, Any]) -> str:
         name = LOSSES.get(term["name"]).title
         words = name if term["weight"] == 1 else f"{term['weight']:g} × {name}"
         parts.append(words if term["schedule"] == "constant" else f"{words} ({term['schedule'].replace('_', ' ')})")
-    return " + ".join(parts)
+    augment = [key.replace("_", " ") for key, value in recipe["augment"].items() if value]
+    changes = [f"augmented ({', '.join(augment)})"] if augment else []
+    changes += ["classes rebalanced"] if recipe["rebalance"] else []
+    return " + ".join(parts) + "".join(f"; {change}" for change in changes)
 
 
 def _data(data: Any) -> str:
