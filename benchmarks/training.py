@@ -4,6 +4,7 @@
     python benchmarks/training.py caltech --data DATA --out DIR    # DATA/caltech: labels.csv (file, name); five folds
     python benchmarks/training.py pets --data DATA --out DIR       # DATA/pets: labels.csv (file, mask, species); five folds
     python benchmarks/training.py cifar10 --data DATA --out DIR    # DATA/cifar10/*.npz and DATA/zoo.py:resnet20_cifar10
+    python benchmarks/training.py ca_stream --data DATA --out DIR  # DATA/imagenet, DATA/pets, zoo.py:mobilenet_v2_folded
     python benchmarks/training.py cost                             # a step of each loss over one of cross-entropy
 
 Finished runs are left as they are, so that it goes on where it stopped. ``foveate compare DIR/*`` makes the tables.
@@ -109,6 +110,29 @@ def cifar10(data: Path, out: Path) -> Runs:
             yield f"{name}-{fold}", read_recipe("caltech_plain", {**base, "data.fold": fold, "name": name, "losses": losses})
 
 
+def ca_stream(data: Path, out: Path) -> Runs:
+    """A stream beside a MobileNet-V2 with real weights, on the photographs of ImageNet and pets; backbone frozen."""
+    folder = out / "photographs"
+    folder.mkdir(parents=True, exist_ok=True)
+    lines = []
+    for name in ("imagenet", "pets"):
+        with (data / name / "labels.csv").open(encoding="utf-8") as file:
+            lines += [[data / name / row["file"], row["class_index"]] for row in csv.DictReader(file)]
+    with (folder / "labels.csv").open("w", newline="", encoding="utf-8") as file:
+        csv.writer(file).writerows([["file", "class_index"], *lines])
+    base = {
+        "model": f"{data / 'zoo.py'}:mobilenet_v2_folded",
+        "mean": [0.5],
+        "std": [0.5],
+        "data": {"train": str(folder), "folds": 5, "hold_out": 0.1},
+        "size": None,
+        "measure.images": 0,
+        "film.images": 0,
+    }
+    for fold in range(5):
+        yield f"ca_stream-{fold}", read_recipe("imagenet_ca_stream", {**base, "data.fold": fold}, small=True)
+
+
 def cost(rounds: int = 15) -> None:
     """Time and peak memory of a training step, each loss in turns with cross-entropy; medians of ratios."""
     import resource
@@ -142,9 +166,12 @@ def cost(rounds: int = 15) -> None:
     print(f"peak memory of all: {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024:.0f} MB")
 
 
+EXPERIMENTS = {"scenes": scenes, "caltech": caltech, "pets": pets, "cifar10": cifar10, "ca_stream": ca_stream}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("what", choices=["scenes", "caltech", "pets", "cifar10", "cost"])
+    parser.add_argument("what", choices=["cost", *EXPERIMENTS])
     parser.add_argument("--data", type=Path, default=Path("data"))
     parser.add_argument("--out", type=Path, default=Path("training"))
     call = parser.parse_args()
@@ -152,7 +179,7 @@ def main() -> None:
         cost()
         return
     out = call.out
-    for name, recipe in {"scenes": scenes, "caltech": caltech, "pets": pets, "cifar10": cifar10}[call.what](call.data, out):
+    for name, recipe in EXPERIMENTS[call.what](call.data, out):
         folder = out / "runs" / name
         if not (folder / "run.json").is_file():
             run = train(recipe, folder, overwrite=True)

@@ -43,7 +43,7 @@ FLOORS = [
     {"results", "protocol", "statistics"},
     {"prevalence", "evaluate", "testing", "recipe", "film", "groups"},
     {"runs", "torchmetrics", "confidence", "splits", "trained"},
-    {"outcome"},
+    {"outcome", "feature_cache"},
     {"compare", "trainings"},
     {"train"},
     {"report"},

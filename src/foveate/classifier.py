@@ -35,8 +35,12 @@ class Normalized(nn.Module):
         self.register_buffer("std", torch.tensor(tuple(std)).view(1, -1, 1, 1), persistent=False)
         self.training = self.model.training
 
+    def normalise(self, x: Tensor) -> Tensor:
+        """``(x - mean) / std``: what the wrapped model is given."""
+        return (x - self.mean.to(x)) / self.std.to(x)
+
     def forward(self, x: Tensor) -> Any:
-        return self.model((x - self.mean.to(x)) / self.std.to(x))
+        return self.model(self.normalise(x))
 
 
 def normalized(model: nn.Module, mean: Sequence[float] = IMAGENET_MEAN, std: Sequence[float] = IMAGENET_STD) -> Normalized:

@@ -85,6 +85,10 @@ class Recipe(_Strict):
     weights: Path | None = None
     pretrained: bool = False
     contrastive_architecture: bool = Field(False, description="last stride 1 and a head without bias")
+    ca_stream: bool = Field(False, description="a CA-Stream instead of pooling: the backbone is frozen, the stream learns")
+    cache_features: bool = Field(False, description="of the frozen backbone, computed once and kept beside the run")
+    mean: list[float] | None = Field(None, description="normalisation, where the model does not say")
+    std: list[float] | None = None
     head: Literal["softmax", "binary", "multilabel"] | None = Field(None, description="by the labels where it is not given")
     data: Literal["scenes"] | Data = "scenes"
     size: int | None = Field(None, ge=16, description="input size, where it is not the model's own")
@@ -221,6 +225,10 @@ def _validated(content: Mapping[str, Any], where: str) -> Recipe:
             METHODS.get(method)
         except FoveateError as error:
             raise FoveateError(f"{where}: {key}: {error}") from None
+    if recipe.cache_features and not recipe.ca_stream:
+        raise FoveateError(f"{where}: cache_features keeps what a frozen backbone gives, and without ca_stream none is frozen")
+    if recipe.cache_features and (recipe.losses or recipe.augment != Augment(rotation=0.0, color_jitter=0.0, crop_padding=0)):
+        raise FoveateError(f"{where}: cache_features goes with plain cross-entropy on images that no augmentation changes")
     if not recipe.losses and recipe.weight_of_cross_entropy == 0:
         raise FoveateError(f"{where}: cross_entropy is 0 and there are no losses: nothing would be trained")
     return recipe

@@ -77,21 +77,27 @@ def open_splits(recipe: Recipe, preprocess: Preprocess) -> dict[str, Dataset[Bat
 def held_out(labels: Tensor, share: float, seed: int, fold: int = 0, folds: int | None = None) -> list[int]:
     """The images to hold out, the same share of every class: drawn from the seed, or the ``fold`` of ``folds`` equal parts.
 
+    Classes with too few images for that are divided together, as one.
+
     Raises:
-        FoveateError: a class has too few images to give one of them away.
+        FoveateError: there are too few images to give one away.
     """
-    chosen: list[int] = []
+    least = folds if folds is not None else 2
     generator = torch.Generator().manual_seed(seed)
-    keys = labels if labels.ndim == 1 else torch.zeros(len(labels), dtype=torch.long)
+    keys = labels.clone() if labels.ndim == 1 else torch.zeros(len(labels), dtype=torch.long)
+    classes, counts = keys.unique(return_counts=True)
+    rare = classes[counts < least]
+    if len(rare) > 1:
+        keys[torch.isin(keys, rare)] = -1
+    chosen: list[int] = []
     for label in keys.unique().tolist():
         images = (keys == label).nonzero()[:, 0]
         images = images[torch.randperm(len(images), generator=generator)].tolist()
-        count = round(share * len(images)) if folds is None else 0
-        part = images[fold::folds] if folds is not None else images[: max(1, count)]
-        if len(part) >= len(images) or not part:
+        part = images[fold::folds] if folds is not None else images[: max(1, round(share * len(images)))]
+        if len(images) < least or len(part) == len(images):
+            name = f"class {label} has" if label >= 0 else "classes of a single image have"
             raise FoveateError(
-                f"class {label} has {len(images)} image(s), too few to hold {share:.2g} of them out: give more, or name val "
-                "and test data"
+                f"{name} {len(images)} image(s), too few to hold {share:.2g} of them out: give more, or name val and test data"
             )
         chosen += part
     return sorted(chosen)

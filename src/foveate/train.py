@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import tempfile
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -23,9 +24,11 @@ from foveate.capture import Capture
 from foveate.classifier import read_logits
 from foveate.data import scenes
 from foveate.errors import FoveateError, NotFiniteError
+from foveate.feature_cache import FeatureCache
 from foveate.film import Film, lightning_callback
 from foveate.groups import correct, decided
 from foveate.layers import INPUT
+from foveate.models.castream import CAStream, ca_stream
 from foveate.models.load import Classifier, load
 from foveate.models.surgery import contrastive_architecture
 from foveate.recipe import Data, Recipe
@@ -56,6 +59,7 @@ class Training(L.LightningModule):
         self.terms = [(LOSSES.get(term.name), term, schedules.get(term.schedule)) for term in recipe.losses]
         self.history: list[dict[str, float]] = []
         self.best: dict[str, Any] | None = None
+        self.cache: FeatureCache | None = None
         self._plain: Callable[[Tensor], Any] = torch.compile(classifier) if compiled else classifier
         self._guided = any("guided" in record.needs for record, *_ in self.terms)
         self._augment = augmenter(recipe.augment)
@@ -89,7 +93,7 @@ class Training(L.LightningModule):
         """The sum of losses on a batch, at a share of the epochs in [0, 1)."""
         assert batch.y is not None  # open_splits gives labels
         if not self.terms:
-            logits = self(batch.x)
+            logits = self._logits(batch)
             head: Head = _head(self.recipe, logits)
         else:
             layers = (self.recipe.layer, INPUT) if self._guided else self.recipe.layer
@@ -111,6 +115,12 @@ class Training(L.LightningModule):
         weight = share * self.recipe.weight_of_cross_entropy
         return total + weight * plain if weight else total
 
+    def _logits(self, batch: Batch) -> Tensor:
+        if self.cache is None:
+            return self(batch.x)  # type: ignore[no-any-return]
+        stream: CAStream = self.classifier.model  # type: ignore[assignment]
+        return stream.classify(self.cache(batch.x, batch.id))
+
     def _diverged(self, what: str) -> FoveateError:
         done = len(self.history)
         kept = f"; the weights after epoch {done} are kept" if done and self.trainer.checkpoint_callback is not None else ""
@@ -124,7 +134,7 @@ class Training(L.LightningModule):
         if index % count != rank:  # every process is asked for every batch, and runs its own
             return
         assert batch.y is not None  # likewise
-        logits = self(batch.x)
+        logits = self._logits(batch)
         head = _head(self.recipe, logits)
         self._add("val_loss", _cross_entropy(logits, batch.y, head), len(batch))
         self._add("val_accuracy", correct(decided(logits, head), batch.y).float().mean(), len(batch))
@@ -282,6 +292,10 @@ def train(
     L.seed_everything(recipe.seed, verbose=False)
     classifier, splits = prepared(recipe, data)
     module = Training(classifier, recipe, compiled)
+    if recipe.cache_features:
+        place = folder or Path(tempfile.mkdtemp(prefix="foveate-"))
+        stream: CAStream = classifier.model  # type: ignore[assignment]
+        module.cache = FeatureCache(place / "features", lambda x: stream.features(classifier.normalise(x)))
     film = None
     extra: list[Callback] = [EarlyStopping("val_accuracy", patience=recipe.early_stop, mode="max")] if recipe.early_stop else []
     if recipe.film.images and recipe.head != "multilabel":
@@ -374,9 +388,13 @@ def _classifier(recipe: Recipe, data: Mapping[str, Dataset[Batch]] | None) -> Cl
             if count != 2:
                 raise FoveateError(f"a binary head has two classes, and the data has {count}")
             count = 1
-    classifier = load(recipe.model, weights=recipe.weights, pretrained=recipe.pretrained, num_classes=count, size=recipe.size)
+    options: dict[str, Any] = {"size": recipe.size, "mean": recipe.mean, "std": recipe.std, "num_classes": count}
+    classifier = load(recipe.model, weights=recipe.weights, pretrained=recipe.pretrained, **options)
     if recipe.contrastive_architecture:
         classifier = contrastive_architecture(classifier)
+    if recipe.ca_stream:
+        torch.manual_seed(recipe.seed)
+        classifier = ca_stream(classifier)
     classifier.class_names = names or classifier.class_names
     return classifier.train()
 

@@ -30,6 +30,27 @@ def accuracy(capture: Capture, M: None, batch: Batch) -> dict[str, Tensor]:
 
 
 @metric(
+    "size",
+    title="Parameters and operations",
+    paper="counted by torch.utils.flop_counter: two operations a multiply-add, as in the CA-Stream table",
+    columns={"parameters": "down", "GFLOPs": "down"},
+    of_model=True,
+    costly=True,
+    digits=2,
+)
+def size(capture: Capture, M: None, batch: Batch) -> dict[str, Tensor]:
+    """Millions of parameters, and billions of operations of one image's forward pass, the same for every image."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    counter = FlopCounterMode(display=False)
+    with counter:
+        capture.score(capture.images[:1])
+    ones = torch.ones(len(batch), dtype=torch.float64)
+    count = sum(parameter.numel() for parameter in capture.model.parameters())
+    return {"parameters": ones * count / 1e6, "GFLOPs": ones * counter.get_total_flops() / 1e9}
+
+
+@metric(
     "foreground_share",
     title="Foreground share of contrastive maps",
     paper="Setpal, contrastive optimization (2025): 1 - context ratio",

@@ -18,6 +18,8 @@ from foveate.classifier import IMAGENET_MEAN, IMAGENET_STD, Normalized
 from foveate.errors import FoveateError
 from foveate.images import Preprocess, floor_resize, read
 
+STREAM = "ca_stream:"
+
 
 class Classifier(Normalized):
     """A model with its normalisation inside, and what is known about it.
@@ -94,7 +96,8 @@ def load(
 
     Args:
         spec: ``timm:NAME``, ``torchvision:NAME``, ``foveate:small_cnn`` or ``file.py:factory``, where ``factory`` is a
-            function without arguments that returns a module in evaluation mode, or such a module.
+            function without arguments that returns a module in evaluation mode, or such a module. With ``ca_stream:``
+            in front of any of them, that model with a CA-Stream instead of its pooling.
         weights: a state dict, ``.safetensors`` or ``.pt``/``.pth``; code inside it is never run.
         pretrained: download the library's own weights.
         num_classes: for a head other than the library's.
@@ -106,6 +109,18 @@ def load(
         FoveateError: an unknown source, model or factory; weights that cannot be read, do not fit or hold NaN; a
             factory that returns a model in training mode.
     """
+    if spec.startswith(STREAM):
+        from foveate.models.castream import ca_stream
+
+        options: dict[str, Any] = {"pretrained": pretrained, "num_classes": num_classes, "size": size}
+        options |= {"mean": mean, "std": std, "class_names": class_names}
+        made: Classifier = ca_stream(load(spec.removeprefix(STREAM), **options))
+        if weights is not None:
+            load_weights(made.model, weights)
+            made.notes = [note for note in made.notes if "random" not in note]
+        elif not any("random" in note for note in made.notes):
+            made.notes.append("the stream's weights are random: train it, or give a weights file")
+        return made
     kind, _, name = spec.rpartition(":")
     if not kind or not name:
         raise FoveateError(f"model {spec!r} is not of the form timm:NAME, torchvision:NAME, foveate:NAME or file.py:factory")

@@ -1,0 +1,243 @@
+"""CA-Stream: cross-attention pooling beside a frozen backbone, whose raw attention is a map of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from foveate.classifier import hooked, read_logits
+from foveate.cut import cut_behind
+from foveate.errors import FoveateError
+from foveate.layers import first_tensor
+
+
+class Attention(nn.Module):
+    """The raw attention of a token to the cells of a stage, ``F q / sqrt(d)``, ``[B,1,h,w]``, in float32; no parameters."""
+
+    def forward(self, features: Tensor, query: Tensor) -> Tensor:
+        """``features [B,d,h,w]`` and ``query [B,d]``: logits over positions, before the softmax."""
+        with torch.autocast(features.device.type, enabled=False):  # post-ReLU features of 2048 channels overflow half precision
+            F_, q = features.float(), query.float()
+            if features.dtype == torch.float64:
+                F_, q = features, query.double()
+            return torch.einsum("bdhw,bd->bhw", F_, q)[:, None] * features.shape[1] ** -0.5
+
+
+class Stage(nn.Module):
+    """One cross-attention: ``q' = W F' softmax(F q / sqrt(d)) + b``."""
+
+    def __init__(self, dim: int, out: int) -> None:
+        super().__init__()
+        self.attention = Attention()
+        self.project = nn.Linear(dim, out)
+        nn.init.xavier_uniform_(self.project.weight)
+        nn.init.zeros_(self.project.bias)
+
+    def pool(self, features: Tensor, query: Tensor) -> Tensor:
+        """``F' a``, ``a = softmax(F q / sqrt(d))`` over positions, ``[B,d]``: average pooling where q is 0 or F constant."""
+        logits = self.attention(features, query)
+        weights = logits.flatten(2).softmax(2)[:, 0]  # [B,hw]
+        return torch.einsum("bdn,bn->bd", features.flatten(2).to(weights.dtype), weights).to(features.dtype)
+
+    def forward(self, features: Tensor, query: Tensor) -> Tensor:
+        return self.project(self.pool(features, query))  # type: ignore[no-any-return]
+
+
+class Stream(nn.Module):
+    """The stream: a token that gathers from each stage, ``q_0`` first, the projection of the last one for the classifier.
+
+    Args:
+        dims: channels of each stage's features; the last projection is square.
+    """
+
+    def __init__(self, dims: Sequence[int]) -> None:
+        super().__init__()
+        self.token = nn.Parameter(1 + torch.randn(1, dims[0]))  # the code's N(1, 1)
+        self.stages = nn.ModuleList(Stage(dim, out) for dim, out in zip(dims, [*dims[1:], dims[-1]], strict=True))
+
+    def forward(self, features: Sequence[Tensor]) -> Tensor:
+        """What stands for the pooled features, ``[B,d]``, from the features of each stage ``[B,d_l,h_l,w_l]``."""
+        query = self.token.expand(len(features[0]), -1).to(features[0].dtype)
+        for stage, F_l in zip(self.stages, features, strict=True):
+            query = stage(F_l, query)
+        return query
+
+
+class CAStream(nn.Module):
+    """A classifier whose average pooling is replaced by a stream of cross-attention; its backbone is frozen for real.
+
+    ``a_l = softmax(F_l q_l / sqrt(d_l))``, ``q_{l+1} = W_l F_l' a_l + b_l``; the backbone's own classifier reads the last
+    ``q`` where it read the pooled features. The raw attention of each stage is the layer ``stream.stages.K.attention``
+    and the method ``ca_stream``.
+
+    The backbone stays in evaluation mode, also under ``.train()``, and none of its parameters needs a gradient: only the
+    stream learns, unless :meth:`unfreeze` is called.
+
+    Args:
+        backbone: a convolutional classifier.
+        stages: paths of the modules whose outputs the stream reads, from early to late; those of the thesis for ResNets
+            and ConvNeXts, and for others the last module of each resolution.
+        size: of the image that is run once to learn the channels of each stage.
+
+    Raises:
+        FoveateError: no stages are known and none were given; a stage has no grid of channels first; the classifier
+            cannot be told from the pooling.
+
+    Source: Torres et al., CA-Stream, 2024, eq. 6 to 9, dimensions and initialisation from its code. Deviations: attention
+    logits are kept in float32; biases start at 0; batch norms do not drift, and all of the stream is trained, where the
+    released code trains the token alone.
+    """
+
+    def __init__(self, backbone: nn.Module, stages: Sequence[str] | None = None, size: tuple[int, int] = (224, 224)) -> None:
+        super().__init__()
+        self.backbone = backbone.eval()
+        first = next(backbone.parameters())
+        example = torch.zeros(1, 3, *size, device=first.device, dtype=first.dtype)
+        self.names = tuple(stages) if stages is not None else stages_of(backbone, example)
+        if not self.names:
+            raise FoveateError("a stream needs at least one stage")
+        with torch.no_grad():
+            features, logits = self._features(example)
+        for name, F_l in zip(self.names, features, strict=True):
+            if F_l.ndim != 4:
+                raise FoveateError(f"stage {name!r} gives {list(F_l.shape)}, and a stream reads [B,d,h,w]: name other stages")
+        # Not a child: the classifier is the backbone's own, and has its place in the state dict there.
+        self._head = (head_of(backbone, self.names[-1], features[-1], logits),)
+        with torch.random.fork_rng(devices=[]):
+            self.stream = Stream([F_l.shape[1] for F_l in features]).to(first.device, first.dtype)
+        for parameter in backbone.parameters():
+            parameter.requires_grad_(False)
+        self.frozen = True
+        self.eval()
+
+    def _features(self, x: Tensor) -> tuple[list[Tensor], Tensor]:
+        found: dict[str, Tensor] = {}
+
+        def keep(name: str) -> Callable[..., None]:
+            def hook(module: nn.Module, inputs: Any, output: Any) -> None:
+                tensor = first_tensor(output)
+                assert tensor is not None  # a stage of a convolutional network gives a tensor
+                found[name] = tensor.clone()  # an in-place ReLU behind the stage must not overwrite it
+
+            return hook
+
+        modules = dict(self.backbone.named_modules())
+        if unknown := [name for name in self.names if name not in modules]:
+            raise FoveateError(f"stage {unknown[0]!r} is not in the backbone: it has {', '.join(list(modules)[1:9])}, ...")
+        with ExitStack() as stack:
+            for name in self.names:
+                stack.enter_context(hooked(modules[name], keep(name)))
+            logits = read_logits(self.backbone(x))
+        return [found[name] for name in self.names], logits
+
+    def features(self, x: Tensor) -> list[Tensor]:
+        """The features of each stage, ``[B,d_l,h_l,w_l]``: they do not change while the backbone is frozen."""
+        return self._features(x)[0]
+
+    def classify(self, features: Sequence[Tensor]) -> Tensor:
+        """Logits ``[B,C]`` from the features of each stage."""
+        return self._head[0](self.stream(features)[:, :, None, None])
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.classify(self.features(x))
+
+    def train(self, mode: bool = True) -> CAStream:
+        """Training mode for the stream; the backbone stays in evaluation mode while it is frozen."""
+        super().train(mode)
+        if self.frozen:
+            self.backbone.eval()
+        return self
+
+    def unfreeze(self) -> None:
+        """Let the backbone learn too, for fine-tuning."""
+        self.frozen = False
+        for parameter in self.backbone.parameters():
+            parameter.requires_grad_(True)
+        self.train(self.training)
+
+    @property
+    def share(self) -> float:
+        """Parameters of the stream over those of the backbone."""
+        count = sum(p.numel() for p in self.stream.parameters())
+        return count / sum(p.numel() for p in self.backbone.parameters())
+
+
+def stages_of(backbone: nn.Module, example: Tensor) -> tuple[str, ...]:
+    """The stages of the thesis for ResNets and ConvNeXts; else the last child of ``features`` at each resolution.
+
+    The last is named by its outermost module, which is where a class activation map looks as well.
+
+    Raises:
+        FoveateError: another kind of network.
+    """
+    modules = dict(backbone.named_modules())
+    if {"maxpool", "layer1", "layer2", "layer3", "layer4"} <= set(modules):
+        return ("maxpool", "layer1", "layer2", "layer3", "layer4")
+    if {"stem", "stages.1.downsample", "stages.2.downsample", "stages.3"} <= set(modules):  # timm's ConvNeXt
+        return ("stem", "stages.1.downsample", "stages.2.downsample", "stages")
+    if type(backbone).__name__ == "ConvNeXt" and "features.7" in modules:  # torchvision's
+        return ("features.0", "features.2", "features.4", "features")
+    if (info := getattr(backbone, "feature_info", None)) is not None:
+        names = [item["module"] for item in getattr(info, "info", info)]
+        if all(name in modules for name in names):
+            return tuple(names)
+    features = modules.get("features")
+    if isinstance(features, nn.Sequential):
+        last: dict[tuple[int, ...], str] = {}
+        with torch.no_grad():
+            x = example
+            for name, child in features.named_children():
+                x = child(x)
+                if isinstance(x, Tensor) and x.ndim == 4:
+                    last[x.shape[-2], x.shape[-1]] = f"features.{name}"
+        return (*list(last.values())[:-1], "features")
+    raise FoveateError(f"the stages of a {type(backbone).__name__} are not known: name them, from early to late")
+
+
+def head_of(backbone: nn.Module, last: str, features: Tensor, logits: Tensor) -> Callable[[Tensor], Tensor]:
+    """The backbone's pooling and classifier as a function of ``[B,d,h,w]``; at 1 x 1 cells pooling changes nothing.
+
+    Raises:
+        FoveateError: what comes behind the last stage is not pooling and a classifier.
+    """
+    candidates: list[Callable[[Tensor], Any]] = []
+    if hasattr(backbone, "forward_head"):  # timm
+        before = getattr(backbone, "norm_pre", nn.Identity())
+        candidates.append(lambda x: backbone.forward_head(before(x)))  # type: ignore[operator]
+    cut = cut_behind(backbone, last)
+    if cut is not None and cut.front is None:
+        candidates.append(cut.back)
+    linear = [module for module in backbone.modules() if isinstance(module, nn.Linear)]
+    if linear:
+        candidates.append(lambda x: linear[-1](x.mean((2, 3))))
+    for head in candidates:
+        try:
+            with torch.no_grad():
+                again = read_logits(head(features))
+                pooled = read_logits(head(F.adaptive_avg_pool2d(features, 1)))
+        except Exception:  # whatever a model's own code raises on another shape
+            continue
+        if torch.allclose(again, logits, rtol=1e-3, atol=1e-4) and torch.allclose(pooled, logits, rtol=1e-3, atol=1e-4):
+            return lambda x, head=head: read_logits(head(x))  # type: ignore[misc]
+    raise FoveateError(
+        f"what comes behind {last!r} in a {type(backbone).__name__} is not average pooling and a classifier that can be cut off"
+    )
+
+
+def ca_stream(model: nn.Module, stages: Sequence[str] | None = None, size: tuple[int, int] | None = None) -> Any:
+    """A CA-Stream beside a classifier: of one from :func:`foveate.load`, a classifier with the same normalisation and names.
+
+    Raises:
+        FoveateError: see :class:`CAStream`.
+    """
+    from foveate.models.load import Classifier
+
+    if not isinstance(model, Classifier):
+        return CAStream(model, stages, size or (224, 224))
+    made = CAStream(model.model, stages, size or model.preprocess.crop)
+    return Classifier(made, model.preprocess, f"ca_stream:{model.name}", model.class_names, model.notes)
