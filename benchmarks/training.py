@@ -122,6 +122,7 @@ def ca_stream(data: Path, out: Path) -> Runs:
         csv.writer(file).writerows([["file", "class_index"], *lines])
     base = {
         "model": f"{data / 'zoo.py'}:mobilenet_v2_folded",
+        "pretrained": False,
         "mean": [0.5],
         "std": [0.5],
         "data": {"train": str(folder), "folds": 5, "hold_out": 0.1},
@@ -131,6 +132,18 @@ def ca_stream(data: Path, out: Path) -> Runs:
     }
     for fold in range(5):
         yield f"ca_stream-{fold}", read_recipe("imagenet_ca_stream", {**base, "data.fold": fold}, small=True)
+
+
+def ca_scenes(data: Path, out: Path) -> Runs:
+    """A stream beside each of the five networks that plain training on the scenes gave; --data is their folder."""
+    for seed in range(5):
+        change = {
+            "seed": seed,
+            "name": "ca_stream",
+            "ca_stream": True,
+            "weights": str(data / f"plain-{seed}" / "model.safetensors"),
+        }
+        yield f"ca_stream-{seed}", read_recipe("scenes_plain", {**change, "cache_features": True})
 
 
 def cost(rounds: int = 15) -> None:
@@ -166,7 +179,14 @@ def cost(rounds: int = 15) -> None:
     print(f"peak memory of all: {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024:.0f} MB")
 
 
-EXPERIMENTS = {"scenes": scenes, "caltech": caltech, "pets": pets, "cifar10": cifar10, "ca_stream": ca_stream}
+EXPERIMENTS = {
+    "scenes": scenes,
+    "caltech": caltech,
+    "pets": pets,
+    "cifar10": cifar10,
+    "ca_stream": ca_stream,
+    "ca_scenes": ca_scenes,
+}
 
 
 def main() -> None:

@@ -527,7 +527,18 @@ def attention_rollout(network: nn.Module, x: Tensor, y: int) -> Tensor:
     return R[0, 1:].view(4, 5)
 
 
+def ca_stream(network: nn.Module, x: Tensor, y: int) -> Tensor:
+    """The token's dot product with every cell, over the square root of the channels."""
+    A, token = run(network, x, y)[0], network.stream.token[0].detach()
+    S = torch.zeros(A.shape[1:], dtype=A.dtype)
+    for i in range(A.shape[1]):
+        for j in range(A.shape[2]):
+            S[i, j] = sum(float(A[k, i, j] * token[k]) for k in range(len(A))) / math.sqrt(len(A))
+    return S
+
+
 METHODS: dict[str, Callable[..., Tensor] | None] = {
+    "ca_stream": ca_stream,
     "ablation_cam": ablation_cam,
     "attention_rollout": attention_rollout,
     "cafo": cafo,
@@ -563,6 +574,7 @@ METHODS: dict[str, Callable[..., Tensor] | None] = {
 # Networks on which a method is defined, where that is not all of them.
 DEFINED_ON = {
     "attention_rollout": ("tokens",),
+    "ca_stream": ("stream",),
     "cam": ("gap",),
     "full_grad": ("gap", "flat"),  # tanh, layer norm and softmax are neither affine nor ReLUs
     "guided_backprop": ("gap", "flat", "inplace"),
@@ -809,7 +821,19 @@ def cost(network: nn.Module, x: Tensor, M: Tensor, y: int, mask: Tensor) -> dict
     return {"T": 0.5, "forwards": 4.0, "backwards": 1.0, "memory": 2.0}
 
 
+def size(network: nn.Module, x: Tensor, M: Tensor, y: int, mask: Tensor) -> dict[str, float]:
+    """Parameters in millions; two operations for each multiplication of a convolution or a linear layer, in billions."""
+    operations, shape = 0, x[None]
+    for module in network.features:
+        shape = module(shape)
+        if isinstance(module, nn.Conv2d):
+            operations += 2 * shape.shape[2] * shape.shape[3] * module.weight.numel()
+    operations += 2 * network.classifier.weight.numel()
+    return {"parameters": sum(p.numel() for p in network.parameters()) / 1e6, "GFLOPs": operations / 1e9}
+
+
 METRICS = {
+    "size": size,
     "accuracy": accuracy,
     "class_sensitivity": class_sensitivity,
     "completeness_error": completeness_error,

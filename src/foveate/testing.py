@@ -16,6 +16,7 @@ from foveate.batch import Batch
 from foveate.capture import Capture
 from foveate.errors import FoveateError
 from foveate.methods.cam import contrast_of
+from foveate.models.castream import Stream
 from foveate.registry import METHODS, METRICS, Explained, Method, Metric, Spent
 
 SHAPE = (2, 3, 17, 23)  # odd on purpose: height and width are not to be mixed up
@@ -88,6 +89,17 @@ class _TokenNet(nn.Module):
         return self.classifier((tokens + attention @ self.value(tokens))[:, 0])
 
 
+class _StreamNet(_GapNet):
+    """Cross-attention instead of average pooling."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stream = Stream([6])
+
+    def tail(self, activations: Tensor) -> Tensor:
+        return self.classifier(self.stream([activations]))
+
+
 def networks() -> dict[str, nn.Module]:
     """Small networks in float64 and evaluation mode, each with its layer to look at called ``features``.
 
@@ -98,6 +110,7 @@ def networks() -> dict[str, nn.Module]:
         "flat": _FlatNet,
         "inplace": _InplaceNet,
         "tokens": _TokenNet,
+        "stream": _StreamNet,
     }
     made = {}
     with torch.random.fork_rng(devices=[]):
@@ -154,14 +167,14 @@ def _same(a: Any, b: Any) -> bool:
 def check_method(method: str | Method, **settings: Any) -> None:
     """Hold a method against the contract; an AssertionError says what is broken.
 
-    On networks of four kinds, at an odd image size: its map is ``[B,h,w]`` and finite; a batch gives what single
+    On networks of five kinds, at an odd image size: its map is ``[B,h,w]`` and finite; a batch gives what single
     images give, in any order; the model and the images are untouched, also when the target raises; where it says
     ``differentiable``, its gradient in the parameters agrees with finite differences; where it has ``complete``, it adds
     up to what that promises.
 
     Raises:
         AssertionError: as said.
-        FoveateError: the method refuses all four networks.
+        FoveateError: the method refuses all of them.
     """
     record = METHODS.get(method) if isinstance(method, str) else method
     refused: list[FoveateError] = []
