@@ -11,8 +11,9 @@ import torch
 import torch.nn.functional as F
 
 import foveate
+from foveate._lightning import ready
 from foveate.data import scenes
-from foveate.film import Film, lightning_callback, ready
+from foveate.film import Film, lightning_callback
 from foveate.losses.gradients import interpretable_gradients_of
 from foveate.report import film as page
 

@@ -921,7 +921,7 @@ def ablated_binary(maps: Tensor, y: list[int], bias: Tensor, mask: Tensor) -> fl
 
 
 def divergence(maps: Tensor, t: int, mask: Tensor, mask_sharpness: float = 50.0, map_sharpness: float = 1.0) -> float:
-    """sum_ij P log(P' / Q), mean over the other classes."""
+    """sum_ij P log(P' / Q), over the other classes."""
     cells = [(i, j) for i in range(mask.shape[0]) for j in range(mask.shape[1])]
     weight = {cell: math.exp(mask_sharpness * float(mask[cell])) for cell in cells}
     P = {cell: weight[cell] / sum(weight.values()) for cell in cells}
@@ -935,7 +935,7 @@ def divergence(maps: Tensor, t: int, mask: Tensor, mask_sharpness: float = 50.0,
             log_P = 0.0 if mask[cell] > 0.5 else math.log(P[cell])
             value += P[cell] * (log_P - math.log(max(e[cell] / sum(e.values()), 1e-6)))
         values.append(value)
-    return sum(values) / len(values)
+    return sum(values)
 
 
 def sliced_wasserstein(maps: Tensor, t: int, mask: Tensor, p: float = 0.95, directions: int = 32, tag: float = 10.0) -> float:

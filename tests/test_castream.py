@@ -233,6 +233,10 @@ def test_size_beside_a_count_by_hand() -> None:
     values = foveate.registry.METRICS.get("size")(capture, None, foveate.Batch(capture.x))
     assert float(values["parameters"]) == pytest.approx(25.557, abs=1e-3)
     assert float(values["GFLOPs"]) == pytest.approx(8.178, abs=0.1)
+    stream = Capture(ca_stream(model), capture.x)
+    more = foveate.registry.METRICS.get("size")(stream, None, foveate.Batch(capture.x))
+    assert float(more["parameters"] - values["parameters"]) == pytest.approx(6.969152, abs=1e-6)
+    assert 0.01 < float(more["GFLOPs"] - values["GFLOPs"]) < 0.03
 
 
 def test_a_stream_beside_real_weights() -> None:

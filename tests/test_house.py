@@ -14,7 +14,7 @@ import foveate
 SOURCE = Path(foveate.__file__).parent
 # Imports point up this list, within a line and to lines above it.
 FLOORS = [
-    {"_version", "_torchvision", "errors", "twice"},
+    {"_version", "_torchvision", "_lightning", "errors", "twice"},
     {
         "batch",
         "chunks",

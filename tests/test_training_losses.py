@@ -342,7 +342,8 @@ class TestInterpretableGradients:
 
 class TestArchitecture:
     @pytest.mark.parametrize(
-        "name", ["torchvision:resnet18", "timm:resnet26d", "timm:convnext_atto", "torchvision:convnext_tiny"]
+        "name",
+        ["torchvision:resnet18", "timm:resnet26d", "timm:resnetblur18", "timm:convnext_atto", "torchvision:convnext_tiny"],
     )
     def test_finer_maps_and_a_linear_head_without_bias(self, name: str) -> None:
         import foveate
@@ -359,6 +360,16 @@ class TestArchitecture:
         y = torch.tensor([1, 4])
         value = LOSSES.get("contrastive")(capture, Batch(x, y))
         torch.testing.assert_close(value, F.cross_entropy(capture.logits, y, reduction="none"), rtol=1e-4, atol=1e-4)
+
+    def test_a_head_is_known_also_where_a_logit_is_near_0(self) -> None:
+        network, batch = networks()["gap"].float(), example(count=3)
+        network.classifier = nn.Linear(6, 1)
+        x = batch.x.float()
+        with torch.no_grad():  # the first image's logit is 0 up to rounding
+            network.classifier.bias -= network(x)[0]
+        for precision in (torch.float32, torch.bfloat16):
+            with torch.autocast("cpu", precision, enabled=precision == torch.bfloat16):
+                assert Capture(network, x, "features", frozen=False).linear_head() is not None
 
     def test_refusals(self) -> None:
         with pytest.raises(FoveateError, match="architecture of a _GapNet is not known"):

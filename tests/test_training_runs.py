@@ -24,6 +24,7 @@ from foveate.film import Film, hugging_face_callback, lightning_callback
 from foveate.groups import Group, group_accuracy, merged, worst
 from foveate.models.load import read_weights
 from foveate.recipe import RECIPES, Recipe, read_recipe
+from foveate.registry import LOSSES
 from foveate.report import training, trainings
 from foveate.splits import Kept, Part, film_images, held_out, labels_of, open_splits
 from foveate.testing import assert_untouched, fingerprint
@@ -392,6 +393,68 @@ class TestRuns:
         cosine = [learning_rate_at(Recipe(warmup=0.0), step, 10) for step in range(10)]
         assert cosine == sorted(cosine, reverse=True)
 
+    def test_every_loss_trains_in_bf16(self) -> None:
+        for name in LOSSES.all():
+            made = recipe("scenes_plain", precision="bf16", losses=[{"name": name}], **{"film.images": 0, "measure.images": 0})
+            assert np.isfinite(train(made).history[-1]["train_loss"]), name
+
+    def test_any_seed(self) -> None:
+        train(recipe("scenes_augmented", seed=20241005, epochs=1, **{"film.images": 0, "measure.images": 0}))
+
+    def test_boxes_turn_with_the_image(self) -> None:
+        from foveate.recipe import Augment
+        from foveate.splits import augmenter
+
+        batch = Batch(torch.rand(1, 3, 16, 16), torch.tensor([0]), boxes=(torch.tensor([[0.0, 0.0, 4.0, 16.0]]),))
+        torch.manual_seed(0)
+        masks = {tuple(augmenter(Augment(flip=True))(batch).mask[0, 0].nonzero()[:, 0].tolist()) for _ in range(20)}
+        assert masks == {(0, 1, 2, 3), (12, 13, 14, 15)}
+
+    def test_workers_change_images_as_one_process_does(self, pictures: Path) -> None:
+        base = {"data": str(pictures), "augment.flip": True, "augment.color_jitter": 0.3, "film.images": 0, "measure.images": 0}
+        one, two = (train(recipe("scenes_plain", **base), workers=count) for count in (0, 2))
+        for a, b in zip(one.classifier.parameters(), two.classifier.parameters(), strict=True):
+            torch.testing.assert_close(a, b, rtol=0, atol=1e-6)
+
+    def test_broken_weights_do_not_replace_the_last_good_ones(self, tmp_path: Path) -> None:
+        from lightning.pytorch.callbacks import Callback
+
+        class Break(Callback):
+            def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+                if trainer.current_epoch == 1 and batch_idx == trainer.num_training_batches - 1:
+                    pl_module.classifier.model.classifier.bias.data.fill_(float("nan"))
+
+        made = recipe("scenes_plain", epochs=3)
+        with pytest.raises(FoveateError, match=r"became NaN or infinite at step 6, in epoch 2 of 3; .* epoch 1 are kept in"):
+            train(made, tmp_path, callbacks=[Break()])
+        state = torch.load(tmp_path / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
+        assert all(bool(torch.isfinite(value).all()) for value in state.values())
+        assert all(name.startswith("classifier.") for name in state)
+
+    def test_seconds_are_those_of_all_parts_of_a_run(self, tmp_path: Path) -> None:
+        first = train(recipe(), tmp_path)
+        again = train(recipe(), tmp_path, resume=True)
+        assert again.seconds == pytest.approx(sum(line["seconds"] for line in first.history))
+
+    def test_phases_of_one_s_own(self) -> None:
+        phases = [{"until": 0.5, "added": 0.0}, {"until": 1.0, "cross_entropy": 0.0, "learning_rate": 0.5}]
+        runs = [
+            train(recipe("scenes_cam_loss", **{"losses.0.schedule": phases, "losses.0.weight": weight})).history
+            for weight in (1, 5)
+        ]
+        assert runs[0][0]["val_loss"] == runs[1][0]["val_loss"]
+        assert runs[0][1]["val_loss"] != runs[1][1]["val_loss"]
+
+    def test_a_kernel_of_one_s_own(self, tmp_path: Path) -> None:
+        picture = np.zeros((24, 24), np.uint8)
+        picture[:, :12] = 255
+        Image.fromarray(picture).save(tmp_path / "left.png")
+        capture = foveate.Capture(foveate.load("foveate:small_cnn"), scenes.make("val", 0, 32).images[:2] / 255, frozen=False)
+        batch = Batch(capture.x, torch.tensor([0, 1]))
+        ours = LOSSES.get("cam_loss")(capture, batch, kernel=str(tmp_path / "left.png"))
+        M = LOSSES.get("mass_outside")(capture, Batch(capture.x, batch.y, torch.arange(32).expand(2, 32, 32) < 16))
+        torch.testing.assert_close(ours, M)
+
     def test_schedules_by_fit_change_the_weight(self) -> None:
         values = [
             train(recipe("scenes_cam_loss", **{"losses.0.schedule": name})).history[0]["val_loss"]
@@ -506,6 +569,7 @@ class TestRecipes:
             ("film: {method: gradcm}", "did you mean grad_cam"),
             ("extends: scenes_plian", "did you mean scenes_plain"),
             ("extends: recipe", "extends itself"),
+            ("losses: [{name: cam_loss, schedule: [{until: 0.5}]}]", "must end one after the other, at last at 1"),
         ],
     )
     def test_bad_recipes(self, text: str, message: str, tmp_path: Path) -> None:
@@ -513,6 +577,11 @@ class TestRecipes:
         with pytest.raises(FoveateError, match="recipe") as caught:
             read_recipe(tmp_path / "recipe.yaml")
         assert message in str(caught.value)
+
+    def test_what_extends_is_merged_to_the_leaves(self, tmp_path: Path) -> None:
+        (tmp_path / "mine.yaml").write_text("extends: caltech_plain\ndata: {fold: 2}\naugment: {flip: false}\n")
+        made = read_recipe(tmp_path / "mine.yaml")
+        assert (made.data.fold, made.data.folds, made.augment.flip, made.augment.rotation) == (2, 5, False, 20)
 
     def test_small_where_there_is_none(self) -> None:
         with pytest.raises(FoveateError, match="has no small variant"):

@@ -21,12 +21,14 @@ from foveate.targets import Target
 if TYPE_CHECKING:
     from foveate.losses.centre import cam_loss
     from foveate.methods.cam import contrastive_maps
+    from foveate.models.castream import ca_stream
     from foveate.models.load import Classifier, load
     from foveate.models.surgery import contrastive_architecture
 
 
 _LAZY = {
     "Classifier": "foveate.models.load",
+    "ca_stream": "foveate.models.castream",
     "cam_loss": "foveate.losses.centre",
     "contrastive_architecture": "foveate.models.surgery",
     "contrastive_maps": "foveate.methods.cam",
@@ -47,6 +49,7 @@ __all__ = [
     "SlowPathWarning",
     "Target",
     "__version__",
+    "ca_stream",
     "cam_loss",
     "contrastive_architecture",
     "contrastive_maps",

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from foveate import maps
+from foveate._lightning import ready
 from foveate.batch import Batch
 from foveate.capture import Capture
 from foveate.classifier import evaluating
@@ -145,13 +146,6 @@ class Film:
         except (OSError, KeyError, ValueError) as error:
             raise FoveateError(f"{str(path)!r} is not a film: {error}") from None
         return film
-
-
-def ready() -> None:
-    """Make ``import lightning`` possible beside PyTorch's CPU build: it imports torchvision, which fails there by itself."""
-    from foveate._torchvision import torchvision
-
-    torchvision()
 
 
 def lightning_callback(film: Film, path: str | Path | None = None, model: Callable[[Any], nn.Module] | None = None) -> Any:

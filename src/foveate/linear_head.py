@@ -89,16 +89,18 @@ def recognise(
     count, (height, width) = activations.shape[1], activations.shape[2:]
     tolerance = 1e-4 if min(t.element_size() for t in (features, raw, logits)) >= 4 else 3e-2
 
-    def made(rebuilt: Tensor, given: Tensor) -> bool:
+    def made(rebuilt: Tensor, given: Tensor, scale: Tensor | None = None) -> bool:
         if rebuilt.shape != given.shape:
             return False
         error = (rebuilt - given.to(rebuilt.dtype)).abs().flatten(1).amax(1)
-        return bool((error <= tolerance * rebuilt.abs().flatten(1).amax(1)).all())
+        return bool((error <= tolerance * (rebuilt.abs() if scale is None else scale).flatten(1).amax(1)).all())
 
     with torch.no_grad():
         linear = F.linear(features.to(weight.dtype), weight, bias)
         pooled, flattened = made(activations.mean((2, 3)), features), made(activations.flatten(1), features)
-        if not (pooled or flattened) or not made(linear, logits):
+        # Rounding is in proportion to the terms of a logit and not to their sum, which may be near 0.
+        terms = F.linear(features.abs().to(weight.dtype), weight.abs(), None if bias is None else bias.abs())
+        if not (pooled or flattened) or not made(linear, logits, terms):
             return None
     weight = at_least_float32(weight)
     bias = weight.new_zeros(len(weight)) if bias is None else at_least_float32(bias)

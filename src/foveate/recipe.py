@@ -20,12 +20,21 @@ class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
+class Phase(_Strict):
+    """A part of a run with weights of its own."""
+
+    until: float = Field(gt=0, le=1, description="share of the epochs at which it ends; the last one ends at 1")
+    cross_entropy: float = Field(1.0, ge=0)
+    added: float = Field(1.0, ge=0)
+    learning_rate: float = Field(1.0, ge=0, description="factor")
+
+
 class LossTerm(_Strict):
     """One loss of the sum."""
 
     name: str
     weight: float = Field(1.0, ge=0)
-    schedule: Literal["constant", "linear", "three_phase", "inverse_fit"] = "constant"
+    schedule: Literal["constant", "linear", "three_phase", "inverse_fit"] | list[Phase] = "constant"
     settings: dict[str, Any] = {}
 
 
@@ -175,7 +184,16 @@ def _content(source: str | Path, seen: tuple[str, ...]) -> tuple[dict[str, Any],
     own_small = content.pop("small", {})
     if not isinstance(own_small, dict):
         raise FoveateError(f"recipe {str(source)!r}: small is a list of 'key: value' lines, and it is {own_small!r}")
-    return {**base, **content}, {**reduced, **own_small}
+    return _merged(base, content), {**reduced, **own_small}
+
+
+def _merged(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    """Both, the second where they disagree; what is a mapping in both is merged likewise."""
+    merged = {**base, **over}
+    for key in base.keys() & over.keys():
+        if isinstance(base[key], dict) and isinstance(over[key], dict):
+            merged[key] = _merged(base[key], over[key])
+    return merged
 
 
 def _put(content: dict[str, Any], key: str, value: Any, where: str) -> None:
@@ -210,6 +228,10 @@ def _validated(content: Mapping[str, Any], where: str) -> Recipe:
         if record.name in names:
             raise FoveateError(f"{where}: losses: {record.name} stands there twice")
         names.add(record.name)
+        if isinstance(term.schedule, list):
+            ends = [phase.until for phase in term.schedule]
+            if not ends or ends != sorted(set(ends)) or ends[-1] != 1:
+                raise FoveateError(f"{where}: losses: the phases of {record.name} must end one after the other, at last at 1")
         if term.schedule == "inverse_fit" and not record.share:
             shares = ", ".join(name for name, known in LOSSES.all().items() if known.share)
             raise FoveateError(

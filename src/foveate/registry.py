@@ -141,8 +141,8 @@ class Loss:
     """What is added to cross-entropy: ``(capture, batch, **own settings) -> [B]``, differentiable in the parameters.
 
     Attributes:
-        needs: of ``mask`` (or boxes), ``linear_head`` and ``guided``: a capture of the layer and of ``"input"``, made
-            with ``guided=True``.
+        needs: of ``mask``, ``region`` (masks or boxes), ``linear_head`` and ``guided``: a capture of the layer and of
+            ``"input"``, made with ``guided=True``.
         replaces: it is a cross-entropy of its own, and stands instead of the plain one.
         share: its value is a share in [0, 1], so that 1 less it says how well the map fits.
     """

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from foveate.errors import FoveateError
@@ -65,6 +65,15 @@ SCHEDULES: dict[str, Schedule] = {
     "three_phase": three_phase,
     "inverse_fit": inverse_fit,
 }
+
+
+def phases(parts: Sequence[tuple[float, Weights]]) -> Schedule:
+    """Weights of one's own: ``(share of the epochs at which a part ends, its weights)``, the last at 1."""
+
+    def schedule(progress: float, value: float = 0.0) -> Weights:
+        return next(weights for end, weights in parts if progress < end)
+
+    return schedule
 
 
 def get(name: str) -> Schedule:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -12,6 +13,7 @@ from torch.utils.data import Dataset, Sampler
 
 from foveate._torchvision import torchvision
 from foveate.batch import Batch
+from foveate.boxes import regions
 from foveate.data import scenes
 from foveate.data.benchmarks import Vision, open_benchmark
 from foveate.data.folder import Folder
@@ -19,7 +21,11 @@ from foveate.errors import FoveateError
 from foveate.images import Preprocess
 from foveate.recipe import Augment, Data, Recipe
 
-BLOCK = 1_000_003  # more than any run has steps an epoch
+
+def seed_of(*numbers: int) -> int:
+    """A seed from several numbers of any size, the same everywhere."""
+    text = ",".join(map(str, numbers)).encode()
+    return int.from_bytes(hashlib.blake2b(text, digest_size=7).digest(), "big")
 
 
 @dataclass(frozen=True)
@@ -142,12 +148,13 @@ class EpochSampler(Sampler[int]):
     Args:
         labels: of all images.
         rebalance: draw with replacement, every class equally often; as many draws as there are images.
+        numbered: give ``draw * N + image`` with a number for each draw of the run, for :class:`Augmented`.
     """
 
-    def __init__(self, labels: Tensor, seed: int, rebalance: bool = False) -> None:
+    def __init__(self, labels: Tensor, seed: int, rebalance: bool = False, numbered: bool = False) -> None:
         if rebalance and labels.ndim != 1:
             raise FoveateError("rebalance draws classes equally often, and these images have several classes each")
-        self.labels, self.seed, self.rebalance, self.epoch = labels, seed, rebalance, 0
+        self.labels, self.seed, self.rebalance, self.numbered, self.epoch = labels, seed, rebalance, numbered, 0
 
     def set_epoch(self, epoch: int) -> None:
         """Called by Lightning before each epoch."""
@@ -157,12 +164,15 @@ class EpochSampler(Sampler[int]):
         return -(-len(self.labels) // processes()[1])
 
     def __iter__(self) -> Iterator[int]:
-        generator = torch.Generator().manual_seed(self.seed * BLOCK + self.epoch)
+        generator = torch.Generator().manual_seed(seed_of(self.seed, self.epoch))
         if self.rebalance:
             share = 1 / torch.bincount(self.labels).double()[self.labels]
             order = torch.multinomial(share, len(self.labels), replacement=True, generator=generator)
         else:
             order = torch.randperm(len(self.labels), generator=generator)
+        if self.numbered:
+            draws = self.epoch * len(order) + torch.arange(len(order))
+            order = draws * len(order) + order
         rank, count = processes()
         padded = torch.cat([order, order[: len(self) * count - len(order)]])
         return iter(padded[rank::count].tolist())
@@ -200,6 +210,7 @@ def augmenter(augment: Augment) -> Callable[[Batch], Batch] | None:
         return changes[size]
 
     def apply(batch: Batch) -> Batch:
+        batch = replace(batch, mask=regions(batch), boxes=None)  # boxes turn with the image as what they cover
         images, masks = [], []
         for index in range(len(batch)):
             image = tv_tensors.Image(batch.x[index])
@@ -214,6 +225,23 @@ def augmenter(augment: Augment) -> Callable[[Batch], Batch] | None:
         return replace(batch, x=torch.stack(images), mask=mask, boxes=None)
 
     return apply
+
+
+class Augmented(Dataset[Batch]):
+    """Images changed anew at every draw, by a change that depends on the seed and the draw alone, in whichever process."""
+
+    def __init__(self, whole: Any, change: Callable[[Batch], Batch], seed: int) -> None:
+        self.whole, self.change, self.seed = whole, change, seed
+
+    def __len__(self) -> int:
+        return len(self.whole)
+
+    def __getitem__(self, number: int) -> Batch:
+        draw, index = divmod(number, len(self.whole))
+        batch = self.whole[index]
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed_of(self.seed, draw))
+            return self.change(batch)
 
 
 class Kept(Dataset[Batch]):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import tempfile
 import time
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -18,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from foveate import outcome, schedules, trained
-from foveate._torchvision import torchvision
+from foveate._lightning import quiet, ready
 from foveate.batch import Batch
 from foveate.capture import Capture
 from foveate.classifier import read_logits
@@ -31,12 +30,12 @@ from foveate.layers import INPUT
 from foveate.models.castream import CAStream, ca_stream
 from foveate.models.load import Classifier, load
 from foveate.models.surgery import contrastive_architecture
-from foveate.recipe import Data, Recipe
+from foveate.recipe import Data, LossTerm, Recipe
 from foveate.registry import LOSSES
-from foveate.splits import BLOCK, EpochSampler, Kept, augmenter, film_images, labels_of, open_splits, processes
+from foveate.splits import Augmented, EpochSampler, Kept, augmenter, film_images, labels_of, open_splits, processes, seed_of
 from foveate.targets import Head
 
-torchvision()  # lightning imports torchmetrics, which imports torchvision
+ready()
 import lightning as L  # noqa: E402
 from lightning.pytorch.callbacks import Callback, EarlyStopping, ModelCheckpoint  # noqa: E402
 
@@ -56,13 +55,13 @@ class Training(L.LightningModule):
         super().__init__()
         self.classifier = classifier
         self.recipe = recipe
-        self.terms = [(LOSSES.get(term.name), term, schedules.get(term.schedule)) for term in recipe.losses]
+        self.terms = [(LOSSES.get(term.name), term, _schedule(term)) for term in recipe.losses]
         self.history: list[dict[str, float]] = []
         self.best: dict[str, Any] | None = None
         self.cache: FeatureCache | None = None
-        self._plain: Callable[[Tensor], Any] = torch.compile(classifier) if compiled else classifier
+        # In a tuple: as a child it would stand in every checkpoint a second time.
+        self._plain: tuple[Callable[[Tensor], Any]] = (torch.compile(classifier) if compiled else classifier,)
         self._guided = any("guided" in record.needs for record, *_ in self.terms)
-        self._augment = augmenter(recipe.augment)
         self._sums: dict[str, Tensor] = {}
         self._started = 0.0
         self._norms = [m for m in classifier.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
@@ -72,20 +71,18 @@ class Training(L.LightningModule):
 
     def forward(self, x: Tensor) -> Tensor:
         """Logits ``[B,C]`` of images in [0, 1]."""
-        return read_logits(self._plain(x))
+        return read_logits(self._plain[0](x))
 
     def training_step(self, batch: Batch, index: int) -> Tensor:
         rank, _ = processes()
         # Whatever is drawn in a step depends on seed, epoch, step and process alone, so that a resumed run repeats it.
-        torch.manual_seed(((self.recipe.seed * BLOCK + self.current_epoch) * BLOCK + index) * 64 + rank)
-        if self._augment is not None:
-            batch = self._augment(batch)
+        torch.manual_seed(seed_of(self.recipe.seed, self.current_epoch, index, rank))
         try:
             total = self.loss_of(batch, self.current_epoch / self.recipe.epochs)
         except NotFiniteError:
-            raise self._diverged("an output of the model") from None
+            raise self._diverged("an output of the model", self.global_step + 1) from None
         if not torch.isfinite(total):
-            raise self._diverged("the loss")
+            raise self._diverged("the loss", self.global_step + 1)
         self.log("loss", total.detach(), on_step=True, on_epoch=False, batch_size=len(batch))
         return total
 
@@ -105,15 +102,23 @@ class Training(L.LightningModule):
         with torch.autocast(batch.x.device.type, enabled=False):  # sums over thousands of cells
             for record, term, schedule in self.terms:
                 value = record(capture, batch, **term.settings).mean()
-                weights = schedule(progress, float(value.detach()) if term.schedule == "inverse_fit" else 0.0)
+                weights = schedule(progress, self._together(value) if term.schedule == "inverse_fit" else 0.0)
                 share = min(share, weights.cross_entropy)
                 total = total + term.weight * weights.added * value
                 self._add(term.name, value, len(batch))
         self._add("train_loss", plain, len(batch))
         self._add("train_accuracy", correct(decided(logits, head), batch.y).float().mean(), len(batch))
         self._add("images", torch.ones_like(plain), len(batch))
-        weight = share * self.recipe.weight_of_cross_entropy
-        return total + weight * plain if weight else total
+        # Also where its weight is 0: in several processes every parameter must have a gradient.
+        return total + share * self.recipe.weight_of_cross_entropy * plain
+
+    @staticmethod
+    def _together(value: Tensor) -> float:
+        """The mean of a value over all processes."""
+        mean = value.detach().clone()
+        if processes()[1] > 1:
+            torch.distributed.all_reduce(mean)
+        return float(mean) / processes()[1]
 
     def _logits(self, batch: Batch) -> Tensor:
         if self.cache is None:
@@ -121,11 +126,12 @@ class Training(L.LightningModule):
         stream: CAStream = self.classifier.model  # type: ignore[assignment]
         return stream.classify(self.cache(batch.x, batch.id))
 
-    def _diverged(self, what: str) -> FoveateError:
+    def _diverged(self, what: str, step: int) -> FoveateError:
         done = len(self.history)
-        kept = f"; the weights after epoch {done} are kept" if done and self.trainer.checkpoint_callback is not None else ""
+        callback = self.trainer.checkpoint_callback
+        kept = f"; the weights after epoch {done} are kept in {callback.dirpath}" if done and callback is not None else ""  # type: ignore[attr-defined]
         return FoveateError(
-            f"{what} became NaN or infinite at step {self.global_step + 1}, in epoch {self.current_epoch + 1} of "
+            f"{what} became NaN or infinite at step {step}, in epoch {self.current_epoch + 1} of "
             f"{self.recipe.epochs}{kept}: lower learning_rate or the weights of the losses"
         )
 
@@ -164,6 +170,9 @@ class Training(L.LightningModule):
         train, val = values.pop("images"), values.pop("val_images")
         figures = {name: value / (val if name.startswith("val") else train) for name, value in values.items()}
         figures["learning_rate"] = self.trainer.optimizers[0].param_groups[0]["lr"]
+        finite = all(bool(torch.isfinite(parameter).all()) for parameter in self.classifier.parameters())
+        if not finite or not math.isfinite(figures["val_loss"]):  # before the film and the checkpoint of this epoch
+            raise self._diverged("a weight of the model" if not finite else "the loss in validation", self.global_step)
         self.log_dict({name: torch.tensor(value) for name, value in figures.items()})
         self.history.append({"epoch": self.current_epoch + 1, **figures, "seconds": time.perf_counter() - self._started})
         if self.recipe.keep == "best" and (self.best is None or figures["val_accuracy"] > self.best["val_accuracy"]):
@@ -193,11 +202,19 @@ class Training(L.LightningModule):
         steps = int(self.trainer.estimated_stepping_batches)
 
         def rate(step: int) -> float:
-            phase = min((schedule(step / steps, 0.0).learning_rate for *_, schedule in self.terms), default=1.0)
+            progress = step * recipe.epochs // steps / recipe.epochs  # that of the losses: of whole epochs
+            phase = min((schedule(progress, 0.0).learning_rate for *_, schedule in self.terms), default=1.0)
             return phase * learning_rate_at(recipe, step, steps)
 
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+
+def _schedule(term: LossTerm) -> schedules.Schedule:
+    if isinstance(term.schedule, str):
+        return schedules.get(term.schedule)
+    parts = [(p.until, schedules.Weights(p.cross_entropy, p.added, p.learning_rate)) for p in term.schedule]
+    return schedules.phases(parts)
 
 
 def learning_rate_at(recipe: Recipe, step: int, steps: int) -> float:
@@ -269,7 +286,7 @@ def train(
     workers: int = 0,
     compiled: bool = False,
 ) -> Run:
-    """Train a recipe; with the same recipe the same weights on the same machine.
+    """Train a recipe; on CPUs the same recipe gives the same weights.
 
     Args:
         out: folder for weights, curves, film and checkpoints; nothing is written where it is None.
@@ -306,8 +323,7 @@ def train(
     if checkpoint is not None:
         options: dict[str, Any] = {"save_top_k": 1, "enable_version_counter": False, "save_on_train_epoch_end": True}
         extra.append(ModelCheckpoint(checkpoint.parent, filename="last", **options))
-    start = time.perf_counter()
-    with _quiet():
+    with quiet():
         trainer = _trainer(recipe, devices, _loggers(loggers, folder), [*extra, *callbacks])
         loaders = _loaders(recipe, splits, devices, workers)
         try:
@@ -324,7 +340,8 @@ def train(
         classifier.load_state_dict(module.best["state"])
         epoch = int(module.best["epoch"])
     classifier.cpu().eval()
-    run = Run(classifier, recipe, splits, module.history, time.perf_counter() - start, folder, film, epoch)
+    seconds = sum(line["seconds"] for line in module.history)  # also those before it was interrupted
+    run = Run(classifier, recipe, splits, module.history, seconds, folder, film, epoch)
     if folder is not None and trainer.is_global_zero:
         record = {"name": recipe.name, "seed": recipe.seed, "epoch": epoch, "seconds": run.seconds, **run.outcome}
         trained.save(folder, classifier.model, recipe.model_dump(mode="json"), run.history, record)
@@ -363,7 +380,8 @@ def prepared(recipe: Recipe, data: Mapping[str, Dataset[Batch]] | None = None) -
         raise FoveateError(f"the model has {outputs} outputs, and the data has a class {int(labels.max())}: set num_classes")
     for term in recipe.losses:
         record = LOSSES.get(term.name)
-        if "mask" in record.needs and first.mask is None and first.boxes is None:
+        boxes = "region" in record.needs and first.boxes is not None
+        if {"mask", "region"} & set(record.needs) and first.mask is None and not boxes:
             raise FoveateError(f"{record.name} needs masks of the objects, and the data has none: 'cam_loss' needs none")
     classifier.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # twice as fast on CPUs
     return classifier, splits
@@ -406,24 +424,21 @@ def _loaders(
         raise FoveateError(f"batch_size {recipe.batch_size} cannot be divided among {devices} devices")
     options: dict[str, Any] = {"collate_fn": Batch.collate, "num_workers": workers, "persistent_workers": workers > 0}
     train_data, val_data = (splits[s] if workers else Kept.of(splits[s]) for s in ("train", "val"))
-    sampler = EpochSampler(labels_of(splits["train"]), recipe.seed, recipe.rebalance)
+    change = augmenter(recipe.augment)
+    sampler = EpochSampler(labels_of(splits["train"]), recipe.seed, recipe.rebalance, numbered=change is not None)
+    if change is not None:
+        train_data = Augmented(train_data, change, recipe.seed)
     train_loader: DataLoader[Batch] = DataLoader(train_data, recipe.batch_size // devices, sampler=sampler, **options)
     return train_loader, DataLoader(val_data, 128, **options)
 
 
 def _trainer(recipe: Recipe, devices: int, loggers: list[Any], callbacks: list[Callback]) -> L.Trainer:
     accelerator = "cuda" if torch.cuda.is_available() else "cpu"
-    if devices > 1:
-        from lightning.pytorch.strategies import DDPStrategy
-
-        # Without its bias in the losses, a head's bias has no gradient, and that has to be looked for.
-        unused = recipe.weight_of_cross_entropy == 0 and any(term.settings.get("bias") is False for term in recipe.losses)
-        strategy: Any = DDPStrategy(find_unused_parameters=unused)
     try:
         return L.Trainer(
             accelerator=accelerator,
             devices=devices,
-            strategy=strategy if devices > 1 else "auto",
+            strategy="ddp" if devices > 1 else "auto",
             precision=PRECISION[recipe.precision],  # type: ignore[arg-type]
             max_epochs=recipe.epochs,
             accumulate_grad_batches=recipe.accumulate,
@@ -470,26 +485,3 @@ def _check_same(recipe: Recipe, checkpoint: Path) -> None:
                 f"the run in {str(checkpoint.parents[1])!r} was started with {key} {before.get(key)!r}, and now it is "
                 f"{now[key]!r}: resume it with the same recipe, or start another run"
             )
-
-
-class _quiet:
-    """Lightning without its advice on GPUs, workers and loggers, which is not the user's business here."""
-
-    def __enter__(self) -> None:
-        import logging
-
-        self._caught = warnings.catch_warnings()
-        self._caught.__enter__()
-        warnings.filterwarnings("ignore", module="lightning")
-        warnings.filterwarnings("ignore", message=".*(num_workers|isinstance\\(treespec|LeafSpec).*")
-        names = ("lightning.pytorch", "lightning.fabric", "pytorch_lightning", "lightning_fabric")
-        self._levels = {name: logging.getLogger(name).level for name in names}
-        for name in self._levels:
-            logging.getLogger(name).setLevel(logging.ERROR)
-
-    def __exit__(self, *error: Any) -> None:
-        import logging
-
-        for name, level in self._levels.items():
-            logging.getLogger(name).setLevel(level)
-        self._caught.__exit__(*error)

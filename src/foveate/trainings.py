@@ -62,7 +62,7 @@ def compare(folders: Sequence[str | Path]) -> Trainings:
     for folder in dict.fromkeys(map(Path, folders)):
         run = read(folder)
         kind = json.dumps(_kind(run.recipe), sort_keys=True)
-        title = kinds.setdefault(kind, _unused(run.name, lines))
+        title = kinds.setdefault(kind, _title(run, lines))
         lines.setdefault(title, []).append(run)
     if sum(map(len, lines.values())) < 2:
         raise FoveateError(f"there is nothing to compare {[str(f) for f in folders]} with: name two runs or more")
@@ -136,8 +136,12 @@ def _place(run: Trained) -> tuple[int, int]:
     return int(run.recipe["seed"]), int(data.get("fold", 0)) if isinstance(data, dict) else 0
 
 
-def _unused(name: str, lines: dict[str, list[Trained]]) -> str:
-    number, title = 2, name
-    while title in lines:
-        title, number = f"{name} ({number})", number + 1
-    return title
+def _title(run: Trained, lines: dict[str, list[Trained]]) -> str:
+    """The recipe's name; where another line has it, with what differs."""
+    if run.name not in lines:
+        return run.name
+    before, now = _kind(lines[run.name][0].recipe), _kind(run.recipe)
+    changed = [key for key in now if before.get(key) != now[key]]
+    short = [f"{key.replace('_', ' ')} {now[key]}" for key in changed if not isinstance(now[key], (dict, list))]
+    title = f"{run.name}, {', '.join(short or [f'other {key}' for key in changed])}"
+    return title if title not in lines else f"{title} ({run.folder.name})"

@@ -31,6 +31,8 @@ def list_(
         if as_json:
             print(json.dumps(lines, indent=2))
             return
+        if not any(line.get("paper") for line in lines):
+            lines = [{key: value for key, value in line.items() if key != "paper"} for line in lines]
         table, console = Table(box=None, padding=(0, 2), header_style="dim"), Console(highlight=False)
         hidden = {"flags", "aliases", "again"} | ({"paper"} if kind == "metrics" and console.width < WIDE else set())
         shown = [column for column in lines[0] if column not in hidden]

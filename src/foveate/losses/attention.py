@@ -33,7 +33,7 @@ def mass_outside(saliency: Tensor, mask: Tensor, *, form: Literal["mass", "abs",
     "mass_outside",
     title="Mass outside of the mask",
     paper="Ross et al., Right for the right reasons, IJCAI 2017, on class maps",
-    needs=("mask",),
+    needs=("region",),
     share=True,
     aliases=("right_for_the_right_reasons", "rrr"),
 )

@@ -6,13 +6,16 @@ from collections.abc import Callable
 from functools import lru_cache
 from typing import Literal
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor
 
 from foveate.batch import Batch
 from foveate.capture import Capture
 from foveate.errors import FoveateError
+from foveate.images import read
 from foveate.maps import relu
 from foveate.registry import METHODS, loss
 
@@ -182,6 +185,7 @@ def cam_loss_of(
     sigma: float = 0.25,
     centre: tuple[float, float] = (0.5, 0.5),
     form: Form = "mass",
+    kernel: str | None = None,
 ) -> Tensor:
     """:func:`cam_loss` on the map of each image's own class by any differentiable method, ``[B]``.
 
@@ -189,7 +193,18 @@ def cam_loss_of(
     positive part to be moved. A single class's map has not: adding any map to all classes changes no probability, and
     a network can escape this loss by making the maps of all classes negative (on the scenes two of three did).
 
+    Args:
+        kernel: a picture of one's own instead of the Gaussian: white where mass is free, black where it costs 1.
+
     Raises:
-        FoveateError: the method's map has no gradient in the parameters; labels are missing.
+        FoveateError: the method's map has no gradient in the parameters; labels are missing; the picture cannot be read.
     """
-    return cam_loss(trained_map(capture, batch, method), sigma=sigma, centre=(centre[0], centre[1]), form=form)
+    saliency = trained_map(capture, batch, method)
+    prices = None if kernel is None else _drawn(kernel, saliency.shape[-2], saliency.shape[-1], saliency.device)
+    return cam_loss(saliency, sigma=sigma, centre=(centre[0], centre[1]), form=form, kernel=prices)
+
+
+@lru_cache(maxsize=8)
+def _drawn(path: str, height: int, width: int, device: torch.device) -> Tensor:
+    image = read(path).convert("L").resize((width, height), Image.Resampling.BOX)
+    return 1 - torch.from_numpy(np.array(image)).to(device, torch.float32) / 255

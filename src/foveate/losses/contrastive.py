@@ -107,8 +107,7 @@ def divergence(
         others: ``[B,C]`` bool, False for the row of the label, which is constant.
         background, foreground: factors of the earlier form's ``mean K^2`` outside and ``-mean K`` inside the mask.
 
-    Deviation: the mean over the classes other than t is taken where the code has a sum, so that a weight means the same
-    for 2 classes and for 1000.
+    Deviation: the row of the label, a constant, is left out of the sum.
     """
     h = mask[:, None]
     P = (mask_sharpness * mask).flatten(1).softmax(1)[:, None]  # [B,1,hw]
@@ -119,7 +118,7 @@ def divergence(
         value = value + background * ((1 - h) * K**2).mean((2, 3))
     if foreground:
         value = value - foreground * (h * K).mean((2, 3))
-    return (value * others).sum(1) / others.sum(1)
+    return (value * others).sum(1)
 
 
 def sliced_wasserstein(
@@ -160,7 +159,8 @@ def _head(capture: Capture, name: str) -> LinearHead:
     if head is None:
         raise FoveateError(
             f"{name} needs a head that is linear in layer {capture.layer!r} (average pooling or flattening, then one linear "
-            "layer), and this model has another: foveate.contrastive_architecture(model) changes ResNets and ConvNeXts, and "
+            "layer), and this model has another, or its last map has a single cell at this image size: "
+            "foveate.contrastive_architecture(model) changes ResNets and ConvNeXts, and "
             "'cam_loss' and 'mass_outside' work with any head"
         )
     return head
@@ -227,7 +227,7 @@ def contrastive_of(capture: Capture, batch: Batch, *, bias: bool = True) -> Tens
     title="Ablated cross-entropy (ACE)",
     paper=PAPER,
     replaces=True,
-    needs=("linear_head", "mask"),
+    needs=("linear_head", "region"),
     aliases=("ace", "core_focused_cross_entropy"),
 )
 def ablated_cross_entropy_of(

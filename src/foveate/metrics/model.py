@@ -44,7 +44,7 @@ def size(capture: Capture, M: None, batch: Batch) -> dict[str, Tensor]:
 
     counter = FlopCounterMode(display=False)
     with counter:
-        capture.score(capture.images[:1])
+        capture.differentiable(capture.images[:1])  # with parameters that need no gradient: the counter stumbles over them
     ones = torch.ones(len(batch), dtype=torch.float64)
     count = sum(parameter.numel() for parameter in capture.model.parameters())
     return {"parameters": ones * count / 1e6, "GFLOPs": ones * counter.get_total_flops() / 1e9}

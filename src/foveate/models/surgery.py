@@ -61,7 +61,8 @@ def _unstride(part: nn.Module) -> None:
     changed = 0
     for parent in list(part.modules()):
         for name, module in list(parent.named_children()):
-            if isinstance(module, nn.AvgPool2d) and module.stride in (2, (2, 2)):
+            blurs = "Blur" in type(module).__name__ and getattr(module, "stride", None) in (2, (2, 2))
+            if blurs or (isinstance(module, nn.AvgPool2d) and module.stride in (2, (2, 2))):
                 setattr(parent, name, _identity(module))
                 changed += 1
             elif isinstance(module, nn.Conv2d) and module.stride == (2, 2):

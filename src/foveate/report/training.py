@@ -69,7 +69,8 @@ def objective(recipe: dict[str, Any]) -> str:
     for term in recipe["losses"]:
         name = LOSSES.get(term["name"]).title
         words = name if term["weight"] == 1 else f"{term['weight']:g} × {name}"
-        parts.append(words if term["schedule"] == "constant" else f"{words} ({term['schedule'].replace('_', ' ')})")
+        schedule = term["schedule"] if isinstance(term["schedule"], str) else f"{len(term['schedule'])} phases"
+        parts.append(words if schedule == "constant" else f"{words} ({schedule.replace('_', ' ')})")
     augment = [key.replace("_", " ") for key, value in recipe["augment"].items() if value]
     changes = [f"augmented ({', '.join(augment)})"] if augment else []
     changes += ["classes rebalanced"] if recipe["rebalance"] else []

@@ -1,0 +1,33 @@
+"""Lightning: importable beside PyTorch's CPU build, and without advice that is not the user's business."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from typing import Any
+
+from foveate._torchvision import torchvision
+
+
+def ready() -> None:
+    """Make ``import lightning`` possible beside PyTorch's CPU build: it imports torchvision, which fails there by itself."""
+    torchvision()
+
+
+class quiet:
+    """Lightning without its advice on GPUs, workers and loggers, which is not the user's business here."""
+
+    def __enter__(self) -> None:
+        self._caught = warnings.catch_warnings()
+        self._caught.__enter__()
+        warnings.filterwarnings("ignore", module="lightning")
+        warnings.filterwarnings("ignore", message=".*(num_workers|isinstance\\(treespec|LeafSpec).*")
+        names = ("lightning.pytorch", "lightning.fabric", "pytorch_lightning", "lightning_fabric")
+        self._levels = {name: logging.getLogger(name).level for name in names}
+        for name in self._levels:
+            logging.getLogger(name).setLevel(logging.ERROR)
+
+    def __exit__(self, *error: Any) -> None:
+        for name, level in self._levels.items():
+            logging.getLogger(name).setLevel(level)
+        self._caught.__exit__(*error)
