@@ -438,7 +438,8 @@ class TestTrain:
         document = json.loads(result.stdout)
         assert set(document["accuracy"]) == {"train", "val", "test"}
         written = {path.name for path in (place / "run").iterdir()}
-        assert written == {"model.safetensors", "recipe.yaml", "history.csv", "run.json", "checkpoints"}
+        files = {"model.safetensors", "recipe.yaml", "history.csv", "run.json", "film.npz", "report.html"}
+        assert written == {*files, "checkpoints"}
         again = call("train", place / "run" / "recipe.yaml", "--out", place / "again", "--json")
         assert json.loads(again.stdout)["accuracy"] == document["accuracy"]
         recipe = place / "run" / "recipe.yaml"
@@ -478,7 +479,7 @@ class TestTrain:
         ("recipe", "arguments", "match"),
         [
             ("epochs: 0\n", (), "epochs: input should be greater than or equal to 1, and it is 0"),
-            ("epoch: 3\n", (), "epoch: extra inputs are not permitted"),
+            ("epoch: 3\n", (), "epoch is no key of a recipe: did you mean epochs?"),
             ("losses: [{name: camloss2}]\n", (), "loss 'camloss2' is unknown"),
             (
                 "losses: [{name: cam_loss, settings: {sigmaa: 1}}]\n",

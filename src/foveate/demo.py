@@ -69,7 +69,7 @@ def demo(
     """
     out = Path(out)
     say("drawing the scenes")
-    recipes = {key: read_recipe(source, {"seed": seed}) for key, (source, *_) in RUNS.items()}
+    recipes = {key: read_recipe(source, {"seed": seed, "measure.images": 0}) for key, (source, *_) in RUNS.items()}
     size = recipes["plain"].size or 96
     data: dict[str, scenes.Scenes] = {split: scenes.make(split, seed, size, tick) for split in scenes.SPLITS}
     measured: dict[str, Measured] = {}
