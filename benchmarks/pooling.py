@@ -19,6 +19,7 @@ from foveate.models.load import Classifier, load_weights
 from foveate.recipe import read_recipe
 from foveate.results import MODEL
 from foveate.splits import Part
+from foveate.statistics import interval
 from foveate.train import prepared
 
 COLUMNS = ["accuracy", "AD", "AG", "AI", "I", "D"]
@@ -28,10 +29,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("runs", type=Path, nargs="+")
     parser.add_argument("--limit", type=int, default=64)
-    parser.add_argument("--methods", default="grad_cam,grad_cam_pp")
+    parser.add_argument("--methods", default="grad_cam,grad_cam_pp,score_cam")
     parser.add_argument("--out", type=Path, default=Path("pooling.csv"))
     call = parser.parse_args()
     methods = call.methods.split(",")
+    call.out.unlink(missing_ok=True)
     for folder in call.runs:
         made, splits = prepared(read_recipe(folder / "recipe.yaml"))
         load_weights(made.model, folder / "model.safetensors")
@@ -58,7 +60,14 @@ def main() -> None:
             ]
             frame = pd.DataFrame(rows)
             frame.to_csv(call.out, mode="a", header=not call.out.exists(), index=False)
-            print(folder.name, name, frame.groupby(["method", "column"])["value"].mean().round(2).to_dict(), flush=True)
+            print(f"{folder.name}, {name}", flush=True)
+    table = pd.read_csv(call.out)
+    for (method, column), part in table.groupby(["method", "column"]):
+        cells = []
+        for name, values in part.groupby("pooling")["value"]:
+            low, high = interval(values.to_numpy())
+            cells.append(f"{name} {values.mean():.2f} [{low:.2f}, {high:.2f}]")
+        print(f"{method:12s} {column:12s} {'   '.join(cells)}")
 
 
 if __name__ == "__main__":

@@ -823,13 +823,20 @@ def cost(network: nn.Module, x: Tensor, M: Tensor, y: int, mask: Tensor) -> dict
 
 def size(network: nn.Module, x: Tensor, M: Tensor, y: int, mask: Tensor) -> dict[str, float]:
     """Parameters in millions; two operations for each multiplication of a convolution or a linear layer, in billions."""
-    operations, shape = 0, x[None]
-    for module in network.features:
-        shape = module(shape)
-        if isinstance(module, nn.Conv2d):
-            operations += 2 * shape.shape[2] * shape.shape[3] * module.weight.numel()
-    operations += 2 * network.classifier.weight.numel()
-    return {"parameters": sum(p.numel() for p in network.parameters()) / 1e6, "GFLOPs": operations / 1e9}
+    operations = 0
+
+    def count(module: nn.Module, inputs: Any, output: Tensor) -> None:
+        nonlocal operations
+        places = output.shape[2] * output.shape[3] if isinstance(module, nn.Conv2d) else output.numel() // output.shape[-1]
+        operations += 2 * places * module.weight.numel()
+
+    handles = [m.register_forward_hook(count) for m in network.modules() if isinstance(m, (nn.Conv2d, nn.Linear))]
+    network(x[None])
+    for handle in handles:
+        handle.remove()
+    if hasattr(network, "query"):  # attention of 21 tokens of 8 numbers: two products of matrices
+        operations += 2 * (2 * 21 * 21 * 8)
+    return {"parameters": sum(p.numel() for p in network.parameters()) / 1e6, "stream_share": 0.0, "GFLOPs": operations / 1e9}
 
 
 METRICS = {

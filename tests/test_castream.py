@@ -19,6 +19,7 @@ from foveate.feature_cache import FeatureCache
 from foveate.models.castream import CAStream, Stage, Stream, ca_stream
 from foveate.models.load import load_weights
 from foveate.recipe import read_recipe
+from foveate.testing import assert_untouched, fingerprint
 from foveate.train import train
 
 STAGES = ("maxpool", "layer1", "layer2", "layer3", "layer4")
@@ -101,6 +102,32 @@ class TestModel:
                 model.stream.stages[-2].project.bias.zero_()
         torch.testing.assert_close(made(x), model.backbone(made.normalise(x)), rtol=1e-4, atol=1e-5)
 
+    @pytest.mark.parametrize(
+        "name",
+        [
+            *("timm:efficientnet_b0", "timm:mobilenetv2_050", "timm:regnetx_002", "timm:densenet121", "timm:resnetv2_50"),
+            *("torchvision:regnet_x_400mf", "torchvision:shufflenet_v2_x0_5", "torchvision:efficientnet_b0"),
+        ],
+    )
+    def test_other_backbones_find_their_stages(self, name: str) -> None:
+        made, x = small(name), torch.rand(2, 3, 64, 64)
+        assert made(x).shape == (2, 5)
+        features = made.model.features(made.normalise(x))
+        pooled = features[-1].mean((2, 3), keepdim=True)
+        from foveate.models.castream import run_head
+
+        theirs = made.model.backbone(made.normalise(x))
+        torch.testing.assert_close(run_head(made.model.backbone, made.model.head, pooled), theirs, rtol=1e-3, atol=1e-4)
+
+    def test_the_caller_s_model_stays_as_it_is(self) -> None:
+        model = foveate.load("torchvision:resnet18", num_classes=3, size=64)
+        before = fingerprint(model)
+        made = ca_stream(model).train()
+        made.model.backbone.train()
+        made(torch.rand(2, 3, 64, 64))
+        assert_untouched(before, model)
+        assert int(made.model.backbone.bn1.num_batches_tracked) == 0
+
     def test_after_a_step_only_the_stream_has_changed_bit_for_bit(self) -> None:
         made = small().train()
         assert not made.model.backbone.training
@@ -159,9 +186,20 @@ class TestModel:
         assert not again.notes
         other = small()
         load_weights(other.model, tmp_path / "m.safetensors")
-        assert torch.equal(copy.deepcopy(other)(x), made(x))
-        exported = torch.export.export(made, (x,)).module()
-        torch.testing.assert_close(exported(x), made(x))
+        twin = copy.deepcopy(other)
+        assert torch.equal(twin(x), made(x))
+        with torch.no_grad():
+            twin.model.backbone.fc.weight.zero_()
+        assert not torch.equal(twin(x), made(x))  # its classifier is its own
+        assert torch.isfinite(copy.deepcopy(other).double()(x.double())).all()
+        torch.save(made, tmp_path / "whole.pt")
+        assert torch.equal(torch.load(tmp_path / "whole.pt", weights_only=False)(x), made(x))
+        made.model.backbone.fc = nn.Linear(512, 7)
+        assert made(x).shape == (2, 7)
+        batch = {"x": {0: torch.export.Dim("batch", min=1, max=64)}}
+        exported = torch.export.export(other, (x,), dynamic_shapes=batch).module()
+        more = torch.rand(5, 3, 64, 64)
+        torch.testing.assert_close(exported(more), other(more))
 
     def test_fine_tuning_with_the_losses(self) -> None:
         made = small().train()
@@ -178,6 +216,14 @@ class TestModel:
             CAStream(foveate.load("timm:vit_tiny_patch16_224").model, ["blocks.3"])
         with pytest.raises(FoveateError, match="not average pooling and a classifier"):
             CAStream(foveate.load("torchvision:vgg11").model, ["features.10", "features.20"])
+        with pytest.raises(FoveateError, match="not average pooling and a classifier"):
+            CAStream(foveate.load("timm:efficientnet_b0").model, ["blocks.5", "blocks.6"], (64, 64))
+        with pytest.raises(FoveateError, match="must be a list of paths"):
+            CAStream(foveate.load("torchvision:resnet18").model, "layer4")
+        with pytest.raises(FoveateError, match="name one module twice"):
+            CAStream(foveate.load("torchvision:resnet18").model, ["layer3", "layer3"])
+        with pytest.raises(FoveateError, match="has a CA-Stream already"):
+            ca_stream(small())
         with pytest.raises(FoveateError, match="'layer9' is not in the backbone"):
             CAStream(foveate.load("torchvision:resnet18").model, ["layer9"])
         with pytest.raises(FoveateError, match="ca_stream needs a model with a CA-Stream"):
@@ -197,7 +243,20 @@ class TestTraining:
         plain, cached = (train(self.recipe(cache_features=c), tmp_path / str(c)) for c in (False, True))
         for (name, a), b in zip(plain.classifier.state_dict().items(), cached.classifier.state_dict().values(), strict=True):
             torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4, msg=name)
-        assert len(list((tmp_path / "True" / "features").glob("*.safetensors"))) == 20
+        assert len(list((tmp_path / "True" / "features").glob("*/*.safetensors"))) == 20
+
+    def test_a_run_is_a_model(self, tmp_path: Path) -> None:
+        """The folder of a run loads as what was trained, stages and classes included; also for the command line."""
+        run = train(self.recipe(ca_stream=["layer2", "layer4"], **{"measure.images": 4}), tmp_path)
+        again = foveate.load(str(tmp_path))
+        x = scenes.make("val", 0, 64)[0].x
+        torch.testing.assert_close(again(x), run.classifier(x))
+        assert again.class_names == ["leopard", "orca"]
+        assert again.model.names == ("layer2", "layer4")
+
+    def test_a_backbone_that_learns_too(self) -> None:
+        made = train(self.recipe(freeze_backbone=False, epochs=1)).classifier
+        assert int(made.model.backbone.bn1.num_batches_tracked) > 0
 
     def test_the_cache_computes_each_image_once(self, tmp_path: Path) -> None:
         seen: list[int] = []
@@ -206,12 +265,39 @@ class TestTraining:
             seen.append(len(x))
             return [x * 2, x.mean((2, 3))]
 
-        cache, x = FeatureCache(tmp_path, compute), torch.rand(3, 3, 4, 4)
-        cache(x[:2], ("a", "b"))
-        found = cache(x, ("a", "b", "c"))
+        model = nn.Conv2d(3, 3, 1)
+        cache, x = FeatureCache(tmp_path, compute, model), torch.rand(3, 3, 4, 4)
+        cache(x[:2])
+        found = cache(x)
         assert seen == [2, 1]
         torch.testing.assert_close(found[0], x * 2)
         torch.testing.assert_close(found[1], x.mean((2, 3)))
+        again = FeatureCache(tmp_path, compute, copy.deepcopy(model))
+        again(x)
+        assert seen == [2, 1]
+        with torch.no_grad():
+            model.weight += 1
+        other = FeatureCache(tmp_path, compute, model)
+        other(x)  # another model's features are never read
+        assert seen == [2, 1, 3]
+        assert len(list(tmp_path.iterdir())) == 1
+        with pytest.raises(FoveateError, match="train without cache_features, or on fewer images"):
+            other.check_room(x[:1], 10**15)
+
+    def test_images_of_one_name_in_two_folders_are_two_images(self, tmp_path: Path) -> None:
+        """Validation images with the names of training images and the other class's colour: all wrong, cached or not."""
+        from PIL import Image
+
+        for split in ("train", "val"):
+            for label, name in enumerate(("a", "b")):
+                (tmp_path / split / name).mkdir(parents=True)
+                shown = label if split == "train" else 1 - label
+                for number in range(4):
+                    colour = (250 * shown, 30, 250 * (1 - shown))
+                    Image.new("RGB", (64, 64), colour).save(tmp_path / split / name / f"{number}.png")
+        data = {"train": str(tmp_path / "train"), "val": str(tmp_path / "val")}
+        losses = [train(self.recipe(data=data, cache_features=cached)).history[-1]["val_loss"] for cached in (False, True)]
+        assert losses[0] == pytest.approx(losses[1], rel=1e-3)
 
     @pytest.mark.parametrize(
         ("change", "message"),

@@ -140,5 +140,5 @@ def test_schedules() -> None:
     phases = [three_phase(epoch / 15) for epoch in range(15)]
     assert [(w.cross_entropy, w.added) for w in phases] == [(1, 0)] * 5 + [(0, 1)] * 5 + [(1, 0)] * 5
     assert [w.learning_rate for w in phases] == [1.0] * 10 + [0.1] * 5
-    with pytest.raises(FoveateError, match="schedule 'linear' is unknown"):
-        get("linear")
+    with pytest.raises(FoveateError, match="schedule 'square' is unknown"):
+        get("square")

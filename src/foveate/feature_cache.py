@@ -3,30 +3,66 @@
 from __future__ import annotations
 
 import hashlib
+import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
+
+from foveate.errors import FoveateError
+
+SPARE = 0.8  # share of the free disk that features may take
 
 
 class FeatureCache:
-    """Features of images by their names, one file an image, in float32.
+    """Features of images by their pixels, one file an image, in float32.
+
+    What another model made is never read: its features lie in a folder of their own, named by a digest of its weights.
 
     Args:
         folder: where they are kept.
         compute: from images ``[B,3,H,W]`` to a list of features, ``[B,...]`` each; called once an image.
+        model: what they depend on: its weights and structure.
     """
 
-    def __init__(self, folder: str | Path, compute: Callable[[Tensor], Sequence[Tensor]]) -> None:
-        self.folder = Path(folder)
+    def __init__(self, folder: str | Path, compute: Callable[[Tensor], Sequence[Tensor]], model: nn.Module) -> None:
+        digest = hashlib.blake2b(str(model).encode(), digest_size=8)
+        for name, value in model.state_dict().items():
+            digest.update(name.encode())
+            digest.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+        self.folder = Path(folder) / digest.hexdigest()
         self.compute = compute
+        if Path(folder).is_dir():
+            for other in Path(folder).iterdir():
+                if other != self.folder:
+                    shutil.rmtree(other)
         self.folder.mkdir(parents=True, exist_ok=True)
 
-    def __call__(self, x: Tensor, ids: Sequence[str]) -> list[Tensor]:
+    def check_room(self, x: Tensor, count: int) -> None:
+        """Refuse what the disk cannot hold.
+
+        Args:
+            x: one image, ``[1,3,H,W]``.
+            count: how many of them there will be.
+
+        Raises:
+            FoveateError: there is too little room; the message has both sizes.
+        """
+        needed = count * sum(4 * F_l[0].numel() for F_l in self.compute(x))
+        free = shutil.disk_usage(self.folder).free
+        if needed > SPARE * free:
+            raise FoveateError(
+                f"the features of {count} images would take {needed / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free in "
+                f"{str(self.folder.parent)!r}: train without cache_features, or on fewer images"
+            )
+
+    def __call__(self, x: Tensor) -> list[Tensor]:
         """The features of a batch; those that are not known yet are computed together and kept."""
-        files = [self.folder / f"{hashlib.blake2b(name.encode(), digest_size=12).hexdigest()}.safetensors" for name in ids]
+        pixels = x.detach().cpu().contiguous()
+        names = [hashlib.blake2b(image.numpy().tobytes(), digest_size=12).hexdigest() for image in pixels]
+        files = [self.folder / f"{name}.safetensors" for name in names]
         missing = [i for i, file in enumerate(files) if not file.is_file()]
         if missing:
             with torch.no_grad():

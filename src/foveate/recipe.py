@@ -45,6 +45,10 @@ class Augment(_Strict):
     rotation: float = Field(0.0, ge=0, le=180, description="largest angle in degrees, either way")
     color_jitter: float = Field(0.0, ge=0, le=1, description="strength for brightness, contrast and saturation")
     crop_padding: int = Field(0, ge=0, description="pixels around the image, of which a random part of its size is taken")
+    resized_crop: float = Field(1.0, gt=0, le=1, description="a random part of at least this area, enlarged to the whole")
+
+
+UNCHANGED = Augment(rotation=0.0, color_jitter=0.0, crop_padding=0, resized_crop=1.0)
 
 
 class Data(_Strict):
@@ -94,7 +98,8 @@ class Recipe(_Strict):
     weights: Path | None = None
     pretrained: bool = False
     contrastive_architecture: bool = Field(False, description="last stride 1 and a head without bias")
-    ca_stream: bool = Field(False, description="a CA-Stream instead of pooling: the backbone is frozen, the stream learns")
+    ca_stream: bool | list[str] = Field(False, description="a CA-Stream instead of pooling: true, or the stages it reads")
+    freeze_backbone: bool = Field(True, description="of a CA-Stream: the stream alone learns")
     cache_features: bool = Field(False, description="of the frozen backbone, computed once and kept beside the run")
     mean: list[float] | None = Field(None, description="normalisation, where the model does not say")
     std: list[float] | None = None
@@ -120,7 +125,7 @@ class Recipe(_Strict):
     cross_entropy: float | None = Field(None, ge=0, description="its weight; 0 where a loss replaces it, else 1")
     losses: list[LossTerm] = []
     rebalance: bool = Field(False, description="draw every class equally often")
-    augment: Augment = Augment(rotation=0.0, color_jitter=0.0, crop_padding=0)
+    augment: Augment = UNCHANGED
     freeze_batch_norm: bool = Field(False, description="running statistics and affine weights of batch norms stay as they are")
     layer: str = "auto"
     measure: Measure = Measure(images=200)
@@ -247,9 +252,10 @@ def _validated(content: Mapping[str, Any], where: str) -> Recipe:
             METHODS.get(method)
         except FoveateError as error:
             raise FoveateError(f"{where}: {key}: {error}") from None
-    if recipe.cache_features and not recipe.ca_stream:
+    streams = bool(recipe.ca_stream) or recipe.model.startswith("ca_stream:")
+    if recipe.cache_features and not (streams and recipe.freeze_backbone):
         raise FoveateError(f"{where}: cache_features keeps what a frozen backbone gives, and without ca_stream none is frozen")
-    if recipe.cache_features and (recipe.losses or recipe.augment != Augment(rotation=0.0, color_jitter=0.0, crop_padding=0)):
+    if recipe.cache_features and (recipe.losses or recipe.augment != UNCHANGED):
         raise FoveateError(f"{where}: cache_features goes with plain cross-entropy on images that no augmentation changes")
     if not recipe.losses and recipe.weight_of_cross_entropy == 0:
         raise FoveateError(f"{where}: cross_entropy is 0 and there are no losses: nothing would be trained")

@@ -71,7 +71,7 @@ def phases(parts: Sequence[tuple[float, Weights]]) -> Schedule:
     """Weights of one's own: ``(share of the epochs at which a part ends, its weights)``, the last at 1."""
 
     def schedule(progress: float, value: float = 0.0) -> Weights:
-        return next(weights for end, weights in parts if progress < end)
+        return next((weights for end, weights in parts if progress < end), parts[-1][1])
 
     return schedule
 

@@ -164,7 +164,7 @@ class EpochSampler(Sampler[int]):
         return -(-len(self.labels) // processes()[1])
 
     def __iter__(self) -> Iterator[int]:
-        generator = torch.Generator().manual_seed(seed_of(self.seed, self.epoch))
+        generator = torch.Generator().manual_seed((self.seed * 1_000_003 + self.epoch) % 2**63)
         if self.rebalance:
             share = 1 / torch.bincount(self.labels).double()[self.labels]
             order = torch.multinomial(share, len(self.labels), replacement=True, generator=generator)
@@ -199,13 +199,15 @@ def augmenter(augment: Augment) -> Callable[[Batch], Batch] | None:
         steps.append(v2.RandomRotation(augment.rotation, v2.InterpolationMode.BILINEAR, fill=fill))
     if augment.color_jitter:
         steps.append(v2.ColorJitter(*[augment.color_jitter] * 3))
-    if not steps and not augment.crop_padding:
+    if not steps and not augment.crop_padding and augment.resized_crop == 1:
         return None
     changes: dict[tuple[int, int], Any] = {}
 
     def change(size: tuple[int, int]) -> Any:
         if size not in changes:
-            crop = [v2.RandomCrop(size, augment.crop_padding, fill=fill)] if augment.crop_padding else []
+            crop: list[nn.Module] = [v2.RandomCrop(size, augment.crop_padding, fill=fill)] if augment.crop_padding else []
+            if augment.resized_crop < 1:
+                crop.append(v2.RandomResizedCrop(size, (augment.resized_crop, 1.0), antialias=True))
             changes[size] = v2.Compose([*crop, *steps])
         return changes[size]
 

@@ -124,7 +124,7 @@ class Training(L.LightningModule):
         if self.cache is None:
             return self(batch.x)  # type: ignore[no-any-return]
         stream: CAStream = self.classifier.model  # type: ignore[assignment]
-        return stream.classify(self.cache(batch.x, batch.id))
+        return stream.classify(self.cache(batch.x))
 
     def _diverged(self, what: str, step: int) -> FoveateError:
         done = len(self.history)
@@ -268,6 +268,11 @@ class Run:
         """Accuracy of every split and group, and the measures of the maps: see :func:`foveate.outcome.outcome`."""
         return outcome.outcome(self.classifier, self.data, self.recipe)
 
+    @property
+    def outputs(self) -> int:
+        """Number of logits."""
+        return int(outcome.predict(self.classifier, self.data["train"][0].x).shape[1])
+
     def accuracy(self, split: str) -> float:
         """Share of images of a split that are classified right."""
         return float(self.outcome["accuracy"][split])
@@ -310,9 +315,12 @@ def train(
     classifier, splits = prepared(recipe, data)
     module = Training(classifier, recipe, compiled)
     if recipe.cache_features:
-        place = folder or Path(tempfile.mkdtemp(prefix="foveate-"))
         stream: CAStream = classifier.model  # type: ignore[assignment]
-        module.cache = FeatureCache(place / "features", lambda x: stream.features(classifier.normalise(x)))
+        kept = tempfile.TemporaryDirectory(prefix="foveate-")  # gone with the run, where it has no folder
+        place = Path(kept.name) if folder is None else folder / "features"
+        compute = torch.no_grad()(lambda x: stream.features(classifier.normalise(x)))
+        module.cache = FeatureCache(place, compute, stream.backbone)
+        module.cache.check_room(splits["train"][0].x, len(splits["train"]) + len(splits["val"]))  # type: ignore[arg-type]
     film = None
     extra: list[Callback] = [EarlyStopping("val_accuracy", patience=recipe.early_stop, mode="max")] if recipe.early_stop else []
     if recipe.film.images and recipe.head != "multilabel":
@@ -344,6 +352,7 @@ def train(
     run = Run(classifier, recipe, splits, module.history, seconds, folder, film, epoch)
     if folder is not None and trainer.is_global_zero:
         record = {"name": recipe.name, "seed": recipe.seed, "epoch": epoch, "seconds": run.seconds, **run.outcome}
+        record |= {"outputs": run.outputs, "class_names": classifier.class_names}
         trained.save(folder, classifier.model, recipe.model_dump(mode="json"), run.history, record)
     return run
 
@@ -411,8 +420,10 @@ def _classifier(recipe: Recipe, data: Mapping[str, Dataset[Batch]] | None) -> Cl
     if recipe.contrastive_architecture:
         classifier = contrastive_architecture(classifier)
     if recipe.ca_stream:
-        torch.manual_seed(recipe.seed)
-        classifier = ca_stream(classifier)
+        classifier = ca_stream(classifier, None if recipe.ca_stream is True else recipe.ca_stream)
+    if not recipe.freeze_backbone:
+        for stream in (m for m in classifier.modules() if isinstance(m, CAStream)):
+            stream.unfreeze()
     classifier.class_names = names or classifier.class_names
     return classifier.train()
 

@@ -33,13 +33,16 @@ def accuracy(capture: Capture, M: None, batch: Batch) -> dict[str, Tensor]:
     "size",
     title="Parameters and operations",
     paper="counted by torch.utils.flop_counter: two operations a multiply-add, as in the CA-Stream table",
-    columns={"parameters": "down", "GFLOPs": "down"},
+    columns={"parameters": "down", "stream_share": "down", "GFLOPs": "down"},
     of_model=True,
     costly=True,
     digits=2,
 )
 def size(capture: Capture, M: None, batch: Batch) -> dict[str, Tensor]:
-    """Millions of parameters, and billions of operations of one image's forward pass, the same for every image."""
+    """Millions of parameters, of a CA-Stream in percent of its backbone's, and billions of operations of a forward pass.
+
+    The same for every image; without a stream its share is 0.
+    """
     from torch.utils.flop_counter import FlopCounterMode
 
     counter = FlopCounterMode(display=False)
@@ -47,7 +50,9 @@ def size(capture: Capture, M: None, batch: Batch) -> dict[str, Tensor]:
         capture.differentiable(capture.images[:1])  # with parameters that need no gradient: the counter stumbles over them
     ones = torch.ones(len(batch), dtype=torch.float64)
     count = sum(parameter.numel() for parameter in capture.model.parameters())
-    return {"parameters": ones * count / 1e6, "GFLOPs": ones * counter.get_total_flops() / 1e9}
+    streams = [module for module in capture.model.modules() if hasattr(module, "stream") and hasattr(module, "share")]
+    share = 100 * float(streams[0].share) if streams else 0.0  # type: ignore[arg-type]
+    return {"parameters": ones * count / 1e6, "stream_share": ones * share, "GFLOPs": ones * counter.get_total_flops() / 1e9}
 
 
 @metric(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import difflib
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from typing import Any
@@ -13,7 +15,7 @@ from torch import Tensor, nn
 from foveate.classifier import hooked, read_logits
 from foveate.cut import cut_behind
 from foveate.errors import FoveateError
-from foveate.layers import first_tensor
+from foveate.layers import find, first_tensor
 
 
 class Attention(nn.Module):
@@ -62,7 +64,7 @@ class Stream(nn.Module):
 
     def forward(self, features: Sequence[Tensor]) -> Tensor:
         """What stands for the pooled features, ``[B,d]``, from the features of each stage ``[B,d_l,h_l,w_l]``."""
-        query = self.token.expand(len(features[0]), -1).to(features[0].dtype)
+        query = self.token.expand(features[0].shape[0], -1).to(features[0].dtype)
         for stage, F_l in zip(self.stages, features, strict=True):
             query = stage(F_l, query)
         return query
@@ -85,8 +87,7 @@ class CAStream(nn.Module):
         size: of the image that is run once to learn the channels of each stage.
 
     Raises:
-        FoveateError: no stages are known and none were given; a stage has no grid of channels first; the classifier
-            cannot be told from the pooling.
+        FoveateError: a stage has no grid of channels first; what comes behind the last is not pooling and a classifier.
 
     Source: Torres et al., CA-Stream, 2024, eq. 6 to 9, dimensions and initialisation from its code. Deviations: attention
     logits are kept in float32; biases start at 0; batch norms do not drift, and all of the stream is trained, where the
@@ -99,18 +100,18 @@ class CAStream(nn.Module):
         first = next(backbone.parameters())
         # Not zeros: on a black image a wrong head can give the right logits.
         example = torch.linspace(-1, 1, 3 * size[0] * size[1]).sin().view(1, 3, *size).to(first.device, first.dtype)
-        self.names = tuple(stages) if stages is not None else stages_of(backbone, example)
-        if not self.names:
-            raise FoveateError("a stream needs at least one stage")
+        self.names = stages_of(backbone, example) if stages is None else checked(backbone, stages)
         with torch.no_grad():
             features, logits = self._features(example)
         for name, F_l in zip(self.names, features, strict=True):
             if F_l.ndim != 4:
-                raise FoveateError(f"stage {name!r} gives {list(F_l.shape)}, and a stream reads [B,d,h,w]: name other stages")
-        # Not a child: the classifier is the backbone's own, and has its place in the state dict there.
-        self._head = (head_of(backbone, self.names[-1], features[-1], logits),)
-        with torch.random.fork_rng(devices=[]):
-            self.stream = Stream([F_l.shape[1] for F_l in features]).to(first.device, first.dtype)
+                raise FoveateError(
+                    f"stage {name!r} gives {list(F_l.shape)}, and a stream reads convolutional features [B,d,h,w]: "
+                    "transformers, which have attention of their own, are not supported"
+                )
+        # By its kind and not as a function: a copy, or a classifier that is exchanged, then has its own.
+        self.head = head_of(backbone, self.names[-1], features[-1], logits)
+        self.stream = Stream([F_l.shape[1] for F_l in features]).to(first.device, first.dtype)
         for parameter in backbone.parameters():
             parameter.requires_grad_(False)
         self.frozen = True
@@ -128,8 +129,6 @@ class CAStream(nn.Module):
             return hook
 
         modules = dict(self.backbone.named_modules())
-        if unknown := [name for name in self.names if name not in modules]:
-            raise FoveateError(f"stage {unknown[0]!r} is not in the backbone: it has {', '.join(list(modules)[1:9])}, ...")
         with ExitStack() as stack:
             for name in self.names:
                 stack.enter_context(hooked(modules[name], keep(name)))
@@ -142,9 +141,11 @@ class CAStream(nn.Module):
 
     def classify(self, features: Sequence[Tensor]) -> Tensor:
         """Logits ``[B,C]`` from the features of each stage."""
-        return self._head[0](self.stream(features)[:, :, None, None])
+        return run_head(self.backbone, self.head, self.stream(features)[:, :, None, None])
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.frozen and self.backbone.training:  # somebody has called backbone.train()
+            self.backbone.eval()
         return self.classify(self.features(x))
 
     def train(self, mode: bool = True) -> CAStream:
@@ -173,8 +174,7 @@ def stages_of(backbone: nn.Module, example: Tensor) -> tuple[str, ...]:
 
     The last is named by its outermost module, which is where a class activation map looks as well.
 
-    Raises:
-        FoveateError: another kind of network.
+    Of timm's pyramids the last stage is what is pooled; a network of another kind has that one alone.
     """
     modules = dict(backbone.named_modules())
     if {"maxpool", "layer1", "layer2", "layer3", "layer4"} <= set(modules):
@@ -185,10 +185,11 @@ def stages_of(backbone: nn.Module, example: Tensor) -> tuple[str, ...]:
         return ("features.0", "features.2", "features.4", "features")
     if {"stem", "stages.0", "stages.1", "features"} <= set(modules) and "features.0" not in modules:  # foveate's small CNN
         return ("stem", "stages.0", "stages.1", "features")
+    pooled = find(backbone, example)
     if (info := getattr(backbone, "feature_info", None)) is not None:
         names = [item["module"] for item in getattr(info, "info", info)]
         if all(name in modules for name in names):
-            return tuple(names)
+            return (*[name for name in names[:-1] if name != pooled], pooled)
     features = modules.get("features")
     if isinstance(features, nn.Sequential):
         last: dict[tuple[int, ...], str] = {}
@@ -198,51 +199,90 @@ def stages_of(backbone: nn.Module, example: Tensor) -> tuple[str, ...]:
                 x = child(x)
                 if isinstance(x, Tensor) and x.ndim == 4:
                     last[x.shape[-2], x.shape[-1]] = f"features.{name}"
-        return (*list(last.values())[:-1], "features")
-    raise FoveateError(f"the stages of a {type(backbone).__name__} are not known: name them, from early to late")
+        return (*list(last.values())[:-1], pooled)
+    return (pooled,)  # the thesis' ablation: one cross-attention in place of pooling
 
 
-def head_of(backbone: nn.Module, last: str, features: Tensor, logits: Tensor) -> Callable[[Tensor], Tensor]:
-    """The backbone's pooling and classifier as a function of ``[B,d,h,w]``; at 1 x 1 cells pooling changes nothing.
+def checked(backbone: nn.Module, stages: Sequence[str]) -> tuple[str, ...]:
+    """Stages as a person names them.
+
+    Raises:
+        FoveateError: none, one twice, or one that the backbone does not have.
+    """
+    if isinstance(stages, str) or not stages:
+        raise FoveateError(f"stages {stages!r} must be a list of paths, such as ['layer3', 'layer4']")
+    modules = [name for name, _ in backbone.named_modules() if name]
+    for name in stages:
+        if name not in modules:
+            near = difflib.get_close_matches(name, modules, 3, 0.5) or [part for part in modules if "." not in part][:12]
+            raise FoveateError(f"stage {name!r} is not in the backbone: there are {', '.join(near)}")
+    if len(set(stages)) < len(stages):
+        raise FoveateError(f"stages {list(stages)} name one module twice")
+    return tuple(stages)
+
+
+def head_of(backbone: nn.Module, last: str, features: Tensor, logits: Tensor) -> str:
+    """How to run the backbone's pooling and classifier on ``[B,d,h,w]``, for :func:`run_head`.
+
+    It gives the logits of this run, and on random features the same as on their means: at 1 x 1 cells pooling then
+    changes nothing, and what is behind it is run as the backbone runs it.
 
     Raises:
         FoveateError: what comes behind the last stage is not pooling and a classifier.
     """
-    candidates: list[Callable[[Tensor], Any]] = []
-    if hasattr(backbone, "forward_head"):  # timm
-        before = getattr(backbone, "norm_pre", nn.Identity())
-        candidates.append(lambda x: backbone.forward_head(before(x)))  # type: ignore[operator]
-    cut = cut_behind(backbone, last)
-    if cut is not None and cut.front is None:
-        candidates.append(cut.back)
-    linear = [module for module in backbone.modules() if isinstance(module, nn.Linear)]
-    if linear:
-        candidates.append(lambda x: linear[-1](x.mean((2, 3))))
-    for head in candidates:
+    kinds = ["forward_head"] if hasattr(backbone, "forward_head") else []
+    kinds += ["classifier"] if hasattr(backbone, "avgpool") and hasattr(backbone, "classifier") else []
+    linear = [name for name, module in backbone.named_modules() if isinstance(module, nn.Linear)]
+    kinds += [f"linear:{linear[-1]}"] if linear else []
+    kinds.append(f"cut:{last}")
+    generator = torch.Generator().manual_seed(0)
+    random = 3 * torch.randn(2, *features.shape[1:], generator=generator).to(features)
+    for kind in kinds:
         try:
             with torch.no_grad():
-                again = read_logits(head(features))
-                pooled = read_logits(head(F.adaptive_avg_pool2d(features, 1)))
+                again, whole = (run_head(backbone, kind, f) for f in (features, random))
+                pooled = run_head(backbone, kind, F.adaptive_avg_pool2d(random, 1))
         except Exception:  # whatever a model's own code raises on another shape
             continue
-        allowed = 1e-3 * (logits - logits.mean()).abs().max()
-        if again.shape == logits.shape and bool(
-            ((again - logits).abs().max() <= allowed) & ((pooled - logits).abs().max() <= allowed)
-        ):
-            return lambda x, head=head: read_logits(head(x))  # type: ignore[misc]
+        if _same(again, logits) and _same(whole, pooled):
+            return kind
     raise FoveateError(
-        f"what comes behind {last!r} in a {type(backbone).__name__} is not average pooling and a classifier that can be cut off"
+        f"what comes behind {last!r} in a {type(backbone).__name__} is not average pooling and a classifier: name stages from "
+        "early to late, the last of them what is pooled"
     )
 
 
+def _same(a: Tensor, b: Tensor) -> bool:
+    return a.shape == b.shape and bool((a - b).abs().max() <= 1e-3 * (b - b.mean()).abs().max())
+
+
+def run_head(backbone: nn.Module, kind: str, x: Tensor) -> Tensor:
+    """Logits from ``[B,d,h,w]`` by the backbone's own pooling and classifier."""
+    name, _, place = kind.partition(":")
+    if name == "forward_head":  # timm's
+        before = getattr(backbone, "norm_pre", nn.Identity())
+        return read_logits(backbone.forward_head(before(x)))  # type: ignore[operator]
+    if name == "classifier":  # torchvision's
+        return read_logits(backbone.classifier(backbone.avgpool(x)))  # type: ignore[operator]
+    if name == "linear":
+        return read_logits(backbone.get_submodule(place)(x.mean((2, 3))))
+    cut = cut_behind(backbone, place)
+    if cut is None or cut.front is not None:
+        raise FoveateError(f"a {type(backbone).__name__} cannot be cut behind {place!r}")
+    return read_logits(cut.back(x))
+
+
 def ca_stream(model: nn.Module, stages: Sequence[str] | None = None, size: tuple[int, int] | None = None) -> Any:
-    """A CA-Stream beside a classifier: of one from :func:`foveate.load`, a classifier with the same normalisation and names.
+    """A CA-Stream beside a copy of a classifier: of one from :func:`foveate.load`, one with the same normalisation and names.
 
     Raises:
-        FoveateError: see :class:`CAStream`.
+        FoveateError: see :class:`CAStream`; the model has a stream already.
     """
     from foveate.models.load import Classifier
 
+    if any(isinstance(module, CAStream) for module in model.modules()):
+        raise FoveateError("this model has a CA-Stream already")
+    model = copy.deepcopy(model)  # its parameters will need no gradient, and the caller's stay as they are
     if not isinstance(model, Classifier):
         return CAStream(model, stages, size or (224, 224))
     made = CAStream(model.model, stages, size or model.preprocess.crop)

@@ -97,7 +97,8 @@ def load(
     Args:
         spec: ``timm:NAME``, ``torchvision:NAME``, ``foveate:small_cnn`` or ``file.py:factory``, where ``factory`` is a
             function without arguments that returns a module in evaluation mode, or such a module. With ``ca_stream:``
-            in front of any of them, that model with a CA-Stream instead of its pooling.
+            in front of any of them, that model with a CA-Stream instead of its pooling. Or the folder of a finished
+            run of ``foveate train``: its model with its weights, whatever the recipe made of it.
         weights: a state dict, ``.safetensors`` or ``.pt``/``.pth``; code inside it is never run.
         pretrained: download the library's own weights.
         num_classes: for a head other than the library's.
@@ -109,6 +110,8 @@ def load(
         FoveateError: an unknown source, model or factory; weights that cannot be read, do not fit or hold NaN; a
             factory that returns a model in training mode.
     """
+    if (Path(spec) / "recipe.yaml").is_file():
+        return _from_run(Path(spec), Path(weights) if weights is not None else Path(spec) / "model.safetensors")
     if spec.startswith(STREAM):
         from foveate.models.castream import ca_stream
 
@@ -154,6 +157,35 @@ def load(
     if size is not None:
         preprocess = preprocess.sized(size)
     return Classifier(model, preprocess, spec, class_names if class_names is not None else names, notes)
+
+
+def _from_run(folder: Path, weights: Path) -> Classifier:
+    """What a recipe has trained, with its weights, class names and input size."""
+    import json
+
+    import yaml
+
+    from foveate.models.castream import ca_stream
+    from foveate.models.surgery import contrastive_architecture
+
+    try:
+        recipe = yaml.safe_load((folder / "recipe.yaml").read_text(encoding="utf-8"))
+        record = json.loads((folder / "run.json").read_text(encoding="utf-8"))
+        own = recipe["model"].removeprefix(STREAM).rpartition(":")[0].endswith(".py")
+        options = {"size": recipe.get("size"), "mean": recipe.get("mean"), "std": recipe.get("std")}
+        model = load(recipe["model"], num_classes=None if own else record["outputs"], **options)
+    except (OSError, KeyError, TypeError, ValueError, yaml.YAMLError) as error:
+        if isinstance(error, FoveateError):
+            raise
+        raise FoveateError(f"{str(folder)!r} holds no finished training run: {error}") from None
+    if recipe.get("contrastive_architecture"):
+        model = contrastive_architecture(model)
+    if stages := recipe.get("ca_stream"):
+        model = ca_stream(model, None if stages is True else stages)
+    load_weights(model.model, weights)
+    model.class_names = record["class_names"] or model.class_names
+    model.name, model.notes = str(folder), [note for note in model.notes if "random" not in note]
+    return model.eval()
 
 
 def _three(values: Sequence[float]) -> tuple[float, ...]:
