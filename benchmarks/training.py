@@ -149,13 +149,11 @@ def ca_scenes(data: Path, out: Path) -> Runs:
 
 
 def cost(rounds: int = 15) -> None:
-    """Time of a training step, each loss in turns with cross-entropy, and its peak memory in a process of its own."""
-    import subprocess
-    import sys
-
+    """Time of a training step, each loss in turns with cross-entropy, and what it keeps in memory."""
     for name, size, count in (("foveate:small_cnn", 96, 32), ("torchvision:resnet18", 112, 16)):
         print(f"{name}, {count} images of {size} pixels, {torch.get_num_threads()} threads")
-        steps = {loss: step(name, size, count, loss) for loss in (None, *LOSSES.all())}
+        loaded = {loss: load(name, size, count, loss) for loss in (None, *LOSSES.all())}
+        steps = {loss: step(*loaded[loss]) for loss in loaded}
         times: dict[Any, list[float]] = {loss: [] for loss in steps}
         for _ in range(rounds + 2):
             for loss, run in steps.items():
@@ -166,25 +164,27 @@ def cost(rounds: int = 15) -> None:
         for loss, values in times.items():
             ratios = sorted(v / p for v, p in zip(values[2:], plain, strict=True))
             low, high = ratios[len(ratios) // 4], ratios[-len(ratios) // 4 - 1]
-            call = [sys.executable, __file__, "memory", "--loss", loss or "", "--network", name, "--size", str(size)]
-            memory = subprocess.run([*call, "--count", str(count)], capture_output=True, text=True, check=True).stdout.strip()
             ratio = f"{statistics.median(ratios):.2f} [{low:.2f}, {high:.2f}]"
             print(
-                f"| {loss or 'cross-entropy'} | {1000 * statistics.median(values[2:]):.0f} ms | {ratio} | {memory} MB |",
+                f"| {loss or 'cross-entropy'} | {1000 * statistics.median(values[2:]):.0f} ms | {ratio} | {memory(*loaded[loss]):.0f} MB |",
                 flush=True,
             )
 
 
-def step(name: str, size: int, count: int, loss: str | None) -> Callable[[], None]:
-    """One training step of a loss: forward, backward, optimiser."""
+def load(name: str, size: int, count: int, loss: str | None) -> tuple[Training, foveate.Batch]:
+    """A network that is trained by a loss, and a batch for it."""
     torch.manual_seed(0)
     x, y = torch.rand(count, 3, size, size), torch.randint(2, (count,))
     mask = torch.zeros(count, size, size, dtype=torch.bool)
     mask[:, size // 4 : -size // 4, size // 4 : -size // 4] = True
     batch = foveate.Batch(x.contiguous(memory_format=torch.channels_last), y, mask)
     model = foveate.load(name, num_classes=2).train().to(memory_format=torch.channels_last)
-    module = Training(model, Recipe(losses=[] if loss is None else [{"name": loss}], epochs=1))
-    optimizer = torch.optim.SGD(model.parameters(), 0.001, momentum=0.9)
+    return Training(model, Recipe(losses=[] if loss is None else [{"name": loss}], epochs=1)), batch
+
+
+def step(module: Training, batch: foveate.Batch) -> Callable[[], None]:
+    """One training step: forward, backward, optimiser."""
+    optimizer = torch.optim.SGD(module.parameters(), 0.001, momentum=0.9)
 
     def run() -> None:
         module._sums = {}
@@ -195,15 +195,19 @@ def step(name: str, size: int, count: int, loss: str | None) -> Callable[[], Non
     return run
 
 
-def memory(name: str, size: int, count: int, loss: str) -> None:
-    """Megabytes that two steps of a loss add to what the process has before them."""
-    import resource
+def memory(module: Training, batch: foveate.Batch) -> float:
+    """Megabytes that a step keeps for its backward pass, each storage once; what is freed on the way does not count."""
+    kept: dict[int, torch.Tensor] = {}
 
-    run = step(name, size, count, loss or None)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    run()
-    run()
-    print(round((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024))
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        kept[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        loss = module.loss_of(batch, 0.0)
+    total = sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
+    del loss
+    return total / 1e6
 
 
 EXPERIMENTS = {
@@ -218,19 +222,12 @@ EXPERIMENTS = {
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("what", choices=["cost", "memory", *EXPERIMENTS])
+    parser.add_argument("what", choices=["cost", *EXPERIMENTS])
     parser.add_argument("--data", type=Path, default=Path("data"))
     parser.add_argument("--out", type=Path, default=Path("training"))
-    parser.add_argument("--loss", default="")
-    parser.add_argument("--network", default="foveate:small_cnn")
-    parser.add_argument("--size", type=int, default=96)
-    parser.add_argument("--count", type=int, default=32)
     call = parser.parse_args()
     if call.what == "cost":
         cost()
-        return
-    if call.what == "memory":
-        memory(call.network, call.size, call.count, call.loss)
         return
     out = call.out
     for name, recipe in EXPERIMENTS[call.what](call.data, out):
