@@ -165,10 +165,8 @@ def cost(rounds: int = 15) -> None:
             ratios = sorted(v / p for v, p in zip(values[2:], plain, strict=True))
             low, high = ratios[len(ratios) // 4], ratios[-len(ratios) // 4 - 1]
             ratio = f"{statistics.median(ratios):.2f} [{low:.2f}, {high:.2f}]"
-            print(
-                f"| {loss or 'cross-entropy'} | {1000 * statistics.median(values[2:]):.0f} ms | {ratio} | {memory(*loaded[loss]):.0f} MB |",
-                flush=True,
-            )
+            milliseconds, kept = 1000 * statistics.median(values[2:]), memory(*loaded[loss])
+            print(f"| {loss or 'cross-entropy'} | {milliseconds:.0f} ms | {ratio} | {kept:.0f} MB |", flush=True)
 
 
 def load(name: str, size: int, count: int, loss: str | None) -> tuple[Training, foveate.Batch]:
