@@ -385,6 +385,12 @@ class TestRuns:
             train(made, tmp_path / "out")
         assert not (tmp_path / "out").exists()
 
+    @pytest.mark.parametrize("model", ["timm:test_vit", "torchvision:squeezenet1_1"])
+    def test_a_head_without_a_closed_form_is_refused_before_training(self, model: str, tmp_path: Path) -> None:
+        with pytest.raises(FoveateError, match="ablated_cross_entropy needs a head that is linear in layer"):
+            train(recipe("scenes_ace", model=model, size=160 if "vit" in model else 64), tmp_path / "out")
+        assert not (tmp_path / "out").exists()
+
     def test_learning_rates(self) -> None:
         steps = Recipe(warmup=0.1, decay="steps", milestones=[0.5], factor=0.1)
         rates = [learning_rate_at(steps, step, 100) for step in (0, 9, 10, 49, 50, 99)]

@@ -4,14 +4,41 @@ from __future__ import annotations
 
 import logging
 import warnings
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from foveate._torchvision import torchvision
+from foveate.errors import FoveateError
 
 
 def ready() -> None:
     """Make ``import lightning`` possible beside PyTorch's CPU build: it imports torchvision, which fails there by itself."""
     torchvision()
+
+
+def made_loggers(names: Sequence[str], folder: Path | None) -> list[Any]:
+    """Lightning's loggers by name, into ``folder/logs``.
+
+    Raises:
+        FoveateError: an unknown one, no folder, or TensorBoard is not installed.
+    """
+    made: list[Any] = []
+    for name in names:
+        if folder is None:
+            raise FoveateError(f"the logger {name!r} writes into the run's folder: name one")
+        from lightning.pytorch import loggers
+
+        if name == "csv":
+            made.append(loggers.CSVLogger(folder, name="logs", version=""))
+        elif name == "tensorboard":
+            try:
+                made.append(loggers.TensorBoardLogger(folder, name="logs", version=""))
+            except ModuleNotFoundError:
+                raise FoveateError("the logger 'tensorboard' needs it installed: pip install tensorboard") from None
+        else:
+            raise FoveateError(f"logger {name!r} is unknown: use 'csv' or 'tensorboard'")
+    return made
 
 
 class quiet:

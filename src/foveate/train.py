@@ -17,16 +17,17 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from foveate import outcome, schedules, trained
-from foveate._lightning import quiet, ready
+from foveate._lightning import made_loggers, quiet, ready
 from foveate.batch import Batch
 from foveate.capture import Capture
-from foveate.classifier import read_logits
+from foveate.classifier import evaluating, read_logits
 from foveate.data import scenes
 from foveate.errors import FoveateError, NotFiniteError
 from foveate.feature_cache import FeatureCache
 from foveate.film import Film, lightning_callback
 from foveate.groups import correct, decided
 from foveate.layers import INPUT
+from foveate.losses.contrastive import required_head
 from foveate.models.castream import CAStream, ca_stream
 from foveate.models.load import Classifier, load
 from foveate.models.surgery import contrastive_architecture
@@ -332,7 +333,7 @@ def train(
         options: dict[str, Any] = {"save_top_k": 1, "enable_version_counter": False, "save_on_train_epoch_end": True}
         extra.append(ModelCheckpoint(checkpoint.parent, filename="last", **options))
     with quiet():
-        trainer = _trainer(recipe, devices, _loggers(loggers, folder), [*extra, *callbacks])
+        trainer = _trainer(recipe, devices, made_loggers(loggers, folder), [*extra, *callbacks])
         loaders = _loaders(recipe, splits, devices, workers)
         try:
             trainer.fit(module, *loaders, ckpt_path=str(checkpoint) if resume else None, weights_only=True)
@@ -392,6 +393,9 @@ def prepared(recipe: Recipe, data: Mapping[str, Dataset[Batch]] | None = None) -
         boxes = "region" in record.needs and first.boxes is not None
         if {"mask", "region"} & set(record.needs) and first.mask is None and not boxes:
             raise FoveateError(f"{record.name} needs masks of the objects, and the data has none: 'cam_loss' needs none")
+        if "linear_head" in record.needs:
+            with evaluating(classifier):
+                required_head(Capture(classifier, first.x, recipe.layer), record.name)
     classifier.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # twice as fast on CPUs
     return classifier, splits
 
@@ -465,25 +469,6 @@ def _trainer(recipe: Recipe, devices: int, loggers: list[Any], callbacks: list[C
         )
     except (RuntimeError, ValueError) as error:
         raise FoveateError(f"{devices} device(s) cannot be used here: {str(error).splitlines()[0]}") from None
-
-
-def _loggers(names: Sequence[str], folder: Path | None) -> list[Any]:
-    made: list[Any] = []
-    for name in names:
-        if folder is None:
-            raise FoveateError(f"the logger {name!r} writes into the run's folder: name one")
-        from lightning.pytorch import loggers
-
-        if name == "csv":
-            made.append(loggers.CSVLogger(folder, name="logs", version=""))
-        elif name == "tensorboard":
-            try:
-                made.append(loggers.TensorBoardLogger(folder, name="logs", version=""))
-            except ModuleNotFoundError:
-                raise FoveateError("the logger 'tensorboard' needs it installed: pip install tensorboard") from None
-        else:
-            raise FoveateError(f"logger {name!r} is unknown: use 'csv' or 'tensorboard'")
-    return made
 
 
 def _check_same(recipe: Recipe, checkpoint: Path) -> None:

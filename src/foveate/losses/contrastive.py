@@ -154,7 +154,12 @@ def sliced_wasserstein(
 # -- registered ----------------------------------------------------------------------------------------------------
 
 
-def _head(capture: Capture, name: str) -> LinearHead:
+def required_head(capture: Capture, name: str) -> LinearHead:
+    """The linear head behind the layer, or a sentence for the loss of a name.
+
+    Raises:
+        FoveateError: there is none.
+    """
     head = capture.linear_head()
     if head is None:
         raise FoveateError(
@@ -169,7 +174,7 @@ def _head(capture: Capture, name: str) -> LinearHead:
 def _maps(capture: Capture, batch: Batch, name: str, bias: bool) -> tuple[Tensor, Tensor, Tensor | None]:
     """``K [B,C,h,w]`` of the labels, the classes other than each label ``[B,C]``, and ``b_c - b_t``."""
     y = _labels(capture, batch, name)
-    head = _head(capture, name)
+    head = required_head(capture, name)
     M = head.maps(capture.activations())  # [B,C,h,w]
     if capture.head == "binary":  # one logit is the difference of two: M_1 - M_0 = M
         M = torch.cat([torch.zeros_like(M), M], 1)
@@ -216,7 +221,7 @@ def contrastive_of(capture: Capture, batch: Batch, *, bias: bool = True) -> Tens
         FoveateError: the head is not linear in the layer; labels are missing.
     """
     if (many := _many_hot(capture, batch)) is not None:
-        head = _head(capture, "contrastive")
+        head = required_head(capture, "contrastive")
         return contrastive_binary(head.maps(capture.activations()), many, head.bias if bias else None)
     K, _, b = _maps(capture, batch, "contrastive", bias)
     return contrastive(K, b)
@@ -244,7 +249,7 @@ def ablated_cross_entropy_of(
     """
     name = "ablated_cross_entropy"
     if (many := _many_hot(capture, batch)) is not None:
-        head = _head(capture, name)
+        head = required_head(capture, name)
         b = head.bias if bias else None
         return ablated_binary_cross_entropy(
             head.maps(capture.activations()), many, _mask(capture, batch, name, resize), b, background
