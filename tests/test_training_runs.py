@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import subprocess
 import sys
@@ -369,6 +370,12 @@ class TestRuns:
     def test_loggers(self, tmp_path: Path) -> None:
         train(recipe(), tmp_path, loggers=["csv"])
         assert "val_accuracy" in (tmp_path / "logs" / "metrics.csv").read_text()
+        if importlib.util.find_spec("tensorboard") is None:
+            with pytest.raises(FoveateError, match="pip install tensorboard"):
+                train(recipe(), tmp_path / "board", loggers=["tensorboard"])
+        else:
+            train(recipe(), tmp_path / "board", loggers=["tensorboard"])
+            assert list((tmp_path / "board" / "logs").glob("events*"))
         with pytest.raises(FoveateError, match="logger 'wandb' is unknown"):
             train(recipe(), tmp_path / "other", loggers=["wandb"])
 
