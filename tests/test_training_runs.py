@@ -516,6 +516,9 @@ class TestCompare:
         found = compare(folders)
         assert list(found.runs) == ["plain", "ace"]
         values = [read(folder).record["accuracy"]["train"] for folder in folders]
+        older = folders[1] / "recipe.yaml"  # of a version that had no such key yet
+        older.write_text("".join(line for line in older.read_text().splitlines(True) if not line.startswith("ca_stream")))
+        assert list(compare(folders).runs) == ["plain", "ace"]
         line = found.frame.loc[("ace", "train")]
         assert line["mean"] == pytest.approx(np.mean(values[2:]))
         assert line["n"] == 2

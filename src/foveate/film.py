@@ -192,8 +192,8 @@ def hugging_face_callback(
         raise FoveateError("a callback for its Trainer needs transformers: pip install transformers accelerate") from None
 
     class FilmStrip(TrainerCallback):  # type: ignore[misc]
-        def on_epoch_end(self, args: Any, state: Any, control: Any, model: nn.Module, **kwargs: Any) -> None:
-            film.shoot(wrap(model), round(state.epoch))
+        def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            film.shoot(wrap(kwargs["model"]), round(state.epoch))
             if path is not None and state.is_world_process_zero:
                 film.save(path)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ import numpy as np
 from scipy import stats
 
 from foveate.errors import FoveateError
+from foveate.recipe import Recipe
 from foveate.trained import Trained, read
 
 if TYPE_CHECKING:
@@ -125,6 +127,8 @@ def better(column: str) -> int:
 
 
 def _kind(recipe: dict[str, Any]) -> dict[str, Any]:
+    with contextlib.suppress(ValueError):  # a run of an older version lacks what has come since: the defaults
+        recipe = Recipe.model_validate(recipe).model_dump(mode="json")
     kept = {key: value for key, value in recipe.items() if key not in IGNORED}
     if isinstance(kept.get("data"), dict):
         kept["data"] = {key: value for key, value in kept["data"].items() if key != "fold"}
