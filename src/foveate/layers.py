@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from foveate.classifier import core, eager, read_logits
+from foveate.classifier import core, eager, evaluating, read_logits
 from foveate.errors import FoveateError, LayerError
 from foveate.memo import Memo
 
@@ -262,25 +261,12 @@ def _trace(model: nn.Module, x: Tensor, forward: Callable[[Tensor], Any]) -> tup
         for name, module in inner.named_modules():
             if name:
                 handles.append(module.register_forward_hook(look(name)))
-        with torch.enable_grad(), eager(model), _evaluation(model):
+        with torch.enable_grad(), eager(model), evaluating(model):  # batch norm must not learn from a look
             logits = read_logits(forward(x.detach().clone().requires_grad_(True)))
     finally:
         for handle in handles:
             handle.remove()
     return events, logits
-
-
-@contextmanager
-def _evaluation(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode for a look at the layers of a model in training: batch norm must not learn from it."""
-    training = [module for module in model.modules() if module.training]
-    try:
-        for module in training:
-            module.training = False
-        yield
-    finally:
-        for module in training:
-            module.training = True
 
 
 def _passes_over(module: nn.Module) -> bool:
