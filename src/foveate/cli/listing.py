@@ -73,7 +73,11 @@ def _listing(kind: str) -> list[dict[str, Any]]:
             for column, way in metric.columns.items()
         ]
     if kind == "losses":
-        return [{"name": loss.name, "title": loss.title, "paper": loss.paper} for loss in LOSSES.all().values()]
+        words = {"region": "masks or boxes", "mask": "masks", "linear_head": "a linear head", "guided": "ReLUs"}
+        return [
+            {"name": loss.name, "title": loss.title, "needs": [words[need] for need in loss.needs], "paper": loss.paper}
+            for loss in LOSSES.all().values()
+        ]
     if kind == "recipes":
         from foveate.recipe import RECIPES
 
