@@ -278,11 +278,8 @@ def film_images(splits: dict[str, Any], count: int) -> Batch:
     chosen = []
     for number, split in enumerate(names):
         share = count // len(names) + (number < count % len(names))
-        orders = [(labels_of(splits[split]) == label).nonzero()[:, 0].tolist() for label in _labels_in(splits[split])]
+        labels = labels_of(splits[split])
+        orders = [(labels == label).nonzero()[:, 0].tolist() for label in labels.unique()]
         turns = [order[turn] for turn in range(max(map(len, orders))) for order in orders if turn < len(order)]
         chosen += [splits[split][index] for index in turns[:share]]
     return Batch.collate(chosen)
-
-
-def _labels_in(data: Any) -> list[int]:
-    return [int(label) for label in labels_of(data).unique()]

@@ -34,7 +34,7 @@ from foveate.models.surgery import contrastive_architecture
 from foveate.recipe import Data, LossTerm, Recipe
 from foveate.registry import LOSSES
 from foveate.splits import Augmented, EpochSampler, Kept, augmenter, film_images, labels_of, open_splits, processes, seed_of
-from foveate.targets import Head
+from foveate.targets import Head, head_of
 
 ready()
 import lightning as L  # noqa: E402
@@ -92,7 +92,7 @@ class Training(L.LightningModule):
         assert batch.y is not None  # open_splits gives labels
         if not self.terms:
             logits = self._logits(batch)
-            head: Head = _head(self.recipe, logits)
+            head: Head = head_of(logits, self.recipe.head)
         else:
             layers = (self.recipe.layer, INPUT) if self._guided else self.recipe.layer
             options: dict[str, Any] = {"frozen": False, "head": self.recipe.head, "guided": self._guided}
@@ -142,7 +142,7 @@ class Training(L.LightningModule):
             return
         assert batch.y is not None  # likewise
         logits = self._logits(batch)
-        head = _head(self.recipe, logits)
+        head = head_of(logits, self.recipe.head)
         self._add("val_loss", _cross_entropy(logits, batch.y, head), len(batch))
         self._add("val_accuracy", correct(decided(logits, head), batch.y).float().mean(), len(batch))
         self._add("val_images", torch.ones((), device=logits.device), len(batch))
@@ -228,10 +228,6 @@ def learning_rate_at(recipe: Recipe, step: int, steps: int) -> float:
     if recipe.decay == "steps":
         return float(recipe.factor ** sum(step >= share * steps for share in recipe.milestones))
     return 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, steps - warm)))
-
-
-def _head(recipe: Recipe, logits: Tensor) -> Head:
-    return recipe.head or ("binary" if logits.shape[1] == 1 else "softmax")
 
 
 def _cross_entropy(logits: Tensor, y: Tensor, head: Head) -> Tensor:

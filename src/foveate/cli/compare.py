@@ -11,6 +11,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from foveate.cli.options import FAILURES, Debug, Json, err, sentences
+from foveate.errors import FoveateError
 
 WIDTH = 5  # columns beside each other in a terminal
 
@@ -35,22 +36,20 @@ def compare(
             _trainings(run, out, fail_under, as_json)
             return
         from foveate import compare as comparing
-        from foveate.errors import FoveateError
         from foveate.report import comparison
-        from foveate.results import plain
 
         limits = [comparing.Limit.of(text) for text in fail_under or []]
-        if out is not None and not out.lower().endswith((".html", ".htm")):
-            raise FoveateError(f"--out {out!r} is not a page: name a file that ends in .html")
+        _check_page(out)
         result = comparing.compare(run)
         failures = result.failures(limits)
         if out is not None:
             comparison.write(out, result, failures)
         if as_json:
-            cells: dict[str, dict[str, Any]] = {}
-            for (method, column), line in result.frame.iterrows():  # type: ignore[misc]
-                cells.setdefault(method, {})[column] = {key: plain(value) for key, value in line.items()}
-            print(json.dumps({"runs": result.names, "table": cells, "notes": result.notes, "failures": failures}, indent=2))
+            print(
+                json.dumps(
+                    {"runs": result.names, "table": _cells(result.frame), "notes": result.notes, "failures": failures}, indent=2
+                )
+            )
         else:
             _print(result)
             if out is not None:
@@ -63,24 +62,33 @@ def compare(
             raise typer.Exit(FAILURES)
 
 
+def _check_page(out: str | None) -> None:
+    if out is not None and not out.lower().endswith((".html", ".htm")):
+        raise FoveateError(f"--out {out!r} is not a page: name a file that ends in .html")
+
+
+def _cells(frame: Any) -> dict[str, dict[str, Any]]:
+    """A frame with the index ``row, column`` as the JSON document has it."""
+    from foveate.results import plain
+
+    cells: dict[str, dict[str, Any]] = {}
+    for (row, column), line in frame.iterrows():
+        cells.setdefault(row, {})[column] = {key: plain(value) for key, value in line.items()}
+    return cells
+
+
 def _trainings(run: list[str], out: str | None, fail_under: list[str] | None, as_json: bool) -> None:
     from foveate import trainings
-    from foveate.errors import FoveateError
     from foveate.report import trainings as page
-    from foveate.results import plain
 
     if fail_under:
         raise FoveateError("--fail-under holds for runs of foveate evaluate, and these are of foveate train")
-    if out is not None and not out.lower().endswith((".html", ".htm")):
-        raise FoveateError(f"--out {out!r} is not a page: name a file that ends in .html")
+    _check_page(out)
     result = trainings.compare(run)
     if out is not None:
         page.write(out, result)
     if as_json:
-        cells: dict[str, dict[str, Any]] = {}
-        for (name, column), line in result.frame.iterrows():  # type: ignore[misc]
-            cells.setdefault(name, {})[column] = {key: plain(value) for key, value in line.items()}
-        print(json.dumps({"table": cells, "notes": result.notes}, indent=2))
+        print(json.dumps({"table": _cells(result.frame), "notes": result.notes}, indent=2))
     else:
         console, columns = Console(highlight=False), result.columns
         for start in range(0, len(columns), WIDTH):
