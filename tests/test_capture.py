@@ -533,6 +533,15 @@ class TestScoreAndTail:
         assert logits.dtype == torch.float32
         torch.testing.assert_close(logits, network(x), rtol=0.05, atol=0.02)
 
+    def test_a_search_by_gradients_may_run_in_bf16(self) -> None:
+        network, x = networks()["gap"].float(), example().x.float()
+        capture, leaf = Capture(network, x, "features", precision="bf16"), x.clone().requires_grad_(True)
+        exact, rough = capture.differentiable(leaf), capture.differentiable(leaf, cast=True)
+        assert rough.dtype == torch.float32 and 0 < (rough - exact).abs().max() < 0.05
+        gradients = [torch.autograd.grad(logits[:, 1].sum(), leaf)[0] for logits in (exact, rough)]
+        assert torch.cosine_similarity(*(g.flatten(1) for g in gradients)).min() > 0.99
+        torch.testing.assert_close(exact, network(x))
+
     def test_scores_can_take_part_in_a_graph(self) -> None:
         network, x = networks()["gap"], example().x
         weight = torch.ones(CLASSES, dtype=torch.float64, requires_grad=True)

@@ -36,7 +36,7 @@ class Capture:
             built. False for training: real parameters, and every map differentiable in them (``create_graph``).
         head: ``softmax``, ``binary`` or ``multilabel``; by the number of logits where it is None.
         layout: how to read the layers' outputs, where the automatic reading does not fit.
-        precision: of changed images in :meth:`score`: ``fp32``, or ``bf16`` through autocast.
+        precision: of changed images, scored or searched for by gradient steps: ``fp32``, or ``bf16`` through autocast.
         chunk: how many changed images run at once; by memory where it is None. Results do not depend on it.
         closed_form: use a linear head's closed form instead of autograd; both give the same.
         guided: run the model so that :meth:`guided_gradient` can be asked for; an attribute afterwards.
@@ -339,12 +339,15 @@ class Capture:
         logits = torch.cat(pieces) if pieces else self.logits.detach()[:0]
         return self._scored(logits, target, rows)
 
-    def differentiable(self, images: Tensor) -> Tensor:
+    def differentiable(self, images: Tensor, cast: bool = False) -> Tensor:
         """Run changed images with a graph to them: logits ``[N,C]``, for methods that optimise what they change.
 
         All at once, because the graph of all is needed at once; parameters get no gradient where the capture is frozen.
+
+        Args:
+            cast: in bf16 where the capture asks for it: for a search of many steps, whose gradient may be rough.
         """
-        return self._run.differentiable(images)
+        return self._run.differentiable(images, cast)
 
     def again(
         self,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal
 
 import torch
@@ -94,11 +94,16 @@ class Runner:
         state = self._state
         return self._guarded(lambda images: functional_call(self.model, state, (images,)), x)
 
-    def differentiable(self, images: Tensor) -> Tensor:
-        """Logits ``[N,C]`` of changed images, with a graph to the images, and to the parameters where live."""
+    def differentiable(self, images: Tensor, cast: bool = False) -> Tensor:
+        """Logits ``[N,C]`` of changed images, with a graph to the images, and to the parameters where live.
+
+        Args:
+            cast: in bf16 where the capture asks for it.
+        """
         check_eval(self.model)
-        with torch.inference_mode(False), torch.enable_grad(), eager(self.model):
-            logits = at_least_float32(read_logits(self.laid_out(self, self.placed(images))))
+        images = self.placed(images)
+        with torch.inference_mode(False), torch.enable_grad(), eager(self.model), self._cast(images, cast):
+            logits = at_least_float32(read_logits(self.laid_out(self, images)))
         self.passes.forward += len(images)
         return logits
 
@@ -123,11 +128,14 @@ class Runner:
 
     def _plain(self, images: Tensor) -> Tensor:
         images = self.placed(images.detach())
-        cast = torch.autocast(images.device.type, torch.bfloat16) if self.precision == "bf16" else nullcontext()
-        with torch.inference_mode(), eager(self.model), cast:
+        with torch.inference_mode(), eager(self.model), self._cast(images):
             logits = at_least_float32(read_logits(self.laid_out(self.model, images)))
         self.passes.forward += len(images)
         return logits.clone()  # a clone made outside of inference mode can take part in a graph
+
+    def _cast(self, images: Tensor, wanted: bool = True) -> AbstractContextManager[Any]:
+        half = wanted and self.precision == "bf16"
+        return torch.autocast(images.device.type, torch.bfloat16) if half else nullcontext()
 
     def laid_out(self, run: Callable[[Tensor], Any], images: Tensor) -> Any:
         """The model on images in the layout that is faster; channels-first where its own reshaping needs that."""

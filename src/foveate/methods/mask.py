@@ -90,7 +90,7 @@ def meaningful_perturbation(
         for _ in range(steps):
             down, right = (torch.randint(-jitter, jitter + 1, (2,), generator=draws)).tolist() if jitter else (0, 0)
             seen = _shifted(maps.apply_mask(x, _grown(m, capture.size, smooth), blank), down, right, jitter)
-            p = target.rows(rows).log_probability(capture.differentiable(seen), capture.head).exp()
+            p = target.rows(rows).log_probability(capture.differentiable(seen, cast=True), capture.head).exp()
             penalty = area * (1 - m).abs().sum((1, 2)) + variation * total_variation(m, exponent)
             (m.grad,) = torch.autograd.grad((penalty + p.to(penalty.dtype)).sum(), m)
             capture.passes.backward += len(x)
@@ -216,7 +216,7 @@ def extremal_perturbation(
             seen = through(pyramid, m)
             if step % 2 == 0:
                 seen = seen.flip(-1)
-            reward = target.rows(rows)(capture.differentiable(seen))
+            reward = target.rows(rows)(capture.differentiable(seen, cast=True))
             miss = area_miss(m.flatten(1), inside * len(images))
             loss = weight * growth**step * miss - reward.to(miss.dtype)
             (p.grad,) = torch.autograd.grad(loss.sum(), p)

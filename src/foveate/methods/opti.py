@@ -172,7 +172,7 @@ class _Search:
         with torch.inference_mode(False), torch.set_grad_enabled(not last):
             mask = _mask(_combine(u, self.activations[rows]), self.normaliser, capture.size)
             seen = maps.apply_mask(capture.images[rows], mask)
-            logits = capture.differentiable(seen)  # the last one too: another precision would be another scale
+            logits = capture.differentiable(seen, cast=True)  # the last one too: another precision would be another scale
             start = target(capture.logits.detach()[rows])
             value = _objective(self.objective, logits, target, start, capture)
             if not last:
