@@ -14,6 +14,7 @@ from torch import nn
 
 import reference
 from foveate import Capture, FoveateError, explain, maps
+from foveate.classifier import modules_of, swapped
 from foveate.guided import guided
 from foveate.methods.fullgrad import full_gradients
 from foveate.methods.gradient import path_completeness
@@ -756,3 +757,52 @@ class TestRollout:
         capture = Capture(network, torch.rand(1, 3, 224, 224))
         with pytest.raises(FoveateError, match=r"rollout|grid"):
             METHODS.get("attention_rollout")(capture, None, capture.target(1))
+
+
+class TestGradientsFromOneRun:
+    @pytest.mark.parametrize("name", ["gradient", "input_x_gradient", "guided_backprop"])
+    def test_the_image_gradient_takes_one_pass_there_and_back(self, name: str) -> None:
+        network, x = networks()["gap"], example().x
+        found = explain(network, x, name, layer="features")
+        assert (found.capture.passes.forward, found.capture.passes.backward) == (len(x), len(x))
+        again = Capture(network, x, "features")
+        torch.testing.assert_close(found.raw[name], METHODS.get(name)(again, None, again.target()))
+        assert again.passes.forward == 2 * len(x)
+
+    def test_beside_maps_at_a_layer_and_guided_ones(self) -> None:
+        network, x = networks()["inplace"], example().x
+        names = ["grad_cam", "gradient", "guided_backprop", "guided_grad_cam"]
+        together = explain(network, x, names, layer="features")
+        for name in names:
+            capture = Capture(network, x, "features")
+            torch.testing.assert_close(together.raw[name], METHODS.get(name)(capture, None, capture.target()))
+
+    def test_a_large_batch_runs_again_in_chunks(self) -> None:
+        network, x = networks()["gap"], torch.rand(9, *example().x.shape[1:], dtype=torch.float64)
+        found = explain(network, x, "gradient", layer="features")
+        assert not found.capture.from_image and found.capture.passes.forward == 18
+        torch.testing.assert_close(
+            found.raw["gradient"][:4], explain(network, x[:4], "gradient", layer="features").raw["gradient"]
+        )
+
+    def test_a_network_without_relus_is_told_so(self) -> None:
+        network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.GELU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 3)).eval()
+        refused: dict[str, str] = {}
+        found = explain(network, torch.rand(1, 3, 16, 16), ["gradient", "guided_backprop"], layer="0", refused=refused)
+        assert "no ReLU" in refused["guided_backprop"] and list(found.maps) == ["gradient"]
+
+
+class TestOneWalk:
+    def test_modules_in_the_order_of_torch(self) -> None:
+        shared = nn.ReLU()
+        model = nn.Sequential(nn.Sequential(shared, nn.Conv2d(3, 3, 1)), shared, nn.ModuleDict({"a": nn.Linear(2, 2)}))
+        model.empty = None
+        assert modules_of(model) == list(model.modules())
+
+    def test_what_is_swapped_in_goes_out_again(self) -> None:
+        layer = nn.Linear(2, 2)
+        before = dict(layer._parameters)
+        with pytest.raises(KeyboardInterrupt), swapped([(layer._parameters, "weight", torch.zeros(2, 2))]):
+            assert not layer.weight.any()
+            raise KeyboardInterrupt
+        assert all(layer._parameters[name] is tensor for name, tensor in before.items())

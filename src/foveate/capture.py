@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack, nullcontext
 from typing import Any
@@ -13,10 +12,11 @@ from torch import Tensor, nn
 from foveate import layers as L
 from foveate import targets as T
 from foveate.chunks import in_chunks
-from foveate.classifier import check_eval, check_images, check_logits, eager, hooked, read_logits, unwrap
+from foveate.classifier import check_eval, check_images, check_logits, eager, hooked, modules_of, read_logits, unwrap
 from foveate.errors import FoveateError, LayerError
 from foveate.feature import Feature, Passes
 from foveate.guided import Guide
+from foveate.guided import guided as guided_backprop
 from foveate.linear_head import LinearHead, at_least_float32, recognise_any
 from foveate.runner import Pass, Precision, Runner
 from foveate.tail import tail_behind
@@ -40,6 +40,7 @@ class Capture:
         chunk: how many changed images run at once; by memory where it is None. Results do not depend on it.
         closed_form: use a linear head's closed form instead of autograd; both give the same.
         guided: run the model so that :meth:`guided_gradient` can be asked for; an attribute afterwards.
+        from_image: begin the graph at the image, so that its gradient needs no second run; an attribute afterwards.
 
     Attributes:
         x: the batch as the model saw it, ``[B,3,H,W]``.
@@ -66,6 +67,7 @@ class Capture:
         chunk: int | None = None,
         closed_form: bool = True,
         guided: bool = False,
+        from_image: bool = False,
     ) -> None:
         self.model = unwrap(model)
         self.frozen = frozen
@@ -81,9 +83,12 @@ class Capture:
             "chunk": chunk,
             "closed_form": closed_form,
             "guided": guided,
+            "from_image": from_image,
         }
         self._closed_form = closed_form
-        self.guided, self._guide = guided, Guide() if guided else None
+        self.guided, self._guide = guided, Guide(twice=not frozen) if guided else None
+        self.from_image = from_image
+        self._leaf: Tensor | None = None
         self._by_image: dict[int, Tensor] = {}
         self._heads: dict[str, LinearHead | None] = {}
         self._tails: dict[str, Callable[[Tensor, Tensor], Tensor]] = {}
@@ -92,8 +97,9 @@ class Capture:
         self._base: Tensor | None = None
         self._kept: list[T.Target] = []
         check_images(x)
+        modules = modules_of(self.model)
         if frozen:
-            check_eval(self.model)
+            check_eval(modules)
         with torch.inference_mode(False):
             x = self._run.placed(x)
             x = x.clone() if x.is_inference() else x
@@ -101,10 +107,9 @@ class Capture:
             self._features = {}
             for name, module in L.resolve(self.model, self.x, self._run, layers):
                 self._features[name] = Feature(name, module)
-            self._forward()
-        given = layout
+            self._forward(modules)
         for feature in self._features.values():
-            self._settle(feature, given)
+            feature.settle(self.x, layout, self.model, self._nearest, self._advice)
         self.head: T.Head = T.head_of(self.logits, head)
 
     # -- what is known after the run -------------------------------------------------------------------------------
@@ -195,7 +200,7 @@ class Capture:
             if head is None:
                 autograd.append(feature)
             else:
-                gradient = torch.einsum("bc,ckhw->bkhw", by_logits, head.weight)
+                gradient = head.gradient(by_logits)
                 feature.gradients[id(target)] = gradient.expand_as(self.activations(feature.name))
         if not autograd:
             return
@@ -255,12 +260,29 @@ class Capture:
         if images is None:
             if id(target) not in self._by_image:
                 self._kept.append(target)
-                self._by_image[id(target)] = self.image_gradient(target, self.images)
+                again = not self.from_image
+                self._by_image[id(target)] = self.image_gradient(target, self.images) if again else self._to_image(target)
             return self._by_image[id(target)]
         if rows is None:
             rows = torch.arange(len(images), device=images.device)
         step = self.chunk_size("backward")
         return torch.cat(list(in_chunks(lambda part, row: self._run.gradient(part, target.rows(row)), step, images, rows)))
+
+    def guided_image_gradient(self, target: T.Target) -> Tensor:
+        """The same of this batch by guided backpropagation, ``[B,3,H,W]``, from the same run where it was made for it."""
+        if self.guided and self.from_image:
+            return self._to_image(target, guided=True)
+        with guided_backprop():
+            return self.image_gradient(target, self.images)
+
+    def _to_image(self, target: T.Target, guided: bool = False) -> Tensor:
+        assert self._leaf is not None  # the run began there
+        way = nullcontext() if self._guide is None else self._guide.backward(guided)
+        with torch.inference_mode(False), torch.enable_grad(), way:
+            seed, live = self._by_logits(target), not self.frozen
+            (gradient,) = torch.autograd.grad(self.logits, self._leaf, seed, retain_graph=True, create_graph=live)
+        self.passes.backward += len(self.x)
+        return at_least_float32(gradient)
 
     def _by_logits(self, target: T.Target) -> Tensor:
         """Gradient of the score by the logits, ``[B,C]``: what any score adds to the gradients of the logits."""
@@ -272,9 +294,12 @@ class Capture:
             (gradient,) = torch.autograd.grad(score.sum(), logits, create_graph=not self.frozen)
         return gradient
 
+    def _nearest(self) -> str:
+        return L.find(self.model, self.x, self._run)
+
     def _advice(self) -> str:
         try:
-            return f"try {L.find(self.model, self.x, self._run)!r}"
+            return f"try {self._nearest()!r}"
         except FoveateError:
             return "name an earlier layer"
 
@@ -304,8 +329,7 @@ class Capture:
         head = self.linear_head(layer) if self._closed_form else None
         columns = list(range(self.logits.shape[1])) if classes is None else list(classes)
         if head is not None:
-            chosen = LinearHead(head.weight[columns], head.bias[columns], head.pooled) if classes is not None else head
-            return chosen.maps(activations)
+            return (head if classes is None else head.of(columns)).maps(activations)
         feature = self._feature(layer)
         self._check_graph(feature)
         maps = []
@@ -391,7 +415,7 @@ class Capture:
                 them alone and never to the parameters; elsewhere they run in chunks without a graph.
             rows: the image of the batch that each belongs to, ``[N]``; their order where it is None.
         """
-        check_eval(self.model)
+        check_eval(modules_of(self.model))
         feature = self._feature(layer)
         if rows is None:
             rows = torch.arange(len(activations), device=activations.device)
@@ -428,21 +452,22 @@ class Capture:
             raise LayerError(f"layer {layer!r} was not captured: this run has {', '.join(self._features)}")
         return self._features[layer]
 
-    def _forward(self) -> None:
+    def _forward(self, modules: Sequence[nn.Module]) -> None:
         x = self.x
+        if self.from_image or L.INPUT in self._features:
+            x = self._leaf = x.detach().clone().requires_grad_(True)
         if L.INPUT in self._features:
-            x = x.detach().clone().requires_grad_(True)
             self._features[L.INPUT].kept = x
             self._features[L.INPUT].read_as = L.Layout("nchw", *self.size)
         with ExitStack() as stack:
             stack.enter_context(torch.enable_grad())
-            stack.enter_context(eager(self.model))
+            stack.enter_context(eager(modules))
             if self._guide is not None:
                 stack.enter_context(self._guide.forward())
             for feature in self._features.values():
                 if feature.module is not None:
-                    stack.enter_context(hooked(feature.module, self._keep(feature)))
-            for module in self.model.modules():
+                    stack.enter_context(hooked(feature.module, feature.keep))
+            for module in modules:
                 if isinstance(module, nn.Linear):
                     stack.enter_context(hooked(module, self._keep_linear))
             output = self._run.laid_out(self._from_the_start, x)
@@ -457,43 +482,6 @@ class Capture:
             feature.runs = 0
         return self._run(x)
 
-    def _keep(self, feature: Feature) -> Callable[..., Any]:
-        def hook(module: nn.Module, inputs: Any, output: Any) -> Any:
-            raw = L.first_tensor(output)
-            if raw is None:
-                raise LayerError(f"layer {feature.name!r} returns a {type(output).__name__}, not a tensor")
-            feature.runs += 1
-            if not raw.requires_grad:
-                raw = raw.detach().requires_grad_(True)  # the graph begins here: nothing before it is differentiated
-            feature.kept = raw
-            return L.with_first(output, raw.clone())  # an in-place ReLU behind the layer must not overwrite it
-
-        return hook
-
     def _keep_linear(self, module: nn.Linear, inputs: Any, output: Any) -> None:
         if isinstance(output, Tensor) and output.ndim == 2 and inputs and isinstance(inputs[0], Tensor):
             self._linears.append((module.weight, module.bias, inputs[0]))
-
-    def _settle(self, feature: Feature, layout: L.Layout | None) -> None:
-        """Check that a layer ran and has a grid."""
-        raw, module = feature.kept, feature.module
-        if module is None:
-            return
-        if raw is None:
-            raise LayerError(f"layer {feature.name!r} did not run for this input: {self._advice()}")
-        if len(raw) != len(self.x):
-            raise LayerError(
-                f"layer {feature.name!r} gives {len(raw)} rows for {len(self.x)} image(s), one a window perhaps: "
-                f"{self._advice()}"
-            )
-        if feature.runs > 1:
-            warnings.warn(
-                f"layer {feature.name!r} runs {feature.runs} times in one forward pass: its last output is used",
-                stacklevel=3,
-            )
-        feature.read_as = L.check_grid(
-            feature.name,
-            raw,
-            layout or L.layout_of(raw.shape, self.size, module, self.model),
-            lambda: L.find(self.model, self.x, self._run),
-        )

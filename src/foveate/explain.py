@@ -6,6 +6,7 @@ import inspect
 import time
 import warnings
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -24,6 +25,7 @@ from foveate.targets import Head, Target, strongest_other
 Methods = str | Method | Sequence[str | Method]
 Layers = str | nn.Module | Sequence[str | nn.Module]
 Settings = Mapping[str, Mapping[str, Any]]
+MOST_FROM_IMAGE = 8  # images whose whole graph is kept; a larger batch runs again for the image's gradient, in chunks
 
 
 @dataclass(frozen=True)
@@ -100,7 +102,7 @@ def explain(
         FoveateError: and its kinds, each with what was given and what to do.
     """
     records, own = chosen_methods(methods, settings)
-    capture = Capture(model, x, layer, head=head, precision=precision)
+    capture = _captured(records, model, x, layer, head=head, precision=precision)
     resolved = capture.target(target, score=score, against=against, labels=labels)
     return _answer(capture, records, resolved, own, fuse, refused)
 
@@ -141,7 +143,7 @@ def explain_each(
     if contrasts and any(callable(target) for target in targets):
         raise FoveateError("a callable target has no class to be asked against: give contrasts=False")
     records, own = chosen_methods(methods, settings)
-    capture = Capture(model, x, layer, head=head, precision=precision)
+    capture = _captured(records, model, x, layer, head=head, precision=precision)
     answers = {}
     for target in targets:
         aim = capture.target(target, labels=labels)
@@ -154,6 +156,17 @@ def explain_each(
         key = f"{_name(targets[0])}-{_name(target)}"
         answers[key] = _answer(capture, records, contrast, own, fuse, refused, key)
     return answers
+
+
+def _captured(records: Sequence[Method], model: nn.Module, x: Tensor, layer: Layers, **options: Any) -> Capture:
+    """The run that all methods share; it begins at the image where one of them wants the image's gradient, guided or not."""
+    needs = {need for record in records for need in record.needs}
+    if needs.isdisjoint(("image_gradient", "relu")) or not isinstance(x, Tensor) or len(x) > MOST_FROM_IMAGE:
+        return Capture(model, x, layer, **options)
+    if "relu" in needs:
+        with suppress(FoveateError):  # no ReLU here: the method itself says so
+            return Capture(model, x, layer, guided=True, from_image=True, **options)
+    return Capture(model, x, layer, from_image=True, **options)
 
 
 def _name(target: object) -> str:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -52,3 +55,42 @@ class Feature:
     def grid(self, tensor: Tensor) -> Tensor:
         """A tensor that lies like the layer's output as ``[B,K,h,w]``, float32 or better."""
         return at_least_float32(L.to_grid(tensor, self.layout))
+
+    def keep(self, module: nn.Module, inputs: Any, output: Any) -> Any:
+        """A forward hook: what the layer returned is kept, and where no graph has reached it one begins."""
+        raw = L.first_tensor(output)
+        if raw is None:
+            raise LayerError(f"layer {self.name!r} returns a {type(output).__name__}, not a tensor")
+        self.runs += 1
+        if not raw.requires_grad:
+            raw = raw.detach().requires_grad_(True)  # nothing before it is differentiated
+        self.kept = raw
+        return L.with_first(output, raw.clone())  # an in-place ReLU behind the layer must not overwrite it
+
+    def settle(
+        self, x: Tensor, layout: L.Layout | None, model: nn.Module, nearest: Callable[[], str], advice: Callable[[], str]
+    ) -> None:
+        """Check that the layer ran for all images, and settle how its output is read as a grid.
+
+        Args:
+            layout: how to read it, where the automatic reading does not fit.
+            nearest, advice: a layer that would do, and the same as a sentence; asked only where this one does not.
+
+        Raises:
+            LayerError: it did not run, ran for other images, or has no grid.
+        """
+        if self.module is None:
+            return
+        if self.kept is None:
+            raise LayerError(f"layer {self.name!r} did not run for this input: {advice()}")
+        if len(self.kept) != len(x):
+            raise LayerError(
+                f"layer {self.name!r} gives {len(self.kept)} rows for {len(x)} image(s), one a window perhaps: {advice()}"
+            )
+        if self.runs > 1:
+            warnings.warn(
+                f"layer {self.name!r} runs {self.runs} times in one forward pass: its last output is used", stacklevel=4
+            )
+        size = (x.shape[-2], x.shape[-1])
+        found = layout or L.layout_of(self.kept.shape, size, self.module, model)
+        self.read_as = L.check_grid(self.name, self.kept, found, nearest)

@@ -152,15 +152,20 @@ def guided(twice: bool = False) -> Iterator[_Guided]:
 
 
 class Guide:
-    """One forward pass whose backward passes are plain, and guided where they run inside of :meth:`backward`."""
+    """One forward pass whose backward passes are plain, and guided where they run inside of :meth:`backward`.
 
-    def __init__(self) -> None:
+    Args:
+        twice: gradients will be differentiated again, as :func:`guided` says.
+    """
+
+    def __init__(self, twice: bool = True) -> None:
+        self._twice = twice
         self._mode: _Guided | None = None
 
     @contextmanager
     def forward(self) -> Iterator[None]:
         """Around the forward pass; raises as :func:`guided` does."""
-        with guided(twice=True) as self._mode:
+        with guided(self._twice) as self._mode:
             self._mode.open = False
             yield
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from foveate.classifier import core, eager, evaluating, read_logits
+from foveate.classifier import core, eager, evaluating, modules_of, read_logits
 from foveate.errors import FoveateError, LayerError
 from foveate.memo import Memo
 
@@ -60,13 +61,11 @@ def get(model: nn.Module, name: str) -> nn.Module:
         LayerError: no such path; the message has the nearest ones.
     """
     inner, _ = core(model)
-    modules = dict(inner.named_modules())
-    if name in modules and name:
-        return modules[name]
-    outer = dict(model.named_modules())
-    if name in outer and name:
-        return outer[name]
-    names = [known for known in modules if known]
+    for root in (inner, model):
+        with suppress(AttributeError):
+            if name:
+                return root.get_submodule(name)
+    names = [known for known, _ in inner.named_modules() if known]
     near = difflib.get_close_matches(name, names, 4, 0.6)
     parts = [part for part in names if "." not in part]
     hint = f"did you mean {', '.join(near)}?" if near else f"its parts are {', '.join(parts[:12])}"
@@ -261,7 +260,7 @@ def _trace(model: nn.Module, x: Tensor, forward: Callable[[Tensor], Any]) -> tup
         for name, module in inner.named_modules():
             if name:
                 handles.append(module.register_forward_hook(look(name)))
-        with torch.enable_grad(), eager(model), evaluating(model):  # batch norm must not learn from a look
+        with torch.enable_grad(), eager(modules_of(model)), evaluating(model):  # batch norm must not learn from a look
             logits = read_logits(forward(x.detach().clone().requires_grad_(True)))
     finally:
         for handle in handles:

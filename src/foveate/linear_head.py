@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+CHECKED = 64  # classes
 
 
 def at_least_float32(tensor: Tensor) -> Tensor:
@@ -19,21 +21,39 @@ class LinearHead:
     """A head that is linear in the features: global average pooling or flattening, then one linear layer.
 
     Attributes:
-        weight: ``[C,K,1,1]`` behind average pooling (already divided by ``h w``), ``[C,K,h,w]`` behind flattening:
-            ``logits = sum_kij weight * A + bias``.
+        matrix: of the linear layer, ``[C,K]`` behind average pooling, ``[C,K h w]`` behind flattening.
         bias: ``[C]``.
+        size: ``h, w`` of the features.
         pooled: whether it is average pooling.
     """
 
-    weight: Tensor
+    matrix: Tensor
     bias: Tensor
+    size: tuple[int, int]
     pooled: bool
+
+    @property
+    def weight(self) -> Tensor:
+        """``[C,K,1,1]`` or ``[C,K,h,w]``: ``logits = sum_kij weight * A + bias``."""
+        return self._spread(self.matrix)
+
+    def gradient(self, by_logits: Tensor) -> Tensor:
+        """``sum_c d score / d logit_c  weight_c``, ``[B,K,1,1]`` or ``[B,K,h,w]``, from ``[B,C]``."""
+        return self._spread(by_logits @ self.matrix)
 
     def maps(self, activations: Tensor) -> Tensor:
         """HiResCAM of every class at once, ``M [B,C,h,w]``: ``M_c = sum_k weight_ck * A_k``; sums to logit - bias."""
         if self.pooled:
             return torch.einsum("ck,bkhw->bchw", self.weight[:, :, 0, 0], activations)
         return torch.einsum("ckhw,bkhw->bchw", self.weight, activations)
+
+    def of(self, classes: list[int]) -> LinearHead:
+        """The head of these classes alone, in this order."""
+        return replace(self, matrix=self.matrix[classes], bias=self.bias[classes])
+
+    def _spread(self, rows: Tensor) -> Tensor:
+        height, width = self.size
+        return rows[:, :, None, None] / (height * width) if self.pooled else rows.reshape(len(rows), -1, height, width)
 
 
 # What may stand between features and logits: pooling or reshaping, and one matrix product. A factor, an activation, a
@@ -82,11 +102,12 @@ def recognise(
 
     It is known by the graph between them, which holds nothing but pooling, reshaping and one matrix product, and by
     what it computed in this run: ``features [B,F]``, read by the last linear layer, are the pooled or the flattened
-    activations, and the logits are their product with its weights, image by image.
+    activations, and the logits of some classes, :data:`CHECKED` at least where there are so many, are their product with
+    its weights, image by image. The graph has no step that could do one thing to some classes and another to others.
     """
-    if not is_linear(logits, raw):
+    if not is_linear(logits, raw) or weight.shape[0] != logits.shape[1]:
         return None
-    count, (height, width) = activations.shape[1], activations.shape[2:]
+    height, width = activations.shape[2:]
     tolerance = 1e-4 if min(t.element_size() for t in (features, raw, logits)) >= 4 else 3e-2
 
     def made(rebuilt: Tensor, given: Tensor, scale: Tensor | None = None) -> bool:
@@ -96,17 +117,19 @@ def recognise(
         return bool((error <= tolerance * (rebuilt.abs() if scale is None else scale).flatten(1).amax(1)).all())
 
     with torch.no_grad():
-        linear = F.linear(features.to(weight.dtype), weight, bias)
-        pooled, flattened = made(activations.mean((2, 3)), features), made(activations.flatten(1), features)
-        # Rounding is in proportion to the terms of a logit and not to their sum, which may be near 0.
-        terms = F.linear(features.abs().to(weight.dtype), weight.abs(), None if bias is None else bias.abs())
-        if not (pooled or flattened) or not made(linear, logits, terms):
+        pooled = made(activations.mean((2, 3)), features)
+        if not pooled and not made(activations.flatten(1), features):
             return None
-    weight = at_least_float32(weight)
-    bias = weight.new_zeros(len(weight)) if bias is None else at_least_float32(bias)
-    if pooled:
-        return LinearHead(weight[:, :, None, None] / (height * width), bias, True)
-    return LinearHead(weight.reshape(-1, count, height, width), bias, False)
+        some = slice(None, None, max(1, len(weight) // CHECKED))
+        w, b = weight[some], None if bias is None else bias[some]
+        linear = F.linear(features.to(w.dtype), w, b)
+        # Rounding is in proportion to the terms of a logit and not to their sum, which may be near 0.
+        terms = F.linear(features.abs().to(w.dtype), w.abs(), None if b is None else b.abs())
+        if not made(linear, logits[:, some], terms):
+            return None
+    matrix = at_least_float32(weight)
+    bias = matrix.new_zeros(len(matrix)) if bias is None else at_least_float32(bias)
+    return LinearHead(matrix, bias, (height, width), pooled)
 
 
 def recognise_any(

@@ -7,6 +7,8 @@ from typing import Any
 
 from torch import nn
 
+from foveate.classifier import modules_of
+
 
 class Memo:
     """A dictionary for each model, emptied when one of its modules has been replaced, added or taken away.
@@ -20,7 +22,7 @@ class Memo:
 
     def of(self, model: nn.Module) -> dict[Any, Any]:
         """What is known about a model; empty at first."""
-        modules = list(model.modules())
+        modules = modules_of(model)
         references, known = self._known.get(model, ([], {}))
         same = len(references) == len(modules) and all(r() is m for r, m in zip(references, modules, strict=True))
         if not same:

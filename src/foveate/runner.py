@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 
 from foveate.chunks import in_chunks
-from foveate.classifier import check_eval, eager, read_logits
+from foveate.classifier import check_eval, eager, modules_of, read_logits, swapped
 from foveate.errors import FoveateError
 from foveate.feature import Passes
 from foveate.linear_head import at_least_float32
@@ -57,7 +56,7 @@ class Runner:
         self.precision: Precision = precision
         self.chunk = chunk
         self.passes = passes
-        self._state: dict[str, Tensor] | None = None
+        self._frozen: list[tuple[dict[str, Any], str, Tensor]] | None = None
         first = next((p for p in model.parameters() if p.is_floating_point()), None)
         self.device: torch.device | None = None if first is None else first.device
         self.dtype: torch.dtype | None = None if first is None else first.dtype
@@ -87,12 +86,10 @@ class Runner:
 
     def detached(self, x: Tensor) -> Any:
         """The model on ``x`` with parameters that no gradient reaches."""
-        if self._state is None:  # once: an optimisation calls the model a hundred times
-            self._state = {n: p.detach().clone() if p.is_inference() else p.detach() for n, p in self.model.named_parameters()}
-            # A model made in inference mode has buffers there too, which no graph may hold.
-            self._state |= {n: buffer.clone() for n, buffer in self.model.named_buffers() if buffer.is_inference()}
-        state = self._state
-        return self._guarded(lambda images: functional_call(self.model, state, (images,)), x)
+        if self._frozen is None:  # once: an optimisation calls the model a hundred times
+            self._frozen = list(_frozen(self.model))
+        with swapped(self._frozen):
+            return self._guarded(self.model, x)
 
     def differentiable(self, images: Tensor, cast: bool = False) -> Tensor:
         """Logits ``[N,C]`` of changed images, with a graph to the images, and to the parameters where live.
@@ -100,9 +97,9 @@ class Runner:
         Args:
             cast: in bf16 where the capture asks for it.
         """
-        check_eval(self.model)
+        check_eval(modules_of(self.model))
         images = self.placed(images)
-        with torch.inference_mode(False), torch.enable_grad(), eager(self.model), self._cast(images, cast):
+        with torch.inference_mode(False), torch.enable_grad(), eager(modules_of(self.model)), self._cast(images, cast):
             logits = at_least_float32(read_logits(self.laid_out(self, images)))
         self.passes.forward += len(images)
         return logits
@@ -122,13 +119,13 @@ class Runner:
 
     def logits(self, images: Tensor | Iterable[Tensor]) -> Iterable[Tensor]:
         """Logits of changed images without a graph, a chunk at a time: channels-last, in bf16 where asked for."""
-        check_eval(self.model)
+        check_eval(modules_of(self.model))
         for part in [images] if isinstance(images, Tensor) else images:
             yield from in_chunks(self._plain, self.chunk_size((part.shape[-2], part.shape[-1])), part)
 
     def _plain(self, images: Tensor) -> Tensor:
         images = self.placed(images.detach())
-        with torch.inference_mode(), eager(self.model), self._cast(images):
+        with torch.inference_mode(), eager(modules_of(self.model)), self._cast(images):
             logits = at_least_float32(read_logits(self.laid_out(self.model, images)))
         self.passes.forward += len(images)
         return logits.clone()  # a clone made outside of inference mode can take part in a graph
@@ -159,3 +156,19 @@ class Runner:
         except (RuntimeError, AssertionError, ValueError, TypeError, IndexError) as error:
             reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
             raise FoveateError(f"the model cannot take images of shape {list(x.shape)}: {reason}") from error
+
+
+def _frozen(model: nn.Module) -> Iterator[tuple[dict[str, Any], str, Tensor]]:
+    """Where a model keeps its parameters, and what stands there for those that no gradient may reach.
+
+    A model made in inference mode has parameters and buffers that no graph may hold: copies of them.
+    """
+    made: dict[int, Tensor] = {}  # a parameter in two places stays one tensor
+    for module in modules_of(model):
+        for own, always in ((module._parameters, True), (module._buffers, False)):
+            for name, tensor in own.items():
+                if tensor is not None and (always or tensor.is_inference()):
+                    detached = made.setdefault(
+                        id(tensor), tensor.detach().clone() if tensor.is_inference() else tensor.detach()
+                    )
+                    yield own, name, detached

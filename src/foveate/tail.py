@@ -8,7 +8,7 @@ from collections.abc import Callable
 from torch import Tensor
 
 from foveate import layers as L
-from foveate.classifier import eager, hooked, read_logits
+from foveate.classifier import eager, hooked, modules_of, read_logits
 from foveate.cut import make_tail
 from foveate.errors import SlowPathWarning
 from foveate.feature import Feature
@@ -26,7 +26,7 @@ def tail_behind(run: Runner, feature: Feature, x: Tensor, logits: Tensor) -> tup
         if feature.module is None:
             return read_logits(run.detached(native))
         swap = hooked(feature.module, lambda module, inputs, output: L.with_first(output, native.clone()))
-        with swap, eager(run.model):
+        with swap, eager(modules_of(run.model)):
             return read_logits(run.detached(x[rows]))
 
     raw, layout = feature.raw.detach(), feature.layout

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from foveate import layers as L
 from foveate._torchvision import torchvision
 from foveate.capture import Capture
-from foveate.classifier import eager, unwrap
+from foveate.classifier import eager, modules_of, unwrap
 from foveate.errors import FoveateError
 from foveate.methods.gradient import Colour, over_colour
 from foveate.registry import METHODS, Method
@@ -65,7 +65,7 @@ def adapt(
     title = name or f"{library}.{kind.__name__}"
 
     def function(capture: Capture, layer: str | None, target: Target) -> Tensor:
-        with torch.inference_mode(False), torch.enable_grad(), _kept(capture.model), eager(capture.model):
+        with torch.inference_mode(False), torch.enable_grad(), _kept(capture.model), eager(modules_of(capture.model)):
             try:
                 if library == "captum":
                     return _captum(attribution, capture, layer, target, colour, cells, segments, seed, options)

@@ -11,7 +11,6 @@ from torch import Tensor
 from foveate import maps
 from foveate.capture import Capture
 from foveate.errors import FoveateError
-from foveate.guided import guided
 from foveate.methods.cam import grad_cam as _grad_cam
 from foveate.noise import gaussian, width
 from foveate.registry import method
@@ -243,7 +242,7 @@ def guided_backprop(capture: Capture, layer: str | None, target: Target, *, colo
     Raises:
         FoveateError: the model has no ReLU.
     """
-    return over_colour(_guided_gradient(capture, target), colour)
+    return over_colour(capture.guided_image_gradient(target), colour)
 
 
 @method(
@@ -260,9 +259,4 @@ def guided_grad_cam(capture: Capture, layer: str | None, target: Target, *, colo
         FoveateError: the model has no ReLU.
     """
     where = maps.upsample(maps.relu(_grad_cam(capture, layer, target)), capture.size)  # [B,H,W]
-    return over_colour(where[:, None] * _guided_gradient(capture, target), colour)
-
-
-def _guided_gradient(capture: Capture, target: Target) -> Tensor:
-    with guided():
-        return capture.image_gradient(target, capture.images)
+    return over_colour(where[:, None] * capture.guided_image_gradient(target), colour)

@@ -1,0 +1,135 @@
+"""The table in Markdown, and its picture."""
+
+from __future__ import annotations
+
+import math
+import platform
+import re
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import foveate
+
+PACKAGES = ("torch", "timm", "grad-cam", "captum", "torchcam", "quantus")
+Outcome = dict[str, Any]
+
+
+def machine(device: torch.device) -> str:
+    """Processor or GPU, threads, and the versions of everybody."""
+    names = re.findall(r"model name\s*:\s*(.+)", cpu.read_text()) if (cpu := Path("/proc/cpuinfo")).exists() else []
+    chip = torch.cuda.get_device_name(device) if device.type == "cuda" else (names[0] if names else platform.processor())
+    half = "" if device.type == "cuda" else f", bf16 instructions: {'yes' if _has_bf16() else 'no'}"
+    found = [f"foveate {foveate.__version__}"]
+    for package in PACKAGES:
+        try:
+            found.append(f"{package} {version(package)}")
+        except PackageNotFoundError:
+            found.append(f"no {package}")
+    return f"{chip}, {torch.get_num_threads()} threads{half}; Python {platform.python_version()}, {', '.join(found)}"
+
+
+def _has_bf16() -> bool:
+    cpu = Path("/proc/cpuinfo")
+    return cpu.exists() and "avx512_bf16" in cpu.read_text()
+
+
+def seconds(value: float) -> str:
+    if math.isnan(value):
+        return "–"
+    return f"{value * 1000:.2g} ms" if value < 0.0995 else f"{value * 1000:.0f} ms" if value < 1 else f"{value:.3g} s"
+
+
+def ratio(value: float, low: float, high: float) -> str:
+    if math.isnan(value):
+        return "–"
+    digits = 2 if value < 10 else 1 if value < 100 else 0
+    return f"{value:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
+
+
+def line(one: Outcome) -> str:
+    """A row as it comes, for the terminal."""
+    ours = one["contestants"][0]
+    text = f"{one['title']}: {seconds(ours['seconds'])}, {ours['forward']}+{ours['backward']} passes, {ours['memory']:.0f} MB"
+    if not math.isnan(one["over_limit"]):
+        text += f"; {ratio(one['over_limit'], one['over_low'], one['over_high'])} of its limit"
+    for other in one["contestants"][1:]:
+        text += f"\n    {other['name']}: " + (
+            other["error"]
+            or f"x {ratio(other['ratio'], other['low'], other['high'])}, {other['forward']}+{other['backward']} passes, "
+            f"{other['memory']:.0f} MB, {other['agreement']}"
+        )
+    return text
+
+
+def table(rows: list[Outcome]) -> str:
+    """All rows: a line a job, and one for each of the others."""
+    head = ["job", "who", "time", "times foveate's", "of the limit", "forward", "backward", "memory", "agreement"]
+    lines = ["| " + " | ".join(head) + " |", "|---|---|---:|---:|---:|---:|---:|---:|---|"]
+    for one in rows:
+        for number, who in enumerate(one["contestants"]):
+            ours = number == 0
+            cells = [
+                one["title"] if ours else "",
+                "**foveate**" if ours else who["name"],
+                seconds(who["seconds"]),
+                "" if ours else who["error"] or ratio(who["ratio"], who["low"], who["high"]),
+                ratio(one["over_limit"], one["over_low"], one["over_high"]) if ours else "",
+                str(who["forward"] or ""),
+                str(who["backward"] or ""),
+                "" if math.isnan(who["memory"]) else f"{who['memory']:.0f} MB",
+                who["agreement"],
+            ]
+            lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def limits(rows: list[Outcome]) -> str:
+    """What each limit is made of, and what to know of the row."""
+    lines = ["| job | limit | that is | to know |", "|---|---:|---|---|"]
+    for one in rows:
+        if one["fewest"] or one["remark"]:
+            lines.append(f"| {one['title']} | {seconds(one['limit'])} | {one['fewest']} | {one['remark']} |")
+    return "\n".join(lines)
+
+
+def picture(rows: list[Outcome], path: Path) -> None:
+    """How many times longer the others take, a point each with its interval; left of the line they are faster."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    shown = [one for one in rows if any(not math.isnan(w["ratio"]) for w in one["contestants"][1:])]
+    colours = {"pytorch-grad-cam": "#c44e52", "Captum": "#4c72b0", "torch-cam": "#8172b2", "Quantus": "#937860"}
+    figure, axes = plt.subplots(figsize=(10, 0.27 * len(shown) + 1.6), layout="constrained")
+    for height, one in enumerate(reversed(shown)):
+        axes.axhline(height, color="#eeeeee", linewidth=0.7, zorder=0)
+        for who in one["contestants"][1:]:
+            if math.isnan(who["ratio"]):
+                continue
+            colour = next((c for name, c in colours.items() if who["name"].startswith(name)), "#7f7f7f")
+            axes.plot([who["low"], who["high"]], [height, height], color=colour, linewidth=2, alpha=0.5)
+            axes.plot(who["ratio"], height, "o", color=colour, markersize=5)
+    axes.axvline(1, color="black", linewidth=1)
+    axes.set_xscale("log")
+    axes.set_yticks(range(len(shown)), [one["title"] for one in reversed(shown)], fontsize=7.5)
+    axes.set_xlabel("times foveate's time (the median of rounds in turns, and its interval)")
+    axes.set_ylim(-0.7, len(shown) - 0.3)
+    handles = [plt.Line2D([], [], marker="o", linestyle="", color=c, label=name) for name, c in colours.items()]
+    handles.append(plt.Line2D([], [], marker="o", linestyle="", color="#7f7f7f", label="after the paper, or one process"))
+    axes.legend(handles=handles, fontsize=7.5, ncols=5, loc="lower center", bbox_to_anchor=(0.3, 1.0), frameon=False)
+    for side in ("top", "right", "left"):
+        axes.spines[side].set_visible(False)
+    axes.tick_params(axis="y", length=0)
+    figure.savefig(path, dpi=160)
+    plt.close(figure)
+
+
+def write(rows: list[Outcome], machine: str, out: Path, device: str) -> None:
+    name = "performance" if device == "cpu" else f"performance_{device}"
+    text = f"{machine}\n\n{table(rows)}\n\n{limits(rows)}\n"
+    (out / f"{name}.md").write_text(text, encoding="utf-8")
+    picture(rows, out / f"{name}.png")

@@ -1,0 +1,60 @@
+"""The limit: the best sustained time of a forward pass, or of a forward and backward pass, of a network on this machine."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Literal
+
+import torch
+from benchmarks.peers.row import Contestant, timed
+from torch import Tensor, nn
+
+Kind = Literal["forward", "bf16", "backward"]
+COUNTS = (1, 2, 4, 8, 16, 32)
+ON_GPU = (1, 8, 32, 128)
+
+
+class Passes:
+    """Passes of a copy of a model whose parameters need no gradient, in the batch and layout that is fastest."""
+
+    def __init__(self, model: nn.Module, device: torch.device) -> None:
+        self.model = copy.deepcopy(model).requires_grad_(False)
+        self.device = device
+        self._known: dict[tuple[Kind, int, int], tuple[int, torch.memory_format]] = {}
+
+    def seconds(self, kind: Kind, images: int, size: int = 224, most: int = 64) -> float:
+        """Seconds of passes of so many images, measured now over at most some 64 images, none in a batch above ``most``."""
+        count, layout = self.best(kind, size, most)
+        x = torch.rand(count, 3, size, size, device=self.device)
+        passes = max(1, min(images, 64 if self.device.type == "cpu" else 1024) // count)
+        seconds, _ = timed(lambda: [self._run(kind, x, layout) for _ in range(passes)])
+        return seconds * images / (passes * count)
+
+    def limit(self, kind: Kind, images: int, size: int = 224, most: int = 64) -> Callable[[Contestant], float]:
+        return lambda ours: self.seconds(kind, images, size, most)
+
+    def counted(self, ours: Contestant) -> float:
+        """Seconds of the passes that foveate itself needed, each at its best."""
+        alone = self.seconds("forward", ours.forward - ours.backward) if ours.forward > ours.backward else 0.0
+        return alone + (self.seconds("backward", ours.backward) if ours.backward else 0.0)
+
+    def best(self, kind: Kind, size: int, most: int) -> tuple[int, torch.memory_format]:
+        key = (kind, size, most)
+        if key not in self._known:
+            found = {}
+            for count in (c for c in (COUNTS if self.device.type == "cpu" else ON_GPU) if c <= max(1, most)):
+                for layout in (torch.contiguous_format, torch.channels_last):
+                    x = torch.rand(count, 3, size, size, device=self.device)
+                    self._run(kind, x, layout)
+                    found[count, layout] = min(timed(lambda x=x, a=layout: self._run(kind, x, a))[0] for _ in range(3)) / count
+            self._known[key] = min(found, key=lambda k: found[k])
+        return self._known[key]
+
+    def _run(self, kind: Kind, x: Tensor, layout: torch.memory_format) -> None:
+        if kind == "backward":
+            leaf = x.clone().requires_grad_(True)
+            torch.autograd.grad(self.model(leaf.contiguous(memory_format=layout))[:, 0].sum(), leaf)
+            return
+        with torch.inference_mode(), torch.autocast(x.device.type, torch.bfloat16, enabled=kind == "bf16"):
+            self.model(x.contiguous(memory_format=layout))

@@ -1,0 +1,197 @@
+"""A row: one job, its contestants in turns, passes, memory and agreement, and the limit beside it."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import io
+import statistics
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from foveate.classifier import read_logits
+from foveate.memory import peak
+
+Job = Callable[[], Any]
+SECONDS = 25.0  # that a row's timed rounds may take; at least one round, at most ROUNDS
+ROUNDS = 15
+
+
+@dataclass
+class Row:
+    """One job.
+
+    Args:
+        part: of the benchmark: a name for ``--rows``.
+        title: the job in words, network and batch included.
+        ours: foveate's run.
+        peers: the others' runs by name.
+        model: whose passes are counted; None where there is none.
+        limit: seconds of the fewest passes, measured when it is asked, given what foveate's run counted; None where a row
+            has no limit.
+        fewest: those passes in words.
+        agree: two results to a sentence on how far they agree.
+        remark: what a reader should know of this row.
+        rounds: how often, where the time of the first run shall not decide.
+    """
+
+    part: str
+    title: str
+    ours: Job
+    peers: dict[str, Job] = field(default_factory=dict)
+    model: nn.Module | None = None
+    limit: Callable[[Contestant], float] | None = None
+    fewest: str = ""
+    agree: Callable[[Any, Any], str] | None = None
+    remark: str = ""
+    rounds: int | None = None
+
+
+@dataclass
+class Contestant:
+    """What a run took: medians over rounds of seconds and ratios, passes in images, memory in MB."""
+
+    name: str
+    seconds: float
+    ratio: float = float("nan")  # its seconds by foveate's
+    low: float = float("nan")
+    high: float = float("nan")
+    forward: int = 0
+    backward: int = 0
+    memory: float = float("nan")
+    agreement: str = ""
+    error: str = ""
+
+
+@dataclass
+class Outcome:
+    part: str
+    title: str
+    contestants: list[Contestant]
+    limit: float
+    over_limit: float
+    over_low: float
+    over_high: float
+    fewest: str
+    remark: str
+    rounds: int
+
+    def record(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@dataclass
+class Counted:
+    forward: int = 0
+    backward: int = 0
+
+
+@contextlib.contextmanager
+def counted(model: nn.Module | None) -> Iterator[Counted]:
+    """Images that go forward through the whole model, and backward from its logits, counted from outside for everybody."""
+    found = Counted()
+    if model is None:
+        yield found
+        return
+
+    def forward(_: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        logits = read_logits(output)
+        found.forward += len(logits)
+        if logits.requires_grad:
+            logits.register_hook(backward)
+
+    def backward(gradient: Tensor) -> None:
+        found.backward += len(gradient)
+
+    handle = model.register_forward_hook(forward)
+    try:
+        yield found
+    finally:
+        handle.remove()
+
+
+def synchronise() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def timed(run: Job) -> tuple[float, Any]:
+    """Seconds and result of a run; what it prints is swallowed."""
+    gc.collect()
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        synchronise()
+        start = time.perf_counter()
+        result = run()
+        synchronise()
+        return time.perf_counter() - start, result
+
+
+def run(row: Row, device: torch.device) -> Outcome:
+    """All contestants of a row: once with passes and memory counted, then in turns for time.
+
+    The counted run of a long job is its first round as well.
+    """
+    jobs = {"foveate": row.ours, **row.peers}
+    found: dict[str, Contestant] = {}
+    times: dict[str, list[float]] = {}
+    results: dict[str, Any] = {}
+    for name, job in jobs.items():
+        with counted(row.model) as passes, peak(device) as memory:
+            try:
+                seconds, results[name] = timed(job)
+            except Exception as error:  # a peer that cannot do it is a result
+                if name == "foveate":
+                    raise
+                found[name] = Contestant(
+                    name, float("nan"), error=f"{type(error).__name__}: {str(error).splitlines()[0][:120]}"
+                )
+                continue
+            found[name] = Contestant(name, seconds, forward=passes.forward, backward=passes.backward, memory=memory())
+        _without_gradients(row.model)
+    for name in results:
+        if name != "foveate" and row.agree is not None:
+            found[name].agreement = row.agree(results["foveate"], results[name])
+    results = dict.fromkeys(results)
+    total = sum(found[name].seconds for name in results)
+    long = total > SECONDS
+    rounds = row.rounds or max(1, min(ROUNDS, int(SECONDS / max(total, 1e-6))))
+    times = {name: [found[name].seconds] if long else [] for name in results}
+    limits = [row.limit(found["foveate"])] if long and row.limit else []
+    for _ in range(rounds - long):
+        for name in results:
+            times[name].append(timed(jobs[name])[0])
+            _without_gradients(row.model)
+        if row.limit:
+            limits.append(row.limit(found["foveate"]))
+    ours = times["foveate"]
+    for name, values in times.items():
+        one = found[name]
+        one.seconds = statistics.median(values)
+        one.ratio, one.low, one.high = median([a / b for a, b in zip(values, ours, strict=True)])
+    over = median([a / b for a, b in zip(ours, limits, strict=True)]) if limits else (float("nan"),) * 3
+    limit = statistics.median(limits) if limits else float("nan")
+    return Outcome(row.part, row.title, list(found.values()), limit, *over, row.fewest, row.remark, rounds)
+
+
+def median(values: list[float], samples: int = 2000) -> tuple[float, float, float]:
+    """The median with a 95 % bootstrap interval; with fewer than five values their range."""
+    array = np.array(values)
+    if len(array) < 5:
+        return float(np.median(array)), float(array.min()), float(array.max())
+    draws = np.median(array[np.random.default_rng(0).integers(len(array), size=(samples, len(array)))], axis=1)
+    low, high = np.quantile(draws, [0.025, 0.975])
+    return float(np.median(array)), float(low), float(high)
+
+
+def _without_gradients(model: nn.Module | None) -> None:
+    """Some leave .grad on the parameters, which the next one's memory must not pay for."""
+    if model is not None:
+        model.zero_grad(set_to_none=True)
