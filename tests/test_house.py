@@ -28,6 +28,7 @@ FLOORS = [
         "noise",
         "guided",
         "memory",
+        "folding",
     },
     {"layers", "cut"},
     {"feature"},

@@ -802,7 +802,12 @@ class TestOneWalk:
     def test_what_is_swapped_in_goes_out_again(self) -> None:
         layer = nn.Linear(2, 2)
         before = dict(layer._parameters)
-        with pytest.raises(KeyboardInterrupt), swapped([(layer._parameters, "weight", torch.zeros(2, 2))]):
-            assert not layer.weight.any()
-            raise KeyboardInterrupt
+
+        def interrupted() -> None:
+            with swapped([(layer._parameters, "weight", torch.zeros(2, 2))]):
+                assert not layer.weight.any()
+                raise KeyboardInterrupt
+
+        with pytest.raises(KeyboardInterrupt):
+            interrupted()
         assert all(layer._parameters[name] is tensor for name, tensor in before.items())

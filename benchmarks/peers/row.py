@@ -20,8 +20,9 @@ from foveate.classifier import read_logits
 from foveate.memory import peak
 
 Job = Callable[[], Any]
-SECONDS = 25.0  # that a row's timed rounds may take; at least one round, at most ROUNDS
+SECONDS = 12.0  # that the timed rounds of one contestant may take; at least one, at most ROUNDS
 ROUNDS = 15
+LONG = 6.0  # seconds after which the run that is counted is a round as well
 
 
 @dataclass
@@ -68,6 +69,7 @@ class Contestant:
     memory: float = float("nan")
     agreement: str = ""
     error: str = ""
+    rounds: int = 0
 
 
 @dataclass
@@ -81,7 +83,6 @@ class Outcome:
     over_high: float
     fewest: str
     remark: str
-    rounds: int
 
     def record(self) -> dict[str, Any]:
         return asdict(self)
@@ -135,7 +136,7 @@ def timed(run: Job) -> tuple[float, Any]:
 
 
 def run(row: Row, device: torch.device) -> Outcome:
-    """All contestants of a row: once with passes and memory counted, then in turns for time.
+    """All contestants of a row: once with passes and memory counted, then in turns for time, each as often as it can.
 
     The counted run of a long job is its first round as well.
     """
@@ -159,36 +160,37 @@ def run(row: Row, device: torch.device) -> Outcome:
     for name in results:
         if name != "foveate" and row.agree is not None:
             found[name].agreement = row.agree(results["foveate"], results[name])
-    results = dict.fromkeys(results)
-    total = sum(found[name].seconds for name in results)
-    long = total > SECONDS
-    rounds = row.rounds or max(1, min(ROUNDS, int(SECONDS / max(total, 1e-6))))
-    times = {name: [found[name].seconds] if long else [] for name in results}
-    limits = [row.limit(found["foveate"])] if long and row.limit else []
-    for _ in range(rounds - long):
+    times = {name: [found[name].seconds] if found[name].seconds > LONG else [] for name in results}
+    wanted = {name: row.rounds or max(1, min(ROUNDS, int(SECONDS / max(found[name].seconds, 1e-6)))) for name in results}
+    limits: list[float] = []
+    for number in range(max(wanted.values())):
         for name in results:
-            times[name].append(timed(jobs[name])[0])
-            _without_gradients(row.model)
-        if row.limit:
+            if len(times[name]) < wanted[name]:
+                times[name].append(timed(jobs[name])[0])
+                _without_gradients(row.model)
+        if row.limit and number < wanted["foveate"]:
             limits.append(row.limit(found["foveate"]))
     ours = times["foveate"]
     for name, values in times.items():
         one = found[name]
-        one.seconds = statistics.median(values)
-        one.ratio, one.low, one.high = median([a / b for a, b in zip(values, ours, strict=True)])
-    over = median([a / b for a, b in zip(ours, limits, strict=True)]) if limits else (float("nan"),) * 3
+        one.seconds, one.rounds = statistics.median(values), len(values)
+        one.ratio, one.low, one.high = ratio(values, ours)
+    over = ratio(ours, limits) if limits else (float("nan"),) * 3
     limit = statistics.median(limits) if limits else float("nan")
-    return Outcome(row.part, row.title, list(found.values()), limit, *over, row.fewest, row.remark, rounds)
+    return Outcome(row.part, row.title, list(found.values()), limit, *over, row.fewest, row.remark)
 
 
-def median(values: list[float], samples: int = 2000) -> tuple[float, float, float]:
-    """The median with a 95 % bootstrap interval; with fewer than five values their range."""
-    array = np.array(values)
-    if len(array) < 5:
-        return float(np.median(array)), float(array.min()), float(array.max())
-    draws = np.median(array[np.random.default_rng(0).integers(len(array), size=(samples, len(array)))], axis=1)
+def ratio(a: list[float], b: list[float], samples: int = 2000) -> tuple[float, float, float]:
+    """The median of the rounds' own ratios a / b with a 95 % bootstrap interval.
+
+    Below five common rounds the ratio of medians, and what the extremes allow.
+    """
+    if len(a) != len(b) or len(a) < 5:
+        return statistics.median(a) / statistics.median(b), min(a) / max(b), max(a) / min(b)
+    ratios = np.array(a) / np.array(b)
+    draws = np.median(ratios[np.random.default_rng(0).integers(len(ratios), size=(samples, len(ratios)))], axis=1)
     low, high = np.quantile(draws, [0.025, 0.975])
-    return float(np.median(array)), float(low), float(high)
+    return float(np.median(ratios)), float(low), float(high)
 
 
 def _without_gradients(model: nn.Module | None) -> None:

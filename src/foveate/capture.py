@@ -348,7 +348,13 @@ class Capture:
 
     # -- running it again ------------------------------------------------------------------------------------------
 
-    def score(self, images: Tensor | Iterable[Tensor], target: T.Target | None = None, rows: Tensor | None = None) -> Tensor:
+    def score(
+        self,
+        images: Tensor | Iterable[Tensor],
+        target: T.Target | None = None,
+        rows: Tensor | None = None,
+        many: bool = False,
+    ) -> Tensor:
         """Run changed images: their logits ``[N,C]``, or their scores ``[N]`` where a target is given.
 
         The one place where changed images are run: in chunks bounded by memory, without a graph, channels-last, in
@@ -358,8 +364,10 @@ class Capture:
             images: ``[N,3,H,W]``, or an iterable of such tensors, so that no more than one needs to exist at a time.
             target: what to score them with.
             rows: the image of the batch that each was made from, ``[N]``; their order where it is None.
+            many: this is one of hundreds of images, worth folding batch norms into convolutions first; logits then differ
+                by rounding from those of a call without.
         """
-        pieces = list(self._run.logits(images))
+        pieces = list(self._run.logits(images, many))
         logits = torch.cat(pieces) if pieces else self.logits.detach()[:0]
         return self._scored(logits, target, rows)
 

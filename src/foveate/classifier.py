@@ -12,6 +12,9 @@ from torch import Tensor, nn
 
 from foveate.errors import FoveateError, NotFiniteError
 
+Place = tuple[dict[str, Any], str, Any]  # a dictionary of a module (its parameters, say), a name in it, and what to put there
+_ABSENT = object()
+
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
@@ -99,16 +102,19 @@ def modules_of(model: nn.Module) -> list[nn.Module]:
 
 
 @contextmanager
-def swapped(places: Sequence[tuple[dict[str, Any], str, Tensor]]) -> Iterator[None]:
-    """Other tensors in the parameters and buffers of modules, ``(dictionary, name, tensor)``; inside only, whatever happens."""
-    before = [(own, name, own[name]) for own, name, _ in places]
+def swapped(places: Sequence[Place]) -> Iterator[None]:
+    """Other tensors in the parameters and buffers of modules, or other things in their attributes; inside only."""
+    before = [(own, name, own.get(name, _ABSENT)) for own, name, _ in places]
     try:
-        for own, name, tensor in places:
-            own[name] = tensor
+        for own, name, value in places:
+            own[name] = value
         yield
     finally:
-        for own, name, tensor in before:
-            own[name] = tensor
+        for own, name, value in before:
+            if value is _ABSENT:
+                own.pop(name, None)
+            else:
+                own[name] = value
 
 
 @contextmanager

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from foveate.chunks import in_chunks
-from foveate.classifier import check_eval, eager, modules_of, read_logits, swapped
+from foveate.classifier import Place, check_eval, eager, modules_of, read_logits, swapped
 from foveate.errors import FoveateError
 from foveate.feature import Passes
+from foveate.folding import folded
 from foveate.linear_head import at_least_float32
 from foveate.memo import Memo
 from foveate.targets import Target
@@ -56,7 +57,8 @@ class Runner:
         self.precision: Precision = precision
         self.chunk = chunk
         self.passes = passes
-        self._frozen: list[tuple[dict[str, Any], str, Tensor]] | None = None
+        self._folded: list[Place] | None = None
+        self._frozen: list[Place] | None = None
         first = next((p for p in model.parameters() if p.is_floating_point()), None)
         self.device: torch.device | None = None if first is None else first.device
         self.dtype: torch.dtype | None = None if first is None else first.dtype
@@ -117,11 +119,22 @@ class Runner:
         self.passes.backward += len(images)
         return at_least_float32(gradient)
 
-    def logits(self, images: Tensor | Iterable[Tensor]) -> Iterable[Tensor]:
-        """Logits of changed images without a graph, a chunk at a time: channels-last, in bf16 where asked for."""
+    def logits(self, images: Tensor | Iterable[Tensor], many: bool = False) -> Iterable[Tensor]:
+        """Logits of changed images without a graph, a chunk at a time: channels-last, in bf16 where asked for.
+
+        Args:
+            many: there are hundreds of them, worth folding batch norms into convolutions first.
+        """
         check_eval(modules_of(self.model))
         for part in [images] if isinstance(images, Tensor) else images:
-            yield from in_chunks(self._plain, self.chunk_size((part.shape[-2], part.shape[-1])), part)
+            if many and self._folded is None and len(part):
+                with eager(modules_of(self.model)):
+                    self._folded, runs = folded(self.model, self.placed(part[:1].detach()), self.precision == "bf16")
+                self.passes.forward += runs
+            # Swapped for the time of a part alone: between two of them the model is the caller's.
+            with swapped(self._folded or [] if many else []):
+                pieces = list(in_chunks(self._plain, self.chunk_size((part.shape[-2], part.shape[-1])), part))
+            yield from pieces
 
     def _plain(self, images: Tensor) -> Tensor:
         images = self.placed(images.detach())
@@ -158,7 +171,7 @@ class Runner:
             raise FoveateError(f"the model cannot take images of shape {list(x.shape)}: {reason}") from error
 
 
-def _frozen(model: nn.Module) -> Iterator[tuple[dict[str, Any], str, Tensor]]:
+def _frozen(model: nn.Module) -> Iterator[Place]:
     """Where a model keeps its parameters, and what stands there for those that no gradient may reach.
 
     A model made in inference mode has parameters and buffers that no graph may hold: copies of them.

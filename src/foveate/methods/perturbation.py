@@ -90,7 +90,7 @@ def _weighted(capture: Capture, masks: RiseMasks, columns: int, values: Callable
         M = masks.part(numbers).to(x)  # [n,H,W]
         for b in range(len(x)):
             rows = torch.full((len(M),), b, device=x.device)
-            each = values(capture.score(maps.apply_mask(x[b : b + 1], M)), rows)  # [n,C]
+            each = values(capture.score(maps.apply_mask(x[b : b + 1], M), many=True), rows)  # [n,C]
             total[b] += torch.einsum("nc,nhw->chw", each.to(total.dtype), M)
     return total
 
@@ -152,7 +152,7 @@ def occlusion(
     lefts = range(0, width - wide + right, right)
     corners = torch.tensor([(top, left) for top in tops for left in lefts])
     x, hidden = capture.images, baseline_of(capture, baseline)
-    start = capture.score(x, target)  # [B]
+    start = capture.score(x, target, many=True)  # [B], run as the hidden ones are
     total = torch.zeros(len(x), height, width, device=x.device, dtype=start.dtype)
     covered = torch.zeros(height, width, device=x.device, dtype=start.dtype)
     for part in corners.split(capture.chunk_size()):
@@ -161,7 +161,7 @@ def occlusion(
         for b in range(len(x)):
             rows = torch.full((len(part),), b, device=x.device)
             seen = maps.apply_mask(x[b : b + 1], 1 - windows, hidden[b : b + 1])
-            drop = start[b] - capture.score(seen, target, rows)  # [n]
+            drop = start[b] - capture.score(seen, target, rows, many=True)  # [n]
             total[b] += torch.einsum("n,nhw->hw", drop, windows.to(drop.dtype))
     return total / covered
 

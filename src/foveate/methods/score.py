@@ -71,8 +71,8 @@ def score_cam(
 
 def _scorer(capture: Capture, target: Target, weighting: Weighting) -> Scorer:
     if weighting == "probability":
-        return lambda images, rows: target.rows(rows).log_probability(capture.score(images), capture.head).exp()
-    return lambda images, rows: capture.score(images, target, rows)
+        return lambda images, rows: target.rows(rows).log_probability(capture.score(images, many=True), capture.head).exp()
+    return lambda images, rows: capture.score(images, target, rows, many=True)
 
 
 @method("ablation_cam", title="Ablation-CAM", paper="Desai and Ramaswamy, WACV 2020, eq. 3 and 4", signed=True, repeats=True)

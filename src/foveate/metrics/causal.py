@@ -85,7 +85,7 @@ def insertion_deletion(
                 changed = (rank < several[:, None, None, None] * step)[:, :, None]  # [s,B,1,H,W]
                 yield torch.where(changed, *((capture.x, other) if shows else (other, capture.x))).flatten(0, 1)
 
-        inner = capture.score(parts())  # [(n-1)B,C]
+        inner = capture.score(parts(), many=True)  # [(n-1)B,C]
         inner_p = log_probability(inner, y.repeat(count - 1), capture.head).view(count - 1, len(y)).T  # [B,n-1]
         ends = [log_probability(known, y, capture.head)[:, None], whole[:, None]]
         curve = torch.cat([ends[0], inner_p, ends[1]] if shows else [ends[1], inner_p, ends[0]], 1).exp()
