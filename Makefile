@@ -1,10 +1,12 @@
-# make demo: the main job. make test: lint, types, quick tests. Each sets up its own virtual environment.
+# make demo: the main job. make test: lint, types, quick tests. make bench: beside the peers, DATA=folder for real weights.
+# Each sets up its own virtual environment.
 PYTHON ?= python3
 VENV := .venv
+BENCH := .venv-bench
 BIN := $(VENV)/bin
 TORCH := $(shell sed -n 's/^torch==//p' constraints.txt)
 
-.PHONY: demo test test-all lint format clean
+.PHONY: demo test test-all bench lint format clean
 
 # Torch comes first and alone: resolved together with the rest, pip may choose a newer build with gigabytes of CUDA.
 $(VENV)/done: pyproject.toml constraints.txt
@@ -31,9 +33,20 @@ test: lint
 test-all: lint
 	$(BIN)/python -m pytest -m ""
 
+$(BENCH)/done: pyproject.toml constraints.txt benchmarks/requirements.txt
+	$(PYTHON) -m venv $(BENCH)
+	$(BENCH)/bin/python -m pip install --quiet --disable-pip-version-check "torch==$(TORCH)" -c constraints.txt
+	$(BENCH)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e . -r benchmarks/requirements.txt
+	$(BENCH)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --no-deps quantus
+	touch $@
+
+# ROWS=cams,score for some of them. Stopped and started again, it goes on where it stopped.
+bench: $(BENCH)/done
+	$(BENCH)/bin/python -m benchmarks.peers $(DATA) --rows $(or $(ROWS),all) --out bench
+
 format: $(VENV)/dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) demo build *.egg-info src/*.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) $(BENCH) bench demo build *.egg-info src/*.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -100,7 +100,7 @@ def rows(networks: dict[str, Network]) -> Iterator[Row]:
                 network.passes.limit("forward", count, most=count),
                 f"{count} forward",
                 each_agrees(list(SIX)),
-                "Eigen-CAM: pytorch-grad-cam takes the singular vector with whatever sign it comes",
+                "pytorch-grad-cam adds 1e-6 to a denominator of Grad-CAM++ that is as small; Eigen-CAM's sign is chance there",
             )
 
 
@@ -115,5 +115,5 @@ def ablation(networks: dict[str, Network]) -> Iterator[Row]:
             network.passes.limit("forward", 1, most=1),
             "1 forward: behind the layer lies a linear head, whose drop has a closed form",
             maps_agree,
-            "pytorch-grad-cam sets a channel to below its least value and batches channels, each a pass of the whole network",
+            "pytorch-grad-cam runs all but the layer for each channel; in MobileNet-V2 the layer is nearly everything",
         )

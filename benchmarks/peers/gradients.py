@@ -47,7 +47,7 @@ def rows(networks: dict[str, Network]) -> Iterator[Row]:
             network.passes.limit("backward", SAMPLES),
             f"{SAMPLES} forward and backward",
             ranks_agree,
-            "each draws its own noise; Captum runs all copies at once",
+            "each draws its own noise (two seeds of foveate agree as well as this); Captum runs all copies at once",
         )
 
         def path(network: Network = network, one: Tensor = one, first: Tensor = first) -> Tensor:
@@ -83,5 +83,5 @@ def rows(networks: dict[str, Network]) -> Iterator[Row]:
             network.passes.limit("backward", 1, most=1),
             "1 forward and backward",
             maps_agree,
-            "pytorch-grad-cam runs on a copy (not counted): it puts new ReLUs, in training mode, in place of the model's own",
+            "pytorch-grad-cam has a copy, not counted: it leaves ReLUs in training mode behind; neither guides ReLU6",
         )

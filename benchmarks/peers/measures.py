@@ -70,8 +70,8 @@ def insertion(networks: dict[str, Network], count: int = 8, steps: int = 28) -> 
             network.passes.limit("forward", count * (2 * (steps - 1) + 1) + 1),
             f"{count} x (2 x {steps - 1} + 1) + 1 forward",
             numbers_agree,
+            "torch-cam's own maps here explain the probability, foveate's the logit; from one map both give the same areas",
         )
-
         yield deletion(network, count, steps)
 
 
@@ -139,7 +139,7 @@ def recognition(networks: dict[str, Network], count: int = 32) -> Iterator[Row]:
             network.passes.limit("forward", 2 * count),
             f"{2 * count} forward",
             numbers_agree,
-            "pytorch-grad-cam's drop is not relative to the probability, torch-cam has no AG",
+            "pytorch-grad-cam's drop is not relative to the probability; torch-cam explains the probability; neither has AG",
         )
 
 

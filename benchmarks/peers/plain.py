@@ -26,7 +26,7 @@ def rise(model: nn.Module, x: Tensor, target: int, masks: int, batch: int = 50, 
     return (torch.cat(scores)[:, None, None] * all_masks).sum(0) / (masks * keep)
 
 
-def extremal(model: nn.Module, x: Tensor, target: int, area: float, steps: int) -> Tensor:
+def extremal(model: nn.Module, x: Tensor, target: int, area: float, steps: int, lr: float = 0.01) -> Tensor:
     """Fong et al. 2019, equations 2 to 6, with the defaults of their code; ``[H,W]``."""
     side, stride, sigma, levels = x.shape[-1], 7, 21.0, 8
     pyramid = blur_pyramid(x, levels, 20.0)[:, 0]  # [L,3,H,W]
@@ -39,7 +39,7 @@ def extremal(model: nn.Module, x: Tensor, target: int, area: float, steps: int) 
     kernel = torch.exp(-2 * (distance - 0.5).clamp(min=0) ** 2).reshape(-1, 1, stride * stride)
     wanted = torch.ones(side * side, device=x.device)
     wanted[: math.ceil(side * side * (1 - area))] = 0
-    optimiser = torch.optim.SGD([parameters], 0.01, momentum=0.9, dampening=0.9)
+    optimiser = torch.optim.SGD([parameters], lr, momentum=0.9, dampening=0.9)
 
     def mask() -> Tensor:
         near = F.unfold(F.pad(parameters, (radius,) * 4), 2 * radius + 1)[0]  # [n^2,hw]

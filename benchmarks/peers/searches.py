@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import torch
 from benchmarks.peers import plain
-from benchmarks.peers.agreement import maps_agree, ranks_agree
+from benchmarks.peers.agreement import ranks_agree
 from benchmarks.peers.cams import of_foveate, of_pytorch_grad_cam, of_torch_cam
 from benchmarks.peers.networks import Network
 from benchmarks.peers.passes import Kind
@@ -89,6 +89,6 @@ def extremal(networks: dict[str, Network], steps: int = 40) -> Iterator[Row]:
             network.model,
             network.passes.limit("backward", steps * count, most=count),
             f"{steps * count} forward and backward of the network; the smooth mask is not in it",
-            maps_agree,
+            ranks_agree,
             "none of the four has it. Each pixel of the mask is a smooth maximum over 81 cells, as dear as part of a network",
         )
