@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -50,19 +52,18 @@ def x() -> Tensor:
 @pytest.mark.parametrize("affine", [True, False])
 def test_the_same_logits(x: Tensor, affine: bool) -> None:
     model = settled(Net(affine=affine))
-    places, runs = folded(model, x[:1], False)
+    places, runs = folded(model, x[:1])
     assert len(places) == 6 and runs == 2
     with swapped(places), torch.no_grad():
         assert model.norm(x.new_full((1, 6, 2, 2), 3)).eq(3).all()  # it hands on what it gets
         logits = model(x)
     torch.testing.assert_close(logits, model(x))
-    assert folded(model, x[:1], False)[1] == 0  # known by now
 
 
 @pytest.mark.parametrize("model", [Net(between=nn.ReLU(inplace=True)), Net(between=nn.Hardtanh(-0.1, 0.1))])
 def test_what_stands_between_a_convolution_and_its_norm_stays(model: nn.Module, x: Tensor) -> None:
     plain = settled(model)(x)
-    places, _ = folded(model, x[:1], False)
+    places, _ = folded(model, x[:1])
     assert len(places) == 3
     with swapped(places):
         torch.testing.assert_close(model(x), plain)
@@ -71,7 +72,7 @@ def test_what_stands_between_a_convolution_and_its_norm_stays(model: nn.Module, 
 
 def test_a_convolution_that_others_read_is_left_alone(x: Tensor) -> None:
     model = settled(Net(twice=True))
-    assert folded(model, x[:1], False) == ([], 2)
+    assert folded(model, x[:1]) == ([], 2)
     torch.testing.assert_close(Capture(model, x, "second").score(x, many=True), model(x))
 
 
@@ -85,8 +86,8 @@ def test_weights_are_read_anew(x: Tensor) -> None:
 
 
 def test_a_network_in_training_mode_or_without_norms_is_not_run(x: Tensor) -> None:
-    assert folded(settled(Net()).train(), x[:1], False) == ([], 0)
-    assert folded(nn.Sequential(nn.Conv2d(3, 2, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten()).double(), x[:1], False) == ([], 0)
+    assert folded(settled(Net()).train(), x[:1]) == ([], 0)
+    assert folded(nn.Sequential(nn.Conv2d(3, 2, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten()).double(), x[:1]) == ([], 0)
 
 
 def test_nothing_stays_on_the_model_when_it_raises(x: Tensor) -> None:
@@ -117,3 +118,50 @@ def test_half_precision_is_near(x: Tensor) -> None:
     exact, rough = (Capture(model, x.float(), "second", precision=p).score(x.float(), many=True) for p in ("fp32", "bf16"))
     assert rough.dtype == torch.float32
     assert 0 < (exact - rough).abs().max() < 0.03 * exact.abs().max()
+
+
+class Keywords(nn.Module):
+    """A norm called by keyword, and a head that works in float32 whatever autocast says."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm, self.head = nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6), nn.Linear(6, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.norm(input=self.conv(x))).mean((2, 3))
+        with torch.autocast("cpu", enabled=False):
+            return self.head(x.to(self.head.weight.dtype))
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_what_cannot_be_seen_is_left_alone(x: Tensor, precision: str) -> None:
+    model = settled(Keywords()).float()
+    logits = Capture(model, x.float(), "conv", precision=precision).score(x.float(), many=True)
+    torch.testing.assert_close(logits, model(x.float()), rtol=0.05, atol=0.05)
+
+
+def test_a_reader_that_was_silent_when_it_was_tried(x: Tensor) -> None:
+    model = settled(Net(twice=True))
+    torch.nn.init.zeros_(model.head.weight)
+    Capture(model, x, "second").score(x, many=True)
+    torch.nn.init.normal_(model.head.weight)
+    torch.testing.assert_close(Capture(model, x, "second").score(x, many=True), model(x))
+
+
+def test_threads_take_turns_on_a_model(x: Tensor) -> None:
+    model = settled(Net())
+    before = {name: (id(t), t.clone()) for name, t in model.state_dict(keep_vars=True).items()}
+    alone = explain(model, x, ["grad_cam", "rise"], layer="second", settings={"rise": {"masks": 20}})
+
+    def run(_: int) -> list[Tensor]:
+        found = explain(model, x, ["grad_cam", "rise"], layer="second", settings={"rise": {"masks": 20}})
+        return [found["grad_cam"], found["rise"]]
+
+    with ThreadPoolExecutor(4) as pool:
+        results = list(pool.map(run, range(16)))
+    for grad_cam, rise in results:
+        torch.testing.assert_close(grad_cam, alone["grad_cam"])
+        torch.testing.assert_close(rise, alone["rise"])
+    after = model.state_dict(keep_vars=True)
+    assert all(id(after[name]) == was and torch.equal(after[name], value) for name, (was, value) in before.items())
+    assert "forward" not in model.norm.__dict__ and all(isinstance(p, nn.Parameter) for p in model.parameters())

@@ -7,6 +7,7 @@ import json
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from benchmarks.peers import cams, gradients, losses, measures, page, processes, searches
@@ -32,6 +33,9 @@ PARTS: dict[str, Callable[[Networks], Iterator[Row]]] = {
 }
 
 
+CPU_ALONE = ("losses", "process")  # of another device than the one that is asked for
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.peers", description=__doc__)
     parser.add_argument("data", type=Path, nargs="?", help="folder with zoo.py, weights/ and imagenet/, for real weights")
@@ -40,26 +44,38 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("bench"))
     parser.add_argument("--again", action="store_true", help="measure rows anew that are in --out already")
     call = parser.parse_args()
-    wanted = list(PARTS) if call.rows == "all" else call.rows.split(",")
-    if unknown := [name for name in wanted if name not in PARTS]:
-        sys.exit(f"--rows {unknown[0]!r} is unknown: use {', '.join(PARTS)}")
-    call.out.mkdir(parents=True, exist_ok=True)
     device = torch.device(call.device)
+    parts = {name: rows for name, rows in PARTS.items() if device.type == "cpu" or name not in CPU_ALONE}
+    wanted = list(parts) if call.rows == "all" else call.rows.split(",")
+    if unknown := [name for name in wanted if name not in parts]:
+        sys.exit(f"--rows {unknown[0]!r} is unknown: use {', '.join(parts)}")
+    call.out.mkdir(parents=True, exist_ok=True)
     place = call.out / f"rows_{device.type}.json"
-    kept = {one["title"]: one for one in json.loads(place.read_text())["rows"]} if place.exists() else {}
-    machine = page.machine(device)
+    machine = page.machine(device, call.data is not None)
     print(machine, flush=True)
+    kept = known(place, machine)
     nets = networks(call.data, device)
     for part in wanted:
-        for row in PARTS[part](nets):
+        for row in parts[part](nets):
             if row.title in kept and not call.again:
                 continue
-            outcome = run(row, device).record()
-            kept[row.title] = outcome
-            print(page.line(outcome), flush=True)
+            kept[row.title] = run(row, device).record()
+            print(page.line(kept[row.title]), flush=True)
             place.write_text(json.dumps({"machine": machine, "rows": list(kept.values())}, indent=1), encoding="utf-8")
-    page.write(list(kept.values()), machine, call.out, device.type)
-    print(f"written: {call.out / 'performance.md'}, {call.out / 'performance.png'}")
+    print(f"written: {page.write(list(kept.values()), machine, call.out, device.type)}")
+
+
+def known(place: Path, machine: str) -> dict[str, dict[str, Any]]:
+    """Rows of an earlier run; those of another machine, version or data are set aside."""
+    if not place.exists():
+        return {}
+    document = json.loads(place.read_text(encoding="utf-8"))
+    if document["machine"] != machine:
+        aside = place.with_suffix(".old.json")
+        place.replace(aside)
+        print(f"{place} is of other versions, data or another machine: it is {aside} now", flush=True)
+        return {}
+    return {one["title"]: one for one in document["rows"]}
 
 
 if __name__ == "__main__":

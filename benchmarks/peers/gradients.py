@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
+from functools import partial
 
 import captum.attr
 import numpy as np
@@ -32,33 +33,35 @@ def rows(networks: dict[str, Network]) -> Iterator[Row]:
             maps_agree,
         )
         one, first = x[:1], y[:1]
-        spread = 0.15 * float(one.max() - one.min())
 
-        def smooth(network: Network = network, one: Tensor = one, first: Tensor = first, spread: float = spread) -> Tensor:
+        def smooth(at_once: int | None, network: Network = network, one: Tensor = one, first: Tensor = first) -> Tensor:
+            spread = 0.15 * float(one.max() - one.min())
             tunnel = captum.attr.NoiseTunnel(captum.attr.Saliency(network.model))
-            return tunnel.attribute(one, nt_samples=SAMPLES, stdevs=spread, target=first, abs=False).abs().amax(1)
+            given = {"nt_samples": SAMPLES, "nt_samples_batch_size": at_once, "stdevs": spread}
+            return tunnel.attribute(one, target=first, abs=False, **given).abs().amax(1)
 
         yield Row(
             "smooth",
             f"SmoothGrad, {network.name}, one image, {SAMPLES} samples",
-            of_foveate(network, ["smooth_grad"], 1, raw=True),
-            {"Captum": smooth},
+            of_foveate(network, ["smooth_grad"], 1, raw=True, settings={"smooth_grad": {"samples": SAMPLES}}),
+            {"Captum": partial(smooth, None), "Captum, 8 at once": partial(smooth, 8)},
             network.model,
             network.passes.limit("backward", SAMPLES),
             f"{SAMPLES} forward and backward",
             ranks_agree,
-            "each draws its own noise (two seeds of foveate agree as well as this); Captum runs all copies at once",
+            "each draws its own noise (two seeds of foveate agree as well); Captum runs all copies at once unless told",
         )
 
-        def path(network: Network = network, one: Tensor = one, first: Tensor = first) -> Tensor:
+        def path(at_once: int | None, network: Network = network, one: Tensor = one, first: Tensor = first) -> Tensor:
             integrated = captum.attr.IntegratedGradients(network.model)
-            return integrated.attribute(one, target=first, n_steps=SAMPLES, method="riemann_middle").sum(1)
+            given = {"n_steps": SAMPLES, "method": "riemann_middle", "internal_batch_size": at_once}
+            return integrated.attribute(one, target=first, **given).sum(1)
 
         yield Row(
             "path",
             f"Integrated gradients, {network.name}, one image, {SAMPLES} steps",
-            of_foveate(network, ["integrated_gradients"], 1, raw=True),
-            {"Captum": path},
+            of_foveate(network, ["integrated_gradients"], 1, raw=True, settings={"integrated_gradients": {"steps": SAMPLES}}),
+            {"Captum": partial(path, None), "Captum, 8 at once": partial(path, 8)},
             network.model,
             network.passes.limit("backward", SAMPLES),
             f"{SAMPLES} forward and backward",

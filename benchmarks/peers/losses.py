@@ -21,12 +21,14 @@ def rows() -> Iterator[Row]:
             return timed(plain)[0]  # type: ignore[arg-type]
 
         for loss in LOSSES.all():
-            run = step(*load(name, size, count, loss))
+            module, batch = load(name, size, count, loss)
+            run = step(module, batch)
             run()
             yield Row(
                 "losses",
                 f"Training step with {loss}, {name.partition(':')[2]}, {count} images of {size} pixels",
                 run,
+                model=module.model,
                 limit=limit,
                 fewest="a step with cross-entropy alone",
                 remark="a gradient of a gradient: two backward passes more, and slower ones" if "gradients" in loss else "",

@@ -17,8 +17,8 @@ PACKAGES = ("torch", "timm", "grad-cam", "captum", "torchcam", "quantus")
 Outcome = dict[str, Any]
 
 
-def machine(device: torch.device) -> str:
-    """Processor or GPU, threads, and the versions of everybody."""
+def machine(device: torch.device, real: bool) -> str:
+    """Processor or GPU, threads, the versions of everybody, and which weights ran."""
     names = re.findall(r"model name\s*:\s*(.+)", cpu.read_text()) if (cpu := Path("/proc/cpuinfo")).exists() else []
     chip = torch.cuda.get_device_name(device) if device.type == "cuda" else (names[0] if names else platform.processor())
     half = "" if device.type == "cuda" else f", bf16 instructions: {'yes' if _has_bf16() else 'no'}"
@@ -28,7 +28,9 @@ def machine(device: torch.device) -> str:
             found.append(f"{package} {version(package)}")
         except PackageNotFoundError:
             found.append(f"no {package}")
-    return f"{chip}, {torch.get_num_threads()} threads{half}; Python {platform.python_version()}, {', '.join(found)}"
+    weights = "ResNet-50 with random weights, MobileNet-V2 with " + ("real ones on photographs" if real else "random ones")
+    python = platform.python_version()
+    return f"{chip}, {torch.get_num_threads()} threads{half}; Python {python}, {', '.join(found)}; {weights}"
 
 
 def _has_bf16() -> bool:
@@ -39,13 +41,23 @@ def _has_bf16() -> bool:
 def seconds(value: float) -> str:
     if math.isnan(value):
         return "–"
-    return f"{value * 1000:.2g} ms" if value < 0.0995 else f"{value * 1000:.0f} ms" if value < 1 else f"{value:.3g} s"
+    return (
+        f"{value * 1000:.2g} ms"
+        if value < 0.0995
+        else f"{value * 1000:.0f} ms"
+        if value < 1
+        else f"{value:.3g} s"
+        if value < 999
+        else f"{value:.0f} s"
+    )
 
 
 def ratio(value: float, low: float, high: float) -> str:
     if math.isnan(value):
         return "–"
     digits = 2 if value < 10 else 1 if value < 100 else 0
+    if math.isnan(low):
+        return f"{value:.{digits}f}, once"
     return f"{value:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
 
 
@@ -128,8 +140,10 @@ def picture(rows: list[Outcome], path: Path) -> None:
     plt.close(figure)
 
 
-def write(rows: list[Outcome], machine: str, out: Path, device: str) -> None:
+def write(rows: list[Outcome], machine: str, out: Path, device: str) -> Path:
+    """The page and its picture beside it; the page's path."""
     name = "performance" if device == "cpu" else f"performance_{device}"
     text = f"{machine}\n\n{table(rows)}\n\n{limits(rows)}\n"
     (out / f"{name}.md").write_text(text, encoding="utf-8")
     picture(rows, out / f"{name}.png")
+    return out / f"{name}.md"

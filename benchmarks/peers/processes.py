@@ -78,7 +78,7 @@ def rows() -> Iterator[Row]:
 def cold(folder: Path) -> Iterator[Row]:
     photo = folder / "photo.png"
     images.to_image(noise(1)[0]).save(photo)
-    explain = f"-m foveate explain {photo} --model torchvision:mobilenet_v2 --out {folder / 'explained'}".split()
+    explain = ["-m", "foveate", "explain", str(photo), "--model", "torchvision:mobilenet_v2", "--out", str(folder / "out")]
     by_hand = process("-c", PREAMBLE + BY_HAND, str(photo))
     yield Row(
         "cold",
@@ -94,10 +94,8 @@ def cold(folder: Path) -> Iterator[Row]:
 def growth(networks: dict[str, Network]) -> Iterator[Row]:
     network = networks["MobileNet-V2"]
     for count in (1, 10, 100, 1000):
-        data = [
-            Batch(x := network.x.repeat(2, 1, 1, 1)[: min(8, count - start)], network.y[: len(x)])
-            for start in range(0, count, 8)
-        ]
+        starts = range(0, count, 8)
+        data = [Batch(network.x[: min(8, count - start)], network.y[: min(8, count - start)]) for start in starts]
         yield Row(
             "growth",
             f"AD, AG, AI of Grad-CAM, {network.name}, {count} images in batches of 8",
@@ -117,8 +115,8 @@ def growth(networks: dict[str, Network]) -> Iterator[Row]:
             )["rise"],
             {"after the paper": lambda x=x, y=y, masks=masks: plain.rise(network.model, x, y, masks)[None]},
             network.model,
-            network.passes.limit("forward", masks, size=size, most=8),
-            f"{masks} forward of that size",
+            network.passes.limit("folded", masks, size=size, most=8),
+            f"{masks} forward of that size, batch norms folded",
             ranks_agree,
         )
 
@@ -135,8 +133,8 @@ def two(folder: Path, count: int = 64) -> Iterator[Row]:
     def evaluation(devices: int) -> Callable[[], None]:
         def run() -> None:
             with tempfile.TemporaryDirectory() as out:
-                command = f"-m foveate evaluate {source} --model torchvision:mobilenet_v2 --methods grad_cam --metrics AD,I,D"
-                process(*command.split(), "--devices", str(devices), "--out", out)()
+                what = ["--model", "torchvision:mobilenet_v2", "--methods", "grad_cam", "--metrics", "AD,I,D", "--devices"]
+                process("-m", "foveate", "evaluate", str(source), *what, str(devices), "--out", out)()
 
         return run
 

@@ -20,7 +20,7 @@ from foveate.classifier import read_logits
 from foveate.memory import peak
 
 Job = Callable[[], Any]
-SECONDS = 12.0  # that the timed rounds of one contestant may take; at least one, at most ROUNDS
+SECONDS = 8.0  # that the timed rounds of one contestant may take; at least one, at most ROUNDS
 ROUNDS = 15
 LONG = 6.0  # seconds after which the run that is counted is a round as well
 
@@ -30,7 +30,7 @@ class Row:
     """One job.
 
     Args:
-        part: of the benchmark: a name for ``--rows``.
+        part: its group.
         title: the job in words, network and batch included.
         ours: foveate's run.
         peers: the others' runs by name.
@@ -142,24 +142,25 @@ def run(row: Row, device: torch.device) -> Outcome:
     """
     jobs = {"foveate": row.ours, **row.peers}
     found: dict[str, Contestant] = {}
-    times: dict[str, list[float]] = {}
     results: dict[str, Any] = {}
     for name, job in jobs.items():
+        before = state(row.model)
         with counted(row.model) as passes, peak(device) as memory:
             try:
                 seconds, results[name] = timed(job)
+                megabytes = memory() if row.model is not None else float("nan")  # not of other processes
+                found[name] = Contestant(name, seconds, forward=passes.forward, backward=passes.backward, memory=megabytes)
             except Exception as error:  # a peer that cannot do it is a result
                 if name == "foveate":
                     raise
-                found[name] = Contestant(
-                    name, float("nan"), error=f"{type(error).__name__}: {str(error).splitlines()[0][:120]}"
-                )
-                continue
-            found[name] = Contestant(name, seconds, forward=passes.forward, backward=passes.backward, memory=memory())
+                found[name] = Contestant(name, float("nan"), error=f"{type(error).__name__}: {str(error)[:120]}")
         _without_gradients(row.model)
+        if state(row.model) != before:
+            raise RuntimeError(f"{row.title}: {name} leaves the model changed, and the others would be measured on that")
     for name in results:
         if name != "foveate" and row.agree is not None:
             found[name].agreement = row.agree(results["foveate"], results[name])
+    results = dict.fromkeys(results)
     times = {name: [found[name].seconds] if found[name].seconds > LONG else [] for name in results}
     wanted = {name: row.rounds or max(1, min(ROUNDS, int(SECONDS / max(found[name].seconds, 1e-6)))) for name in results}
     limits: list[float] = []
@@ -181,16 +182,25 @@ def run(row: Row, device: torch.device) -> Outcome:
 
 
 def ratio(a: list[float], b: list[float], samples: int = 2000) -> tuple[float, float, float]:
-    """The median of the rounds' own ratios a / b with a 95 % bootstrap interval.
+    """The median of the common rounds' own ratios a / b with a 95 % bootstrap interval.
 
-    Below five common rounds the ratio of medians, and what the extremes allow.
+    Of two to four rounds the interval is their range; a single round has none (not a number).
     """
-    if len(a) != len(b) or len(a) < 5:
-        return statistics.median(a) / statistics.median(b), min(a) / max(b), max(a) / min(b)
-    ratios = np.array(a) / np.array(b)
+    ratios = np.array([x / y for x, y in zip(a, b, strict=False)])
+    middle = float(np.median(ratios))
+    if len(ratios) < 5:
+        return (middle, float(ratios.min()), float(ratios.max())) if len(ratios) > 1 else (middle, float("nan"), float("nan"))
     draws = np.median(ratios[np.random.default_rng(0).integers(len(ratios), size=(samples, len(ratios)))], axis=1)
     low, high = np.quantile(draws, [0.025, 0.975])
-    return float(np.median(ratios)), float(low), float(high)
+    return middle, float(low), float(high)
+
+
+def state(model: nn.Module | None) -> list[Any]:
+    """What a job must leave as it was: modules, modes, numbers of hooks, gradient flags, versions of parameters."""
+    if model is None:
+        return []
+    modules = [(id(m), m.training, len(m._forward_hooks), len(m._backward_hooks)) for m in model.modules()]
+    return [*modules, *((id(p), p.requires_grad, p._version) for p in model.parameters())]
 
 
 def _without_gradients(model: nn.Module | None) -> None:

@@ -468,6 +468,7 @@ class Capture:
             self._features[L.INPUT].kept = x
             self._features[L.INPUT].read_as = L.Layout("nchw", *self.size)
         with ExitStack() as stack:
+            stack.enter_context(self._run.lock)
             stack.enter_context(torch.enable_grad())
             stack.enter_context(eager(modules))
             if self._guide is not None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import threading
 import warnings
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
@@ -14,6 +16,8 @@ from foveate.errors import FoveateError, NotFiniteError
 
 Place = tuple[dict[str, Any], str, Any]  # a dictionary of a module (its parameters, say), a name in it, and what to put there
 _ABSENT = object()
+_LOCK = threading.Lock()
+_locks: weakref.WeakKeyDictionary[nn.Module, threading.RLock] = weakref.WeakKeyDictionary()
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -99,6 +103,12 @@ def modules_of(model: nn.Module) -> list[nn.Module]:
             found[module] = None
             waiting.extend(reversed(module._modules.values()))
     return list(found)
+
+
+def lock_of(model: nn.Module) -> threading.RLock:
+    """The lock of a model: hooks and swapped tensors of one thread are no other thread's business, so runs take turns."""
+    with _LOCK:
+        return _locks.setdefault(model, threading.RLock())
 
 
 @contextmanager

@@ -232,10 +232,11 @@ class Plan:
             shared.cpu().numpy(),
         )
         known: list[tuple[str, Tensor, dict[str, np.ndarray]]] = []
+        costed = number < COSTED_BATCHES and any(metric.name == "cost" for metric, _ in scored)
         for record in self.records:
-            if number == 0 and not record.repeats:  # the first run of anything is slower than those that follow
+            if costed and number == 0 and not record.repeats:  # the first run of anything is slower than those that follow
                 record(capture, None, target, **self.own.get(record.name, {}))
-            raw, spent, facts = self._map(model, capture, batch, record, target, number < COSTED_BATCHES)
+            raw, spent, facts = self._map(model, capture, batch, record, target, costed)
             part.degenerate[record.name] = int(maps.is_constant(maps.relu(raw)).sum())
             M = self._prepared(raw, capture.size)
             own = self.own.get(record.name, {})

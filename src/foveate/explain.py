@@ -25,7 +25,7 @@ from foveate.targets import Head, Target, strongest_other
 Methods = str | Method | Sequence[str | Method]
 Layers = str | nn.Module | Sequence[str | nn.Module]
 Settings = Mapping[str, Mapping[str, Any]]
-MOST_FROM_IMAGE = 8  # images whose whole graph is kept; a larger batch runs again for the image's gradient, in chunks
+MOST_FROM_IMAGE = 8 * 224 * 224  # pixels whose whole graph is kept; more run again for the image's gradient, in chunks
 
 
 @dataclass(frozen=True)
@@ -161,7 +161,7 @@ def explain_each(
 def _captured(records: Sequence[Method], model: nn.Module, x: Tensor, layer: Layers, **options: Any) -> Capture:
     """The run that all methods share; it begins at the image where one of them wants the image's gradient, guided or not."""
     needs = {need for record in records for need in record.needs}
-    if needs.isdisjoint(("image_gradient", "relu")) or not isinstance(x, Tensor) or len(x) > MOST_FROM_IMAGE:
+    if needs.isdisjoint(("image_gradient", "relu")) or not isinstance(x, Tensor) or x.numel() > 3 * MOST_FROM_IMAGE:
         return Capture(model, x, layer, **options)
     if "relu" in needs:
         with suppress(FoveateError):  # no ReLU here: the method itself says so

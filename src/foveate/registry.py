@@ -10,6 +10,7 @@ import difflib
 import importlib
 import inspect
 import pkgutil
+import threading
 import typing
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -173,6 +174,7 @@ class Register(Generic[Record]):
         self.fallbacks: list[Callable[[str], Record | None]] = []  # asked for names that are not in the register
         self._records: dict[str, Record] = {}
         self._read = False
+        self._lock = threading.RLock()
 
     def add(self, record: Record) -> None:
         """Put a record under its name and aliases.
@@ -243,16 +245,17 @@ class Register(Generic[Record]):
         return None
 
     def _read_folder(self) -> None:
-        if self._read:
-            return
-        self._read = True  # before the imports, which look names up themselves
-        try:
-            package = importlib.import_module(self.folder)
-            for module in pkgutil.iter_modules(package.__path__):
-                importlib.import_module(f"{self.folder}.{module.name}")
-        except BaseException:
-            self._read = False
-            raise
+        with self._lock:  # another thread waits until all of it is there
+            if self._read:
+                return
+            self._read = True  # before the imports, which look names up themselves
+            try:
+                package = importlib.import_module(self.folder)
+                for module in pkgutil.iter_modules(package.__path__):
+                    importlib.import_module(f"{self.folder}.{module.name}")
+            except BaseException:
+                self._read = False
+                raise
 
 
 def _place(record: Method | Metric | Loss) -> tuple[str, str]:

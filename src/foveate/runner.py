@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from foveate.chunks import in_chunks
-from foveate.classifier import Place, check_eval, eager, modules_of, read_logits, swapped
+from foveate.classifier import Place, check_eval, eager, lock_of, modules_of, read_logits, swapped
 from foveate.errors import FoveateError
 from foveate.feature import Passes
 from foveate.folding import folded
@@ -57,6 +57,7 @@ class Runner:
         self.precision: Precision = precision
         self.chunk = chunk
         self.passes = passes
+        self.lock = lock_of(model)
         self._folded: list[Place] | None = None
         self._frozen: list[Place] | None = None
         first = next((p for p in model.parameters() if p.is_floating_point()), None)
@@ -84,13 +85,14 @@ class Runner:
 
     def __call__(self, x: Tensor) -> Any:
         """The model on ``x``, with parameters that no gradient reaches where the capture is frozen."""
-        return self.detached(x) if self.frozen else self._guarded(self.live, x)
+        with self.lock:
+            return self.detached(x) if self.frozen else self._guarded(self.live, x)
 
     def detached(self, x: Tensor) -> Any:
         """The model on ``x`` with parameters that no gradient reaches."""
         if self._frozen is None:  # once: an optimisation calls the model a hundred times
             self._frozen = list(_frozen(self.model))
-        with swapped(self._frozen):
+        with self.lock, swapped(self._frozen):
             return self._guarded(self.model, x)
 
     def differentiable(self, images: Tensor, cast: bool = False) -> Tensor:
@@ -127,13 +129,14 @@ class Runner:
         """
         check_eval(modules_of(self.model))
         for part in [images] if isinstance(images, Tensor) else images:
-            if many and self._folded is None and len(part):
-                with eager(modules_of(self.model)):
-                    self._folded, runs = folded(self.model, self.placed(part[:1].detach()), self.precision == "bf16")
-                self.passes.forward += runs
-            # Swapped for the time of a part alone: between two of them the model is the caller's.
-            with swapped(self._folded or [] if many else []):
-                pieces = list(in_chunks(self._plain, self.chunk_size((part.shape[-2], part.shape[-1])), part))
+            with self.lock:
+                if many and self._folded is None and len(part):
+                    with eager(modules_of(self.model)):
+                        self._folded, passes = folded(self.model, self.placed(part[:1].detach()))
+                    self.passes.forward += passes
+                # Swapped for the time of a part alone: between two of them the model is the caller's.
+                with swapped(self._folded or [] if many else []):
+                    pieces = list(in_chunks(self._plain, self.chunk_size((part.shape[-2], part.shape[-1])), part))
             yield from pieces
 
     def _plain(self, images: Tensor) -> Tensor:

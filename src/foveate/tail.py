@@ -38,4 +38,10 @@ def tail_behind(run: Runner, feature: Feature, x: Tensor, logits: Tensor) -> tup
             stacklevel=4,
         )
     last = cut or replaced
-    return lambda A, rows: at_least_float32(last(L.from_grid(A.to(raw.dtype), raw[rows], layout), rows)), cut is not None
+
+    def rest(activations: Tensor, rows: Tensor) -> Tensor:
+        native = L.from_grid(activations.to(raw.dtype), raw[rows], layout)
+        with run.lock:
+            return at_least_float32(last(native, rows))
+
+    return rest, cut is not None

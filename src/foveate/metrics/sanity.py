@@ -97,7 +97,8 @@ def randomisation(
     """
     explained = _needed(explained, "randomisation")
     ranks, structure = [], []
-    for changed in _forgetful(capture, (mode, stages, init, seed, reset_buffers)):
+    from_image = "image_gradient" in explained.method.needs
+    for changed in _forgetful(capture, (mode, stages, init, seed, reset_buffers), from_image):
         try:
             if changed is None:
                 raise FoveateError("this random network gives no logits")
@@ -112,21 +113,22 @@ def randomisation(
     return {name: curve.nanmean(1) for name, curve in curves.items()} | {f"{n}_curve": curve for n, curve in curves.items()}
 
 
-def _forgetful(capture: Capture, how: tuple[Mode, int, Init, int, bool]) -> Iterator[Capture | None]:
+def _forgetful(capture: Capture, how: tuple[Mode, int, Init, int, bool], from_image: bool) -> Iterator[Capture | None]:
     """Captures of the randomised networks: kept for the other methods of this batch, so that each runs once for all of them.
 
-    Networks too large for that are made anew each time.
+    Networks too large for that are made anew each time, and so are those whose graph begins at the image, which is larger.
     """
     kept = _captures.setdefault(capture, {})
-    if how in kept:
+    if how in kept and not from_image:
         yield from kept[how]
         return
     size = sum(p.numel() * p.element_size() for p in capture.model.parameters())
-    keep = size * len(stages_of(capture.model, how[1])) <= KEPT_BYTES
+    keep = not from_image and size * len(stages_of(capture.model, how[1])) <= KEPT_BYTES
     made: list[Capture | None] = []
     for _, changed in randomized(capture.model, *how):
+        model = copy.deepcopy(changed) if keep else changed
         try:
-            one = capture.again(capture.x, model=copy.deepcopy(changed) if keep else changed)
+            one = capture.again(capture.x, model=model, from_image=from_image)
         except FoveateError:  # NaN, or nothing at the layer
             one = None
         made += [one] if keep else []
