@@ -206,9 +206,9 @@ def test_random_networks_run_once_for_all_methods(monkeypatch: pytest.MonkeyPatc
 
     tables: list[dict[tuple[str, str], np.ndarray]] = []
     one, four = forwards(["grad_cam"]), forwards(["grad_cam", "hires_cam", "layer_cam", "xgrad_cam"])
-    assert four - one == 3 * 2  # a capture a method for what it costs, and no more
+    assert four == one
     monkeypatch.setattr(sanity, "KEPT_BYTES", 0)
-    assert forwards(["grad_cam", "layer_cam"]) > one + 2
+    assert forwards(["grad_cam", "layer_cam"]) > one
     for key in tables[0]:
         np.testing.assert_array_equal(tables[0][key], tables[1][key])
         np.testing.assert_array_equal(tables[0][key], tables[2][key])

@@ -41,15 +41,9 @@ def _has_bf16() -> bool:
 def seconds(value: float) -> str:
     if math.isnan(value):
         return "–"
-    return (
-        f"{value * 1000:.2g} ms"
-        if value < 0.0995
-        else f"{value * 1000:.0f} ms"
-        if value < 1
-        else f"{value:.3g} s"
-        if value < 999
-        else f"{value:.0f} s"
-    )
+    if value < 1:
+        return f"{value * 1000:.2g} ms" if value < 0.0995 else f"{value * 1000:.0f} ms"
+    return f"{value:.3g} s" if value < 999 else f"{value:.0f} s"
 
 
 def ratio(value: float, low: float, high: float) -> str:
