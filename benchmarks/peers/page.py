@@ -57,17 +57,19 @@ def ratio(value: float, low: float, high: float) -> str:
 
 def line(one: Outcome) -> str:
     """A row as it comes, for the terminal."""
-    ours = one["contestants"][0]
-    text = f"{one['title']}: {seconds(ours['seconds'])}, {ours['forward']}+{ours['backward']} passes, {ours['memory']:.0f} MB"
+    ours, others = one["contestants"][0], one["contestants"][1:]
+    text = f"{one['title']}: {seconds(ours['seconds'])}{_counted(ours)}"
     if not math.isnan(one["over_limit"]):
         text += f"; {ratio(one['over_limit'], one['over_low'], one['over_high'])} of its limit"
-    for other in one["contestants"][1:]:
-        text += f"\n    {other['name']}: " + (
-            other["error"]
-            or f"x {ratio(other['ratio'], other['low'], other['high'])}, {other['forward']}+{other['backward']} passes, "
-            f"{other['memory']:.0f} MB, {other['agreement']}"
-        )
+    for other in others:
+        found = other["error"] or f"x {ratio(other['ratio'], other['low'], other['high'])}{_counted(other)}"
+        text += f"\n    {other['name']}: {found}" + (f", {other['agreement']}" if other["agreement"] else "")
     return text
+
+
+def _counted(who: dict[str, Any]) -> str:
+    passes = f", {who['forward']}+{who['backward']} passes" if who["forward"] else ""
+    return passes + ("" if math.isnan(who["memory"]) else f", {who['memory']:.0f} MB")
 
 
 def table(rows: list[Outcome]) -> str:

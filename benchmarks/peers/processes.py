@@ -50,7 +50,7 @@ from pytorch_grad_cam.utils.image import show_cam_on_image
 model = torchvision.models.mobilenet_v2().eval()
 x = resize(pil_to_tensor(Image.open(sys.argv[1]).convert("RGB")) / 255, [224, 224])[None]
 with GradCAM(model, [model.features]) as cam:
-    found = cam(input_tensor=x)[0]
+    found = cam(input_tensor=x, targets=None)[0]
 Image.fromarray(show_cam_on_image(x[0].permute(1, 2, 0).numpy(), found, use_rgb=True)).save(sys.argv[2])
 """
 
