@@ -123,11 +123,12 @@ def picture(rows: list[Outcome], path: Path) -> None:
             axes.plot(who["ratio"], height, "o", color=colour, markersize=5)
     axes.axvline(1, color="black", linewidth=1)
     axes.set_xscale("log")
+    axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
     axes.set_yticks(range(len(shown)), [one["title"] for one in reversed(shown)], fontsize=7.5)
     axes.set_xlabel("times foveate's time (the median of rounds in turns, and its interval)")
     axes.set_ylim(-0.7, len(shown) - 0.3)
     handles = [plt.Line2D([], [], marker="o", linestyle="", color=c, label=name) for name, c in colours.items()]
-    handles.append(plt.Line2D([], [], marker="o", linestyle="", color="#7f7f7f", label="after the paper, or one process"))
+    handles.append(plt.Line2D([], [], marker="o", linestyle="", color="#7f7f7f", label="after the paper, or foveate otherwise"))
     axes.legend(handles=handles, fontsize=7.5, ncols=5, loc="lower center", bbox_to_anchor=(0.3, 1.0), frameon=False)
     for side in ("top", "right", "left"):
         axes.spines[side].set_visible(False)
