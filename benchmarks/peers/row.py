@@ -40,6 +40,7 @@ class Row:
         fewest: those passes in words.
         agree: two results to a sentence on how far they agree.
         remark: what a reader should know of this row.
+        trains: it is a training step, which changes the model.
         rounds: how often, where the time of the first run shall not decide.
     """
 
@@ -53,6 +54,7 @@ class Row:
     agree: Callable[[Any, Any], str] | None = None
     remark: str = ""
     rounds: int | None = None
+    trains: bool = False
 
 
 @dataclass
@@ -144,7 +146,7 @@ def run(row: Row, device: torch.device) -> Outcome:
     found: dict[str, Contestant] = {}
     results: dict[str, Any] = {}
     for name, job in jobs.items():
-        before = state(row.model)
+        before = [] if row.trains else state(row.model)
         with counted(row.model) as passes, peak(device) as memory:
             try:
                 seconds, results[name] = timed(job)
@@ -155,7 +157,7 @@ def run(row: Row, device: torch.device) -> Outcome:
                     raise
                 found[name] = Contestant(name, float("nan"), error=f"{type(error).__name__}: {str(error)[:120]}")
         _without_gradients(row.model)
-        if state(row.model) != before:
+        if not row.trains and state(row.model) != before:
             raise RuntimeError(f"{row.title}: {name} leaves the model changed, and the others would be measured on that")
     for name in results:
         if name != "foveate" and row.agree is not None:
