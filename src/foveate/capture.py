@@ -260,8 +260,8 @@ class Capture:
         if images is None:
             if id(target) not in self._by_image:
                 self._kept.append(target)
-                again = not self.from_image
-                self._by_image[id(target)] = self.image_gradient(target, self.images) if again else self._to_image(target)
+                own = self._to_image(target) if self.from_image else self.image_gradient(target, self.images)
+                self._by_image[id(target)] = own
             return self._by_image[id(target)]
         if rows is None:
             rows = torch.arange(len(images), device=images.device)
