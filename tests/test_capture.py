@@ -7,6 +7,7 @@ import gc
 import warnings
 from collections import OrderedDict
 from types import SimpleNamespace
+from typing import Literal
 
 import pytest
 import torch
@@ -368,6 +369,32 @@ class TestModelsPeopleHave:
         model = self.network.to(memory_format=torch.channels_last)
         saliency = grad_cam(model, self.x.contiguous(memory_format=torch.channels_last))
         torch.testing.assert_close(saliency, self.expected, rtol=1e-4, atol=1e-6)
+
+    @pytest.mark.parametrize(
+        ("count", "side", "groups", "precision", "last"),
+        [
+            (1, 224, 1, "fp32", False),
+            (3, 64, 1, "fp32", False),
+            (4, 64, 1, "fp32", True),
+            (2, 224, 1, "fp32", True),
+            (1, 320, 1, "fp32", True),
+            (1, 224, 3, "fp32", True),
+            (1, 64, 1, "bf16", True),
+        ],
+    )
+    def test_pixels_and_depthwise_convolutions_choose_the_layout(
+        self, count: int, side: int, groups: int, precision: Literal["fp32", "bf16"], last: bool
+    ) -> None:
+        seen = []
+        first = nn.Conv2d(3, 6, 3, stride=16, groups=groups)
+        first.register_forward_hook(
+            lambda m, inputs, y: seen.append(inputs[0].is_contiguous(memory_format=torch.channels_last))
+        )
+        model = nn.Sequential(first, nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, 3)).eval()
+        capture = Capture(model, torch.rand(1, 3, 32, 32), "1", precision=precision)
+        seen.clear()
+        capture.score(torch.rand(count, 3, side, side))
+        assert seen[0] == last
 
     def test_normalized(self) -> None:
         model = normalized(self.network, (0.5, 0.4, 0.3), (0.2, 0.3, 0.4))

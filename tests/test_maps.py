@@ -73,6 +73,16 @@ def test_prepare_refuses(S: torch.Tensor, match: str) -> None:
         maps.prepare(S, (4, 4))
 
 
+def test_all_at_once_is_each_alone() -> None:
+    raw = {f"m{i}": torch.randn(3, *((4, 4) if i % 3 else (5, 7)), dtype=torch.float64 if i == 4 else None) for i in range(70)}
+    raw["flat"], raw["whole"] = torch.ones(3, 4, 4), torch.randn(3, 8, 8)
+    together = maps.prepare_all(raw, (8, 8))
+    assert list(together) == list(raw)
+    for name, saliency in raw.items():
+        torch.testing.assert_close(together[name], maps.prepare(saliency, (8, 8)), rtol=0, atol=1e-6)
+    assert maps.prepare_all({}, (8, 8)) == {}
+
+
 def test_unknown_scaling() -> None:
     with pytest.raises(FoveateError, match="scaling 'minmax' is unknown"):
         maps.scale(torch.rand(1, 2, 2), "minmax")

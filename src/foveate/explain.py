@@ -39,7 +39,7 @@ class Explanation:
         targets: the same for each method: a contrast where the method makes one of it.
         layer: the layer that was looked at, or several, separated by commas.
         completeness_error: for methods that promise it, ``[B]``, relative to the score; None elsewhere.
-        seconds: time of each method, beyond the one run that all share.
+        seconds: time of each method, beyond what all share: the run, and growing maps to the size of the images.
         degenerate: for each method which of its maps say nothing, ``[B]`` bool.
         facts: for each method what else it knows of its maps, such as the sparsity that CASO reached: ``{name: [B]}``.
         remarks: for each method the same for people, one sentence an image, or none.
@@ -208,6 +208,7 @@ def _answer(
             if refused is None:
                 raise
             refused[f"{record.name} for {question}" if question else record.name] = str(error)
+    explanation.maps.update(maps.prepare_all(explanation.raw, capture.size))
     return explanation
 
 
@@ -225,7 +226,7 @@ def _run(record: Method, explanation: Explanation, settings: Mapping[str, Any], 
     start = time.perf_counter()
     raw = run(capture, capture.layer, target, **settings).detach()
     explanation.facts[record.name], explanation.remarks[record.name] = capture.facts, capture.remarks
-    explanation.maps[record.name] = maps.prepare(raw, capture.size)
+    maps.check(raw)
     if raw.is_cuda:
         torch.cuda.synchronize()
     explanation.seconds[record.name] = time.perf_counter() - start

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Literal
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor
 from foveate.errors import FoveateError
 
 Scaling = Literal["range", "max", "none"]
+AT_ONCE = 64  # maps that are upsampled and scaled together: more no longer fit the cache
 TOLERANCE = 1e-6  # a map whose range is below this share of its largest magnitude is constant: float32 noise, not signal
 
 
@@ -67,13 +69,32 @@ def prepare(
     Raises:
         FoveateError: the map has the wrong shape or holds NaN or infinity.
     """
+    check(saliency)
+    if positive:
+        saliency = relu(saliency)
+    return scale(upsample(saliency, size), scaling, constant)
+
+
+def check(saliency: Tensor) -> None:
+    """Raise a FoveateError unless these are raw maps ``[B,h,w]`` of finite numbers."""
     if saliency.ndim != 3:
         raise FoveateError(f"a saliency map has shape [B,h,w], and this one has {list(saliency.shape)}")
     if not torch.isfinite(saliency).all():
         raise FoveateError("the saliency map holds NaN or infinity: look for such values in the weights and in the images")
-    if positive:
-        saliency = relu(saliency)
-    return scale(upsample(saliency, size), scaling, constant)
+
+
+def prepare_all(raw: Mapping[str, Tensor], size: tuple[int, int]) -> dict[str, Tensor]:
+    """:func:`prepare` of many methods' maps, those of one shape together, :data:`AT_ONCE` at a time: ``{name: M [B,H,W]}``."""
+    alike: dict[object, list[str]] = {}
+    for name, saliency in raw.items():
+        alike.setdefault((saliency.shape, saliency.dtype, saliency.device), []).append(name)
+    prepared: dict[str, Tensor] = {}
+    for names in alike.values():
+        step = max(1, AT_ONCE // len(raw[names[0]]))
+        for some in (names[start : start + step] for start in range(0, len(names), step)):
+            together = prepare(torch.cat([raw[name] for name in some]), size) if len(some) > 1 else prepare(raw[some[0]], size)
+            prepared.update(zip(some, together.chunk(len(some)), strict=True))
+    return {name: prepared[name] for name in raw}
 
 
 def apply_mask(x: Tensor, mask: Tensor, baseline: Tensor | float = 0.0) -> Tensor:

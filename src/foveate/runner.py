@@ -28,7 +28,8 @@ AT_ONCE: dict[str, dict[Pass, int]] = {
     "other": {"forward": 64, "backward": 32, "tail": 512},
 }
 TAIL_BYTES = 64 * 2**20  # of features that run through a tail at once, on a CPU
-CHANNELS_LAST_FROM = 4  # images: fewer are faster channels-first
+# Up to three images with fewer pixels are faster channels-first, in float32 and without depthwise convolutions.
+CHANNELS_LAST_FROM = 2 * 224 * 224
 _formats = Memo()
 
 
@@ -153,7 +154,7 @@ class Runner:
     def laid_out(self, run: Callable[[Tensor], Any], images: Tensor) -> Any:
         """The model on images in the layout that is faster; channels-first where its own reshaping needs that."""
         known = _formats.of(self.model)
-        if len(images) < CHANNELS_LAST_FROM or known.get("channels_first"):
+        if known.get("channels_first") or self._faster_first(images, known):
             return run(images.contiguous())
         try:
             return run(images.contiguous(memory_format=torch.channels_last))
@@ -162,6 +163,14 @@ class Runner:
                 raise
         known["channels_first"] = True  # x.view(len(x), -1) cannot flatten channels that lie last
         return run(images.contiguous())
+
+    def _faster_first(self, images: Tensor, known: dict[str, bool]) -> bool:
+        few = len(images) < 4 and images[:, 0].numel() < CHANNELS_LAST_FROM
+        if not few or torch.is_autocast_enabled(images.device.type):
+            return False
+        if "depthwise" not in known:
+            known["depthwise"] = any(isinstance(m, nn.Conv2d) and m.groups > 1 for m in modules_of(self.model))
+        return not known["depthwise"]
 
     def _guarded(self, function: Callable[[Tensor], Any], x: Tensor) -> Any:
         """The model's own errors as a sentence with the shape that it was given."""
