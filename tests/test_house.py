@@ -175,3 +175,36 @@ def test_a_new_method_is_one_decorated_function() -> None:
             method("layer_cam", title="x", paper="x")(layer_cam)
     finally:
         METHODS._records.pop("activation_sum")
+
+
+FAULTS = """
+import os, resource, torch, foveate
+os.environ.update({environment!r})
+kept = {keep} and foveate.keep_memory()
+layer = lambda: torch.ones(16 * 2**20).sum()  # 64 MB, freed at once
+[layer() for _ in range(3)]
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+layer()
+print(kept, resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before, foveate.Capture(
+    torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten()).eval(),
+    torch.rand(1, 3, 224, 224), "0").chunk_size())
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="glibc alone gives memory back and takes it again")
+@pytest.mark.parametrize(
+    ("keep", "environment", "cleared", "at_once"),
+    [(False, {}, True, 4), (True, {}, False, 8), (True, {"MALLOC_TRIM_THRESHOLD_": "1000"}, True, 4)],
+)
+def test_kept_memory_is_not_cleared_again(keep: bool, environment: dict[str, str], cleared: bool, at_once: int) -> None:
+    """Where it is kept, a layer like those before it meets no page to clear; a wish in the environment stands."""
+    lines = run(FAULTS.format(keep=keep, environment=environment)).split()
+    assert lines[0] == str(keep and not environment)
+    assert (int(lines[1]) > 20) == cleared
+    assert int(lines[2]) == at_once
+
+
+def test_the_command_line_keeps_memory() -> None:
+    code = "import sys; sys.argv = ['foveate', '--version']; from foveate import cli, memory\ntry: cli.main()\n"
+    assert run(code + "except SystemExit: print(memory.kept())").split()[-1] == str(sys.platform.startswith("linux"))
+    assert run("import foveate; from foveate import memory; print(memory.kept())").split() == ["False"]

@@ -14,6 +14,8 @@ from benchmarks.peers import cams, gradients, losses, measures, page, processes,
 from benchmarks.peers.networks import Network, networks
 from benchmarks.peers.row import Row, run
 
+import foveate
+
 Networks = dict[str, Network]
 PARTS: dict[str, Callable[[Networks], Iterator[Row]]] = {
     "cams": cams.rows,
@@ -27,7 +29,7 @@ PARTS: dict[str, Callable[[Networks], Iterator[Row]]] = {
     "extremal": searches.extremal,
     "rise": searches.rise,
     "growth": processes.growth,
-    "process": lambda _: processes.rows(),
+    "process": processes.rows,
     "table": measures.table,
     "score": searches.score_cam,
 }
@@ -42,6 +44,7 @@ def main() -> None:
     parser.add_argument("--rows", default="all", help=f"of {', '.join(PARTS)}")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--out", type=Path, default=Path("bench"))
+    parser.add_argument("--give-back", action="store_true", help="do not keep what is freed, as the command line does")
     parser.add_argument("--again", action="store_true", help="measure rows anew that are in --out already")
     call = parser.parse_args()
     device = torch.device(call.device)
@@ -49,6 +52,8 @@ def main() -> None:
     wanted = list(parts) if call.rows == "all" else call.rows.split(",")
     if unknown := [name for name in wanted if name not in parts]:
         sys.exit(f"--rows {unknown[0]!r} is unknown: use {', '.join(parts)}")
+    if not call.give_back:
+        foveate.keep_memory()  # for everybody
     call.out.mkdir(parents=True, exist_ok=True)
     place = call.out / f"rows_{device.type}.json"
     machine = page.machine(device, call.data is not None)

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 import foveate
+from foveate import memory
 
 PACKAGES = ("torch", "timm", "grad-cam", "captum", "torchcam", "quantus")
 Outcome = dict[str, Any]
@@ -22,6 +23,7 @@ def machine(device: torch.device, real: bool) -> str:
     names = re.findall(r"model name\s*:\s*(.+)", cpu.read_text()) if (cpu := Path("/proc/cpuinfo")).exists() else []
     chip = torch.cuda.get_device_name(device) if device.type == "cuda" else (names[0] if names else platform.processor())
     half = "" if device.type == "cuda" else f", bf16 instructions: {'yes' if _has_bf16() else 'no'}"
+    half += ", freed memory is kept by the process" if memory.kept() and device.type == "cpu" else ""
     found = [f"foveate {foveate.__version__}"]
     for package in PACKAGES:
         try:

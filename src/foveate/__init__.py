@@ -15,6 +15,7 @@ from foveate.classifier import Normalized, normalized
 from foveate.errors import DegenerateMapWarning, FoveateError, ImageError, LayerError, SlowPathWarning
 from foveate.evaluate import evaluate, measure  # eager: the module has the name of the function
 from foveate.explain import Explanation, explain, explain_each, saliency
+from foveate.memory import keep_memory
 from foveate.registry import loss, method, metric
 from foveate.targets import Target
 
@@ -56,6 +57,7 @@ __all__ = [
     "evaluate",
     "explain",
     "explain_each",
+    "keep_memory",
     "load",
     "loss",
     "measure",
