@@ -378,20 +378,24 @@ class TestModelsPeopleHave:
             (4, 64, 1, "fp32", True),
             (2, 224, 1, "fp32", True),
             (1, 320, 1, "fp32", True),
-            (1, 224, 3, "fp32", True),
+            (1, 224, 6, "fp32", True),
+            (1, 224, 2, "fp32", False),
             (1, 64, 1, "bf16", True),
         ],
     )
     def test_pixels_and_depthwise_convolutions_choose_the_layout(
         self, count: int, side: int, groups: int, precision: Literal["fp32", "bf16"], last: bool
     ) -> None:
-        seen = []
-        first = nn.Conv2d(3, 6, 3, stride=16, groups=groups)
-        first.register_forward_hook(
-            lambda m, inputs, y: seen.append(inputs[0].is_contiguous(memory_format=torch.channels_last))
-        )
-        model = nn.Sequential(first, nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, 3)).eval()
-        capture = Capture(model, torch.rand(1, 3, 32, 32), "1", precision=precision)
+        seen: list[bool] = []
+
+        def see(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            seen.append(inputs[0].is_contiguous(memory_format=torch.channels_last))
+
+        first = nn.Conv2d(3, 6, 3, stride=16)
+        first.register_forward_pre_hook(see)
+        features = [first, nn.Conv2d(6, 6, 1, groups=groups), nn.ReLU()]
+        model = nn.Sequential(*features, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, 3)).eval()
+        capture = Capture(model, torch.rand(1, 3, 32, 32), "2", precision=precision)
         seen.clear()
         capture.score(torch.rand(count, 3, side, side))
         assert seen[0] == last

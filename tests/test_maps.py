@@ -80,7 +80,17 @@ def test_all_at_once_is_each_alone() -> None:
     assert list(together) == list(raw)
     for name, saliency in raw.items():
         torch.testing.assert_close(together[name], maps.prepare(saliency, (8, 8)), rtol=0, atol=1e-6)
+        assert together[name].untyped_storage().nbytes() == together[name].numel() * together[name].element_size()
     assert maps.prepare_all({}, (8, 8)) == {}
+
+
+def test_large_maps_are_grown_a_method_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(maps, "AT_ONCE", 1)
+    counts = []
+    monkeypatch.setattr(maps, "upsample", lambda S, size: counts.append(len(S)) or S)
+    maps.prepare_all({name: torch.rand(2, 7, 7) for name in "abcd"}, (112, 112))
+    maps.prepare_all({name: torch.rand(2, 7, 7) for name in "abcd"}, (448, 448))
+    assert counts == [4, 4, 2, 2, 2, 2]
 
 
 def test_unknown_scaling() -> None:

@@ -44,7 +44,7 @@ def main() -> None:
     parser.add_argument("--rows", default="all", help=f"of {', '.join(PARTS)}")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--out", type=Path, default=Path("bench"))
-    parser.add_argument("--give-back", action="store_true", help="do not keep what is freed, as the command line does")
+    parser.add_argument("--give-back", action="store_true", help="give freed memory back, as Python does unasked")
     parser.add_argument("--again", action="store_true", help="measure rows anew that are in --out already")
     call = parser.parse_args()
     device = torch.device(call.device)
@@ -52,8 +52,8 @@ def main() -> None:
     wanted = list(parts) if call.rows == "all" else call.rows.split(",")
     if unknown := [name for name in wanted if name not in parts]:
         sys.exit(f"--rows {unknown[0]!r} is unknown: use {', '.join(parts)}")
-    if not call.give_back:
-        foveate.keep_memory()  # for everybody
+    if not call.give_back and not foveate.keep_memory():  # for everybody
+        print("freed memory cannot be kept here: batches will be slower, everybody's", file=sys.stderr)
     call.out.mkdir(parents=True, exist_ok=True)
     place = call.out / f"rows_{device.type}.json"
     machine = page.machine(device, call.data is not None)

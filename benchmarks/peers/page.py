@@ -23,7 +23,7 @@ def machine(device: torch.device, real: bool) -> str:
     names = re.findall(r"model name\s*:\s*(.+)", cpu.read_text()) if (cpu := Path("/proc/cpuinfo")).exists() else []
     chip = torch.cuda.get_device_name(device) if device.type == "cuda" else (names[0] if names else platform.processor())
     half = "" if device.type == "cuda" else f", bf16 instructions: {'yes' if _has_bf16() else 'no'}"
-    half += ", freed memory is kept by the process" if memory.kept() and device.type == "cpu" else ""
+    kept = ", freed memory is kept by the process" if memory.kept() and device.type == "cpu" else ""
     found = [f"foveate {foveate.__version__}"]
     for package in PACKAGES:
         try:
@@ -32,7 +32,7 @@ def machine(device: torch.device, real: bool) -> str:
             found.append(f"no {package}")
     weights = "ResNet-50 with random weights, MobileNet-V2 with " + ("real ones on photographs" if real else "random ones")
     python = platform.python_version()
-    return f"{chip}, {torch.get_num_threads()} threads{half}; Python {python}, {', '.join(found)}; {weights}"
+    return f"{chip}, {torch.get_num_threads()} threads{half}{kept}; Python {python}, {', '.join(found)}; {weights}"
 
 
 def _has_bf16() -> bool:

@@ -39,7 +39,7 @@ class Explanation:
         targets: the same for each method: a contrast where the method makes one of it.
         layer: the layer that was looked at, or several, separated by commas.
         completeness_error: for methods that promise it, ``[B]``, relative to the score; None elsewhere.
-        seconds: time of each method, beyond what all share: the run, and growing maps to the size of the images.
+        seconds: time of each method, beyond what all share: the run, its gradients, growing maps to the images' size.
         degenerate: for each method which of its maps say nothing, ``[B]`` bool.
         facts: for each method what else it knows of its maps, such as the sparsity that CASO reached: ``{name: [B]}``.
         remarks: for each method the same for people, one sentence an image, or none.

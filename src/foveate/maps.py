@@ -12,7 +12,7 @@ from torch import Tensor
 from foveate.errors import FoveateError
 
 Scaling = Literal["range", "max", "none"]
-AT_ONCE = 64  # maps that are upsampled and scaled together: more no longer fit the cache
+AT_ONCE = 64  # maps of 224 x 224 that are upsampled and scaled together, so that memory does not grow with the methods
 TOLERANCE = 1e-6  # a map whose range is below this share of its largest magnitude is constant: float32 noise, not signal
 
 
@@ -84,16 +84,20 @@ def check(saliency: Tensor) -> None:
 
 
 def prepare_all(raw: Mapping[str, Tensor], size: tuple[int, int]) -> dict[str, Tensor]:
-    """:func:`prepare` of many methods' maps, those of one shape together, :data:`AT_ONCE` at a time: ``{name: M [B,H,W]}``."""
+    """:func:`prepare` of many methods' maps, those of one shape together, some :data:`AT_ONCE` at a time: ``{name: M}``."""
     alike: dict[object, list[str]] = {}
     for name, saliency in raw.items():
         alike.setdefault((saliency.shape, saliency.dtype, saliency.device), []).append(name)
     prepared: dict[str, Tensor] = {}
     for names in alike.values():
-        step = max(1, AT_ONCE // len(raw[names[0]]))
+        count = len(raw[names[0]])
+        step = max(1, AT_ONCE * 224 * 224 // max(1, count * size[0] * size[1]))
         for some in (names[start : start + step] for start in range(0, len(names), step)):
-            together = prepare(torch.cat([raw[name] for name in some]), size) if len(some) > 1 else prepare(raw[some[0]], size)
-            prepared.update(zip(some, together.chunk(len(some)), strict=True))
+            if len(some) == 1:
+                prepared[some[0]] = prepare(raw[some[0]], size)
+            else:  # clones, for who keeps one map does not want to keep all
+                together = prepare(torch.cat([raw[name] for name in some]), size).split(count)
+                prepared.update((name, M.clone()) for name, M in zip(some, together, strict=True))
     return {name: prepared[name] for name in raw}
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import platform
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,26 +12,27 @@ from pathlib import Path
 import torch
 
 _TRIM_THRESHOLD, _MMAP_MAX = -1, -4  # parameters of mallopt(3)
+ENVIRONMENT = ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_MAX_", "MALLOC_MMAP_THRESHOLD_", "MALLOC_TOP_PAD_")
 _state = {"kept": False}
 STATUS, RESET = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
 def keep_memory() -> bool:
-    """Let the process keep the memory that tensors free, for the next ones, until it ends; whether that can be done.
+    """Let the process keep the memory that tensors free, for the next ones, until it ends; whether it does.
 
     glibc gives large blocks back to the system, which clears them anew, page by page, for the next layer: on a CPU
-    batches of 8 images and more spend half to two thirds of their time on that. Once asked for, it holds for everything in
-    the process, which then takes as much memory as it did at its peak. The command line does this; a library does not
-    decide it for a process that is not its own.
+    batches of 8 images and more spend half to two thirds of their time on that. Once asked for, it holds for all that
+    the main thread does, and the process does not shrink below its peak, except where memory is measured (:func:`peak`).
+    The command line does this; a library does not decide it for a process that is not its own.
 
     Returns:
         False, and nothing is changed, where there is no ``mallopt`` (outside Linux with glibc), or where the environment
-        says how memory is to be had (``MALLOC_TRIM_THRESHOLD_`` and its like).
+        says how memory is to be had: one of :data:`ENVIRONMENT`, or ``glibc.malloc`` in ``GLIBC_TUNABLES``.
     """
-    if any(name.startswith("MALLOC_") for name in os.environ):
-        return False
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if os.name == "posix" else None
-    _state["kept"] = mallopt is not None and bool(mallopt(_MMAP_MAX, 0)) and bool(mallopt(_TRIM_THRESHOLD, 2**31 - 1))
+    asked = any(name in os.environ for name in ENVIRONMENT) or "glibc.malloc" in os.environ.get("GLIBC_TUNABLES", "")
+    if not _state["kept"] and not asked and platform.libc_ver()[0] == "glibc":
+        mallopt = ctypes.CDLL(None).mallopt
+        _state["kept"] = bool(mallopt(_MMAP_MAX, 0)) and bool(mallopt(_TRIM_THRESHOLD, -1))
     return _state["kept"]
 
 

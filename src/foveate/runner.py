@@ -30,8 +30,8 @@ AT_ONCE: dict[str, dict[Pass, int]] = {
     "other": {"forward": 64, "backward": 32, "tail": 512},
 }
 TAIL_BYTES = 64 * 2**20  # of features that run through a tail at once, on a CPU
-# Up to three images with fewer pixels are faster channels-first, in float32 and without depthwise convolutions.
-CHANNELS_LAST_FROM = 2 * 224 * 224
+# So many images, or so many pixels, are faster channels-last. On a CPU fewer are too in bf16, and with depthwise convolutions.
+CHANNELS_LAST_FROM, CHANNELS_LAST_PIXELS = 4, 2 * 224 * 224
 _formats = Memo()
 
 
@@ -68,7 +68,7 @@ class Runner:
         self.dtype: torch.dtype | None = None if first is None else first.dtype
 
     def chunk_size(self, size: tuple[int, int], kind: Pass = "forward") -> int:
-        """How many images of a size run at once: memory depends on this alone, and results do not."""
+        """How many images of a size run at once: memory depends on this, and results no more than by rounding."""
         if self.chunk is not None:
             return self.chunk
         cpu = self.device is None or self.device.type == "cpu"
@@ -126,7 +126,7 @@ class Runner:
         return at_least_float32(gradient)
 
     def logits(self, images: Tensor | Iterable[Tensor], many: bool = False) -> Iterable[Tensor]:
-        """Logits of changed images without a graph, a chunk at a time: channels-last, in bf16 where asked for.
+        """Logits of changed images without a graph, a chunk at a time, in the faster layout, in bf16 where asked for.
 
         Args:
             many: there are hundreds of them, worth folding batch norms into convolutions first.
@@ -168,11 +168,15 @@ class Runner:
         return run(images.contiguous())
 
     def _faster_first(self, images: Tensor, known: dict[str, bool]) -> bool:
-        few = len(images) < 4 and images[:, 0].numel() < CHANNELS_LAST_FROM
-        if not few or torch.is_autocast_enabled(images.device.type):
+        if len(images) >= CHANNELS_LAST_FROM or images[:, 0].numel() >= CHANNELS_LAST_PIXELS:
+            return False
+        if images.device.type != "cpu":
+            return True
+        if images.dtype == torch.bfloat16 or torch.is_autocast_enabled("cpu"):
             return False
         if "depthwise" not in known:
-            known["depthwise"] = any(isinstance(m, nn.Conv2d) and m.groups > 1 for m in modules_of(self.model))
+            convolutions = (m for m in modules_of(self.model) if isinstance(m, nn.Conv2d))
+            known["depthwise"] = any(m.groups == m.in_channels > 1 for m in convolutions)
         return not known["depthwise"]
 
     def _guarded(self, function: Callable[[Tensor], Any], x: Tensor) -> Any:

@@ -400,7 +400,9 @@ def _print_image(item: dict[str, Any]) -> None:
         _print_answer(console, answer, item)
     if len(answers) > 1:
         console.print(f"all of them: [bold]{escape(item['picture'])}[/]", soft_wrap=True)
-    console.print(f"[dim]one run of the model, shared by all: {1000 * item['seconds_shared']:.0f} ms an image[/]")
+    console.print(
+        f"[dim]one run of the model and what else all methods share: {1000 * item['seconds_shared']:.0f} ms an image[/]"
+    )
 
 
 def _print_answer(console: Console, answer: dict[str, Any], item: dict[str, Any]) -> None:
