@@ -20,7 +20,7 @@ from foveate.classifier import read_logits
 from foveate.memory import peak
 
 Job = Callable[[], Any]
-SECONDS = 8.0  # that the timed rounds of one contestant may take; at least one, at most ROUNDS
+SECONDS = 10.0  # that the timed rounds of one contestant may take; at least one, at most ROUNDS
 ROUNDS = 15
 LONG = 20.0  # seconds after which the run that is counted is a round as well: that it starts without kept memory is nothing
 
@@ -164,9 +164,11 @@ def run(row: Row, device: torch.device) -> Outcome:
             found[name].agreement = row.agree(results["foveate"], results[name])
     results = dict.fromkeys(results)
     times = {name: [found[name].seconds] if found[name].seconds > LONG else [] for name in results}
-    wanted = {name: row.rounds or max(1, min(ROUNDS, int(SECONDS / max(found[name].seconds, 1e-6)))) for name in results}
+    wanted = dict.fromkeys(results, row.rounds or 1)
     limits: list[float] = []
-    for number in range(max(wanted.values())):
+    for number in range(row.rounds or ROUNDS):
+        if number == 1 and row.rounds is None:  # the first timed run says how often: the counted one was slower
+            wanted = {name: min(ROUNDS, int(SECONDS / max(times[name][0], 1e-6))) for name in results}
         turn = number % len(results)
         for name in [*results][turn:] + [*results][:turn]:  # nobody is always first
             if len(times[name]) < wanted[name]:

@@ -12,7 +12,7 @@ from torch import Tensor
 from foveate.errors import FoveateError
 
 Scaling = Literal["range", "max", "none"]
-AT_ONCE = 64  # maps of 224 x 224 that are upsampled and scaled together, so that memory does not grow with the methods
+AT_ONCE = 8  # maps of 224 x 224 that are upsampled and scaled together: more are no faster, and memory would grow with them
 TOLERANCE = 1e-6  # a map whose range is below this share of its largest magnitude is constant: float32 noise, not signal
 
 
@@ -47,8 +47,11 @@ def scale(saliency: Tensor, kind: Scaling = "range", constant: float = 0.0) -> T
         flat = largest == 0
     else:
         raise FoveateError(f"scaling {kind!r} is unknown: use 'range', 'max' or 'none'")
-    scaled = shifted / torch.where(flat, torch.ones_like(width), width)
-    return torch.where(flat, torch.full_like(scaled, constant), scaled)
+    whole = torch.where(flat, torch.ones_like(width), width)
+    if shifted.requires_grad:
+        return (shifted / whole).masked_fill(flat, constant)
+    scaled = shifted.div_(whole) if kind == "range" else shifted / whole
+    return scaled.masked_fill_(flat, constant)
 
 
 def upsample(saliency: Tensor, size: tuple[int, int]) -> Tensor:
