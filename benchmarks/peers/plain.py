@@ -12,8 +12,9 @@ from foveate.methods.mask import blur_pyramid
 
 
 def rise(model: nn.Module, x: Tensor, target: int, masks: int, batch: int = 50, cells: int = 7, keep: float = 0.5) -> Tensor:
-    """Petsiuk et al. 2018, equation 6: all masks first, then batches of masked images; ``[H,W]``."""
+    """Petsiuk et al. 2018, equation 6: all masks first, then batches of masked images, smaller of large ones; ``[H,W]``."""
     side = x.shape[-1]
+    batch = max(1, batch * 224**2 // side**2)
     cell = math.ceil(side / cells)
     grids = (torch.rand(masks, 1, cells, cells) < keep).float()
     grown = F.interpolate(grids, size=((cells + 1) * cell,) * 2, mode="bilinear", align_corners=False)[:, 0]
