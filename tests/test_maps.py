@@ -93,6 +93,14 @@ def test_large_maps_are_grown_a_method_at_a_time(monkeypatch: pytest.MonkeyPatch
     assert counts == [4, 4, 2, 2, 2, 2]
 
 
+@pytest.mark.parametrize("kind", ["range", "max"])
+def test_scaling_leaves_what_it_is_given(kind: maps.Scaling) -> None:
+    for S in (torch.tensor([[[1.0, 5.0]]]), torch.tensor([[[1, 5]]])):
+        before = S.clone()
+        assert maps.scale(S, kind)[0, 0, 1] == 1
+        assert torch.equal(S, before)
+
+
 def test_unknown_scaling() -> None:
     with pytest.raises(FoveateError, match="scaling 'minmax' is unknown"):
         maps.scale(torch.rand(1, 2, 2), "minmax")

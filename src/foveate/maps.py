@@ -50,8 +50,8 @@ def scale(saliency: Tensor, kind: Scaling = "range", constant: float = 0.0) -> T
     whole = torch.where(flat, torch.ones_like(width), width)
     if shifted.requires_grad:
         return (shifted / whole).masked_fill(flat, constant)
-    scaled = shifted.div_(whole) if kind == "range" else shifted / whole
-    return scaled.masked_fill_(flat, constant)
+    own = kind == "range" and shifted.is_floating_point()
+    return (shifted.div_(whole) if own else shifted / whole).masked_fill_(flat, constant)
 
 
 def upsample(saliency: Tensor, size: tuple[int, int]) -> Tensor:
