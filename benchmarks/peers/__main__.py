@@ -29,7 +29,7 @@ PARTS: dict[str, Callable[[Networks], Iterator[Row]]] = {
     "extremal": searches.extremal,
     "rise": searches.rise,
     "growth": processes.growth,
-    "process": processes.rows,
+    "process": lambda _: processes.rows(),
     "table": measures.table,
     "score": searches.score_cam,
 }

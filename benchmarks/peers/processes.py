@@ -14,6 +14,7 @@ import torch
 from benchmarks.peers import plain
 from benchmarks.peers.agreement import ranks_agree
 from benchmarks.peers.networks import Network, noise
+from benchmarks.peers.passes import Passes
 from benchmarks.peers.row import Row, timed
 
 import foveate
@@ -74,7 +75,7 @@ def process(*command: str) -> Callable[[], None]:
     return lambda: subprocess.run([sys.executable, *command], check=True, capture_output=True) and None
 
 
-def rows(networks: dict[str, Network]) -> Iterator[Row]:
+def rows() -> Iterator[Row]:
     torch_alone = process("-c", "import torch")
     yield Row(
         "import",
@@ -87,7 +88,7 @@ def rows(networks: dict[str, Network]) -> Iterator[Row]:
     )
     with tempfile.TemporaryDirectory() as place:
         yield from cold(Path(place))
-        yield from two(networks["MobileNet-V2"], Path(place))
+        yield from two(Path(place))
     yield Row(
         "kept",
         "AD, AG, AI of Grad-CAM, MobileNet-V2, 384 images in batches of 32, a process of its own: freed memory kept",
@@ -144,7 +145,7 @@ def growth(networks: dict[str, Network]) -> Iterator[Row]:
         )
 
 
-def two(network: Network, folder: Path, count: int = 32) -> Iterator[Row]:
+def two(folder: Path, count: int = 32) -> Iterator[Row]:
     source = folder / "photos"
     source.mkdir()
     lines = ["file,class_index"]
@@ -162,12 +163,13 @@ def two(network: Network, folder: Path, count: int = 32) -> Iterator[Row]:
         return run
 
     one = evaluation(1)
+    passes = Passes(foveate.load("torchvision:mobilenet_v2"), torch.device("cpu"))
     yield Row(
         "two",
         f"foveate evaluate, {count} images, AD, I and D of Grad-CAM and three controls: two processes",
         evaluation(2),
         {"one process": one},
-        limit=network.passes.limit("folded", 4 * (1 + 2 * 27) * count, most=16),
+        limit=passes.limit("folded", 4 * (1 + 2 * 27) * count, most=16),
         fewest=f"4 x (1 + 2 x 27) x {count} forward, batch norms folded, without start-up and page",
         remark=f"on {torch.get_num_threads()} threads in all, which one process uses as well; start-up is paid twice",
         rounds=2,
