@@ -91,7 +91,7 @@ def rows() -> Iterator[Row]:
         yield from two(Path(place))
     yield Row(
         "kept",
-        "AD, AG, AI of Grad-CAM, MobileNet-V2, 384 images in batches of 32, a process of its own: freed memory kept",
+        "AD, AG, AI, MobileNet-V2, 12 batches of 32, own process: freed memory kept",
         process("-c", KEPT, "kept"),
         {"given back to the system": process("-c", KEPT, "back")},
         remark="start-up of the process included; where memory is kept, 8 masked images run at once and not 4",
@@ -166,7 +166,7 @@ def two(folder: Path, count: int = 32) -> Iterator[Row]:
     passes = Passes(foveate.load("torchvision:mobilenet_v2"), torch.device("cpu"))
     yield Row(
         "two",
-        f"foveate evaluate, {count} images, AD, I and D of Grad-CAM and three controls: two processes",
+        f"foveate evaluate, {count} images, 4 methods, AD, I, D: two processes",
         evaluation(2),
         {"one process": one},
         limit=passes.limit("folded", 4 * (1 + 2 * 27) * count, most=16),
