@@ -18,7 +18,7 @@ from benchmarks.peers.passes import Passes
 from benchmarks.peers.row import Row, timed
 
 import foveate
-from foveate import Batch, _torchvision, images
+from foveate import Batch, _torchvision, images, memory
 
 LIBRARIES = {
     "pytorch-grad-cam": "pytorch_grad_cam",
@@ -37,10 +37,10 @@ for _schema in {_torchvision._SCHEMAS!r}:
     if _torchvision._declared
     else ""
 )
-KEEP = """
+KEEP = f"""
 import ctypes
 mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-mallopt and (mallopt(-4, 0), mallopt(-1, -1))  # as foveate's command line does
+mallopt and (mallopt({memory._MMAP_MAX}, 0), mallopt({memory._TRIM_THRESHOLD}, -1))  # as foveate's command line does
 """
 BY_HAND = """
 import sys, torch, torchvision, PIL.Image as Image

