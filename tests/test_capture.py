@@ -7,10 +7,11 @@ import gc
 import warnings
 from collections import OrderedDict
 from types import SimpleNamespace
-from typing import Literal
+from typing import Any, Literal
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from foveate import Capture, FoveateError, LayerError, SlowPathWarning, explain, maps, normalized
@@ -572,6 +573,45 @@ class TestScoreAndTail:
         gradients = [torch.autograd.grad(logits[:, 1].sum(), leaf)[0] for logits in (exact, rough)]
         assert torch.cosine_similarity(*(g.flatten(1) for g in gradients)).min() > 0.99
         torch.testing.assert_close(exact, network(x))
+
+    def test_attention_in_bf16_is_written_out_and_as_near(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        from foveate import attention, runner
+
+        torch.manual_seed(0)
+        model = timm().create_model("vit_tiny_patch16_224", num_classes=3, img_size=64, depth=2).eval()
+        x = torch.rand(2, 3, 64, 64)
+        exact, calls, weights = model(x).detach(), [], attention.attention_weights
+
+        def counted(*args: torch.Tensor, **settings: Any) -> torch.Tensor:
+            calls.append(args[0].dtype)
+            return weights(*args, **settings)
+
+        far: dict[str, float] = {}
+        monkeypatch.setattr(attention, "attention_weights", counted)
+        for name, limit in (("written", 2**25), ("torch", 1)):
+            monkeypatch.setattr(attention, "WEIGHTS", limit)
+            far[name] = float((Capture(model, x, precision="bf16").score(x) - exact).abs().max())
+        assert calls == [torch.bfloat16] * 2 and 0 < far["written"] < 2 * far["torch"] < 0.1
+        plain, known = networks()["gap"].float(), runner._formats
+        Capture(plain, example().x.float(), "features", precision="bf16").score(example().x.float())
+        assert known.of(model)["attends"] and not known.of(plain)["attends"]
+
+    @pytest.mark.parametrize(
+        "options", [{}, {"is_causal": True}, {"attn_mask": torch.ones(5, 5).tril().bool()}, {"scale": 0.3}]
+    )
+    def test_written_attention_is_attention(self, options: dict[str, Any]) -> None:
+        from foveate.attention import WrittenAttention, attention_weights
+
+        q, k, v = (torch.randn(2, 3, 5, 4, generator=torch.Generator().manual_seed(i)).double() for i in range(3))
+        whole = F.scaled_dot_product_attention(q, k, v, **options)
+        if "is_causal" not in options:
+            torch.testing.assert_close(attention_weights(q, k, **options) @ v, whole)
+        q, k, v = q.bfloat16(), k.bfloat16(), v.bfloat16()
+        same = F.scaled_dot_product_attention(q, k, v, **options)
+        with WrittenAttention() as mode:
+            written = F.scaled_dot_product_attention(q, k, v, **options)
+        assert mode.seen and torch.equal(written, same) == bool({"is_causal", "attn_mask"} & set(options))
+        torch.testing.assert_close(written.double(), whole, rtol=0.05, atol=0.02)
 
     def test_scores_can_take_part_in_a_graph(self) -> None:
         network, x = networks()["gap"], example().x

@@ -32,6 +32,7 @@ FLOORS = [
         "guided",
         "memory",
         "folding",
+        "attention",
     },
     {"layers", "cut"},
     {"feature"},

@@ -6,6 +6,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -14,6 +15,7 @@ from foveate import Batch, Capture, FoveateError, evaluate, measure
 from foveate.metrics.recognition import average_drop, average_gain, average_increase, recognition
 from foveate.registry import METRICS
 from foveate.statistics import interval
+from foveate.targets import apart
 from foveate.testing import SHAPE, check_metric, example, measured, networks
 
 LOG_P = st.floats(-30, -1e-9)
@@ -50,6 +52,28 @@ def test_a_map_of_ones_changes_nothing() -> None:
             capture = Capture(network, batch.x.to(dtype), "features", chunk=chunk, precision=precision)
             values = recognition(capture, torch.ones(6, *SHAPE[2:]), batch)
             assert all((column == 0).all() for column in values.values())
+
+
+def test_images_run_again_only_where_rounding_could_count() -> None:
+    batch = example(count=6)
+    capture = Capture(networks()["inplace"], batch.x, "features")
+    M = torch.zeros(6, *SHAPE[2:], dtype=torch.float64)
+    first = recognition(capture, M, batch)
+    assert capture.passes.forward == 6 + 6  # the run that the capture began with, and the masked images
+    M[2] = 1
+    second = recognition(capture, M, batch)
+    assert capture.passes.forward == 12 + 6 + 6 and all((column[2] == 0).all() for column in second.values())
+    for column, values in first.items():
+        torch.testing.assert_close(values[[0, 1, 3, 4, 5]], second[column][[0, 1, 3, 4, 5]])
+
+
+def test_near_is_meant_in_log_odds() -> None:
+    odds = torch.tensor([-20.0, 0.0, 20.0], dtype=torch.float64)
+    for change in ([2e-3, 2e-3, 2e-3], [-2e-3, 2e-3, 2e-3], [2e-3, 2e-3, 5e-4], [5e-4, 2e-3, 2e-3], [2e-3, -5e-4, 2e-3]):
+        moved = odds + torch.tensor(change, dtype=torch.float64)
+        assert apart(F.logsigmoid(odds), F.logsigmoid(moved)) == (5e-4 not in map(abs, change))
+    sure = torch.tensor([0.0], dtype=torch.float64)
+    assert apart(sure, torch.tensor([-1e-9])) and not apart(sure, sure) and not apart(sure, torch.tensor([-1e-15]))
 
 
 def test_a_map_of_zeros_shows_every_image_as_black() -> None:

@@ -165,12 +165,16 @@ class Capture:
         with torch.inference_mode(False):
             return T.resolve(target, self.logits, score=score, against=against, labels=labels, head=self.head)
 
-    def log_probability(self, y: Tensor) -> Tensor:
+    def log_probability(self, y: Tensor, beside: Tensor | None = None) -> Tensor:
         """Log-probability of a class of each image, ``[B]``, float64, from :meth:`score`; run once and kept.
 
-        Not from :attr:`logits`: what is compared with masked images must come the same way as they do, or the noise
-        between two ways of running a network would count as a change.
+        Not from :attr:`logits`: what is compared with masked images must come the same way as they do, or noise would
+        count as a change; where nothing of ``beside [B]`` is so near, :attr:`logits` do, and nothing runs again.
         """
+        if self._base is None and beside is not None and self._run.exact:
+            own = T.log_probability(self.logits.detach(), y, self.head)
+            if T.apart(own, beside):
+                return own
         if self._base is None:
             self._base = self.score(self.images)
         return T.log_probability(self._base, y, self.head)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import contextmanager, nullcontext
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from foveate import memory
+from foveate.attention import WrittenAttention
 from foveate.chunks import in_chunks
 from foveate.classifier import Place, check_eval, eager, lock_of, modules_of, read_logits, swapped
 from foveate.errors import FoveateError
@@ -70,6 +71,11 @@ class Runner:
     @property
     def _on_cpu(self) -> bool:
         return self.device is None or self.device.type == "cpu"
+
+    @property
+    def exact(self) -> bool:
+        """Whether images run in float32 proper: not in 16 bits, nor in the shortened float32 of other devices."""
+        return self._on_cpu and self.precision == "fp32" and self.dtype in (None, torch.float32, torch.float64)
 
     def chunk_size(self, size: tuple[int, int], kind: Pass = "forward") -> int:
         """How many images of a size run at once: memory depends on this, and results no more than by rounding."""
@@ -154,9 +160,17 @@ class Runner:
         self.passes.forward += len(images)
         return logits.clone()  # a clone made outside of inference mode can take part in a graph
 
-    def _cast(self, images: Tensor, wanted: bool = True) -> AbstractContextManager[Any]:
-        half = wanted and self.precision == "bf16"
-        return torch.autocast(images.device.type, torch.bfloat16) if half else nullcontext()
+    @contextmanager
+    def _cast(self, images: Tensor, wanted: bool = True) -> Iterator[None]:
+        if not (wanted and self.precision == "bf16"):
+            yield
+            return
+        known = _formats.of(self.model)
+        attention = WrittenAttention()
+        # The mode sees every call of the model, so that it stays away from one that attends to nothing.
+        with torch.autocast(images.device.type, torch.bfloat16), attention if known.get("attends", True) else nullcontext():
+            yield
+        known["attends"] = known.get("attends", True) and attention.seen
 
     def laid_out(self, run: Callable[[Tensor], Any], images: Tensor) -> Any:
         """The model on images in the layout that is faster; channels-first where its own reshaping needs that."""

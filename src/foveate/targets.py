@@ -15,6 +15,7 @@ from foveate.errors import FoveateError
 
 Head = Literal["softmax", "binary", "multilabel"]
 Score = Callable[[Tensor, Tensor], Tensor]
+NOISE = 1e-3  # log-odds that two ways of running a network in float32 may differ by: some fifty times what was seen
 
 
 def head_of(logits: Tensor, head: Head | None = None) -> Head:
@@ -52,6 +53,15 @@ def log_probability(logits: Tensor, y: Tensor, head: Head) -> Tensor:
     if head == "softmax":
         return F.log_softmax(logits, 1).gather(1, y[:, None])[:, 0]
     return F.logsigmoid(_logit(logits, y, head))
+
+
+def apart(log_p: Tensor, log_o: Tensor) -> bool:
+    """Whether all log-probabilities of two ways of running a network in float32 differ by more than their noise.
+
+    In log-odds, which carry the noise of the logits as it is; beyond 30 float64 has no digits left for them.
+    """
+    odds, other = ((value - (-torch.expm1(value)).log()).clamp(max=30) for value in (log_p, log_o))
+    return bool(((odds - other).abs() > NOISE).all())
 
 
 def _logit(logits: Tensor, y: Tensor, head: Head) -> Tensor:

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from foveate import layers as L
+from foveate.attention import attention_weights
 from foveate.capture import Capture
 from foveate.errors import FoveateError
 from foveate.registry import method
@@ -110,7 +111,7 @@ class _Attention(TorchFunctionMode):
     ) -> Any:
         kwargs = kwargs or {}
         if func is F.scaled_dot_product_attention:
-            self._keep(_weights_of(*args, **kwargs))
+            self._keep(attention_weights(*args, **kwargs))
         if func is F.multi_head_attention_forward:
             output, weights = func(*args, **{**kwargs, "need_weights": True, "average_attn_weights": False})
             self._keep(weights)
@@ -131,20 +132,3 @@ class _Attention(TorchFunctionMode):
         weights = weights.detach().float() if weights.element_size() < 4 else weights.detach()
         joined = weights.mean(1) if self.heads == "mean" else weights.amax(1) if self.heads == "max" else weights.amin(1)
         self.blocks.append(joined)
-
-
-def _weights_of(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attn_mask: Tensor | None = None,
-    dropout_p: float = 0.0,
-    is_causal: bool = False,
-    scale: float | None = None,
-    **rest: Any,
-) -> Tensor:
-    factor = query.shape[-1] ** -0.5 if scale is None else scale
-    logits = (query @ key.transpose(-2, -1)) * factor
-    if attn_mask is not None:
-        logits = logits.masked_fill(~attn_mask, float("-inf")) if attn_mask.dtype == torch.bool else logits + attn_mask
-    return logits.softmax(-1)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from itertools import product
 from typing import Any, Literal
 
 import torch
@@ -17,6 +18,8 @@ from foveate.methods.gradient import baseline_of
 from foveate.noise import generator
 from foveate.registry import method
 from foveate.targets import Target
+
+MASKS = 4  # smooth masks that are made at once: more leave the cache
 
 # -- meaningful perturbation -----------------------------------------------------------------------------------------
 
@@ -249,55 +252,91 @@ class SmoothMask:
     def __init__(self, size: tuple[int, int], stride: int, sigma: float, like: Tensor) -> None:
         self.size, self.stride = size, stride
         self.grid = (math.ceil(size[0] / stride), math.ceil(size[1] / stride))
-        self.radius = 1 + math.ceil(sigma / stride)
-        offsets = torch.arange(-self.radius, self.radius + 1).to(like) * stride  # of a neighbour's cell
+        radius = 1 + math.ceil(sigma / stride)
+        offsets = torch.arange(radius + 1).to(like) * stride  # of a neighbour's cell, below or right
         inside = torch.arange(stride).to(like) - (stride - 1) / 2  # of a pixel, from the centre of its own cell
-        gap = (inside[None, :] - offsets[:, None]).square()  # [n,s]
-        distance = (gap[:, None, :, None] + gap[None, :, None, :]).sqrt() / sigma  # [n,n,s,s]
-        kernel = torch.exp(-2 * (distance - 0.5).clamp(min=0) ** 2)
-        self.kernel = kernel.reshape(offsets.numel() ** 2, stride * stride)  # [n^2,s^2]
+        gap = (inside[None, :] - offsets[:, None]).square()  # [r+1,s]
+        distance = (gap[:, None, :, None] + gap[None, :, None, :]).sqrt() / sigma
+        kernel = torch.exp(-2 * (distance - 0.5).clamp(min=0) ** 2).flatten(2)  # [r+1,r+1,s^2]
+        # Neighbours at +-(a, b) have the same kernel, mirrored: their exponentials are taken once, and added in four frames.
+        self.orbits = [
+            (20 * kernel[a, b], [_Neighbour(down, right, self.grid) for down in {a, -a} for right in {b, -b}])
+            for a, b in product(range(radius + 1), repeat=2)
+        ]
+        rows, columns = (_within(cells, radius).to(like) for cells in self.grid)
+        self.outside = (2 * radius + 1) ** 2 - rows[:, None] * columns[None, :]  # neighbours beyond the border, [h,w]
 
     def __call__(self, p: Tensor) -> Tensor:
         """Masks ``[N,H,W]`` in [0, 1] from parameters ``[N,h,w]`` in [0, 1]."""
-        near = F.unfold(F.pad(p[:, None], (self.radius,) * 4), 2 * self.radius + 1)  # [N,n^2,hw]
-        pooled = _SmoothMax.apply(near, self.kernel)  # [N,hw,s^2]
-        height, width = self.grid
-        pixels = pooled.view(-1, height, width, self.stride, self.stride).transpose(2, 3)
-        whole = pixels.reshape(-1, height * self.stride, width * self.stride)
+        whole = torch.cat([_SmoothMax.apply(part, self) for part in p.split(MASKS)])  # [N,h,w,s,s]
+        whole = whole.transpose(2, 3).flatten(3).flatten(1, 2)
         return whole[:, : self.size[0], : self.size[1]].clamp(0, 1)
 
 
-class _SmoothMax(torch.autograd.Function):
-    """``sum_i v_i e^(20 v_i) / sum_i e^(20 v_i)``, ``v_i = p_i k_i``, neighbour by neighbour, forward and backward.
+class _Neighbour:
+    """Where a cell's neighbour lies: the cells that have it, those that it is, and how its kernel is mirrored."""
 
-    All neighbours at once are 80 masks in memory, and autograd would keep several such tensors; a sum needs one.
-    ``v <= 1``, so that no exponential is above e^20.
+    def __init__(self, down: int, right: int, grid: tuple[int, int]) -> None:
+        spans = [
+            (slice(max(0, -step), max(0, size - max(0, step))), slice(max(0, step), max(0, size + min(0, step))))
+            for step, size in zip((down, right), grid, strict=True)
+        ]
+        self.here, self.there = ((..., rows, columns, slice(None)) for rows, columns in zip(*spans, strict=True))
+        self.frame = 2 * (down < 0) + (right < 0)
+
+
+def _within(cells: int, radius: int) -> Tensor:
+    """How many of a cell's neighbours along one side there are, for each cell."""
+    here = torch.arange(cells)
+    return (here + radius).clamp(max=cells - 1) - (here - radius).clamp(min=0) + 1
+
+
+def _mirrored(x: Tensor, frame: int) -> Tensor:
+    return x.flip([dimension for dimension, bit in ((-2, 2), (-1, 1)) if frame & bit]) if frame else x
+
+
+class _SmoothMax(torch.autograd.Function):
+    """``sum_i v_i e^(20 v_i) / sum_i e^(20 v_i)``, ``v_i = p_i k_i``, ``[n,h,w] -> [n,h,w,s,s]``, forward and backward.
+
+    All neighbours at once are 80 masks in memory, and autograd would keep several such tensors; a sum needs eight.
+    ``v <= 1``, so that no exponential is above e^20. Parameters beyond the border are 0.
     """
 
     @staticmethod
-    def forward(ctx: Any, near: Tensor, kernel: Tensor) -> Tensor:
-        above = near.new_zeros(len(near), near.shape[2], kernel.shape[1])  # [N,hw,s^2]
-        below = torch.zeros_like(above)
-        for p, k in zip(near.unbind(1), 20 * kernel, strict=True):
-            v = p[:, :, None] * k
-            e = v.exp()
-            above.addcmul_(v, e)
-            below += e
+    def forward(ctx: Any, p: Tensor, smooth: SmoothMask) -> Tensor:
+        side = smooth.stride
+        sums = p.new_zeros(4, 2, *p.shape, side * side)  # by frame: of v e^v, of e^v
+        term = torch.empty_like(sums[0])
+        for k, neighbours in smooth.orbits:
+            v, e = term
+            torch.exp(torch.mul(p[..., None], k, out=v), out=e)
+            v.mul_(e)
+            for neighbour in neighbours:
+                sums[neighbour.frame][neighbour.here].add_(term[neighbour.there])
+        frames = sums.unflatten(-1, (side, side))
+        above, below = frames[0]
+        for frame in (1, 2, 3):
+            frames[0] += _mirrored(frames[frame], frame)
+        below += smooth.outside[:, :, None, None]
         result = above.div_(below)  # of 20 v
-        ctx.save_for_backward(near, kernel, result, below)
+        ctx.smooth = smooth
+        ctx.save_for_backward(p, result, below)
         return result / 20
 
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> tuple[Tensor, None]:
-        near, kernel, result, below = ctx.saved_tensors
+        p, result, below = ctx.saved_tensors
         share = gradients[0] / below
-        rest = 1 - result
-        columns = []
-        for p, k in zip(near.unbind(1), kernel, strict=True):
-            v = p[:, :, None] * (20 * k)
-            e = v.exp()
-            columns.append(v.add_(rest).mul_(e).mul_(share) @ k)  # d/dp_i = k e (1 + 20 (v - m)) / sum e
-        return torch.stack(columns, 1), None
+        both = torch.stack([share * (1 - result), share])  # d/dp_i = k e (1 + 20 v - 20 m) / sum e
+        shares = [_mirrored(both, frame).flatten(-2) for frame in range(4)]
+        total, (v, e) = torch.zeros_like(p), torch.empty_like(shares[0])
+        for k, neighbours in ctx.smooth.orbits:
+            gathered = torch.zeros_like(shares[0])
+            for neighbour in neighbours:
+                gathered[neighbour.there].add_(shares[neighbour.frame][neighbour.here])
+            torch.exp(torch.mul(p[..., None], k, out=v), out=e)
+            total += v.mul_(gathered[1]).add_(gathered[0]).mul_(e) @ k
+        return total / 20, None
 
 
 def blur_pyramid(x: Tensor, levels: int, strongest: float) -> Tensor:

@@ -72,7 +72,8 @@ def recognition(
             "(foveate.normalized) and scale the map (foveate.maps.prepare)"
         )
     y = classes(target, capture.logits, batch.y, capture.head)
-    log_p, log_o = capture.log_probability(y), masked_log_probability(capture, M, y, baseline)
+    log_o = masked_log_probability(capture, M, y, baseline)
+    log_p = capture.log_probability(y, beside=log_o)
     return {
         "AD": average_drop(log_p, log_o),
         "AG": average_gain(log_p, log_o),
