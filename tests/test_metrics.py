@@ -69,11 +69,14 @@ def test_images_run_again_only_where_rounding_could_count() -> None:
 
 def test_near_is_meant_in_log_odds() -> None:
     odds = torch.tensor([-20.0, 0.0, 20.0], dtype=torch.float64)
+    logits = torch.tensor([[1.0, -50.0], [-50.0, 50.0], [50.0, 1.0]])  # that may differ by 1e-3
     for change in ([2e-3, 2e-3, 2e-3], [-2e-3, 2e-3, 2e-3], [2e-3, 2e-3, 5e-4], [5e-4, 2e-3, 2e-3], [2e-3, -5e-4, 2e-3]):
         moved = odds + torch.tensor(change, dtype=torch.float64)
-        assert apart(F.logsigmoid(odds), F.logsigmoid(moved)) == (5e-4 not in map(abs, change))
+        assert apart(logits, F.logsigmoid(odds), F.logsigmoid(moved)) == (5e-4 not in map(abs, change))
+        assert apart(logits / 10, F.logsigmoid(odds), F.logsigmoid(moved))
     sure = torch.tensor([0.0], dtype=torch.float64)
-    assert apart(sure, torch.tensor([-1e-9])) and not apart(sure, sure) and not apart(sure, torch.tensor([-1e-15]))
+    for other, answer in ((-1e-9, True), (0.0, False), (-1e-15, False)):
+        assert apart(logits[:1], sure, torch.tensor([other], dtype=torch.float64)) == answer
 
 
 def test_a_map_of_zeros_shows_every_image_as_black() -> None:

@@ -168,12 +168,13 @@ class Capture:
     def log_probability(self, y: Tensor, beside: Tensor | None = None) -> Tensor:
         """Log-probability of a class of each image, ``[B]``, float64, from :meth:`score`; run once and kept.
 
-        Not from :attr:`logits`: what is compared with masked images must come the same way as they do, or noise would
-        count as a change; where nothing of ``beside [B]`` is so near, :attr:`logits` do, and nothing runs again.
+        What is compared with masked images must come the same way as they do, or noise would count as a change; where
+        nothing of ``beside [B]`` is so near, :attr:`logits` do.
         """
         if self._base is None and beside is not None and self._run.exact:
-            own = T.log_probability(self.logits.detach(), y, self.head)
-            if T.apart(own, beside):
+            logits = self.logits.detach()
+            own = T.log_probability(logits, y, self.head)
+            if T.apart(logits, own, beside):
                 return own
         if self._base is None:
             self._base = self.score(self.images)
