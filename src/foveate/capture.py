@@ -172,8 +172,7 @@ class Capture:
         nothing of ``beside [B]`` is so near, :attr:`logits` do.
         """
         if self._base is None and beside is not None and self._run.exact:
-            logits = self.logits.detach()
-            own = T.log_probability(logits, y, self.head)
+            own = T.log_probability(logits := self.logits.detach(), y, self.head)
             if T.apart(logits, own, beside):
                 return own
         if self._base is None:
