@@ -604,8 +604,7 @@ class TestScoreAndTail:
 
         q, k, v = (torch.randn(2, 3, 5, 4, generator=torch.Generator().manual_seed(i)).double() for i in range(3))
         whole = F.scaled_dot_product_attention(q, k, v, **options)
-        if "is_causal" not in options:
-            torch.testing.assert_close(attention_weights(q, k, **options) @ v, whole)
+        torch.testing.assert_close(attention_weights(q, k, **options) @ v, whole)
         q, k, v = q.bfloat16(), k.bfloat16(), v.bfloat16()
         same = F.scaled_dot_product_attention(q, k, v, **options)
         with WrittenAttention() as mode:

@@ -67,6 +67,29 @@ def test_images_run_again_only_where_rounding_could_count() -> None:
         torch.testing.assert_close(values[[0, 1, 3, 4, 5]], second[column][[0, 1, 3, 4, 5]])
 
 
+@pytest.mark.parametrize("kind", ["autocast inside", "autocast outside", "two precisions", "nearly nothing"])
+def test_a_map_of_ones_changes_nothing_however_the_model_computes(kind: str) -> None:
+    network = networks()["gap"].float()
+    features, classifier = network.features, network.classifier
+
+    def forward(x: torch.Tensor) -> torch.Tensor:
+        with torch.autocast("cpu", torch.bfloat16, enabled=kind == "autocast inside"):
+            grown = features(x).mean((2, 3))
+            return classifier(grown.to(classifier.weight.dtype)).float() * (1e-6 if kind == "nearly nothing" else 1)
+
+    network.forward = forward
+    if kind == "two precisions":
+        classifier.bfloat16()
+    for count in (1, 6):
+        batch = example(count=count)
+        with torch.autocast("cpu", torch.bfloat16, enabled=kind == "autocast outside"):
+            capture = Capture(network, batch.x.float(), "features", closed_form=False)
+            values = recognition(capture, torch.ones(count, *SHAPE[2:]), batch)
+            if kind != "nearly nothing":
+                assert not capture._run.exact(f.raw for f in capture._features.values())
+        assert capture.passes.forward == 3 * count and all((column == 0).all() for column in values.values())
+
+
 def test_near_is_meant_in_log_odds() -> None:
     odds = torch.tensor([-20.0, 0.0, 20.0], dtype=torch.float64)
     logits = torch.tensor([[1.0, -50.0], [-50.0, 50.0], [50.0, 1.0]])  # that may differ by 1e-3

@@ -78,7 +78,7 @@ def known(place: Path, machine: str) -> dict[str, dict[str, Any]]:
     if document["machine"] != machine:
         aside = place.with_suffix(".old.json")
         place.replace(aside)
-        print(f"{place} is of other versions, data or another machine: it is {aside} now", flush=True)
+        print(f"{place} is of another source, other versions, data or another machine: it is {aside} now", flush=True)
         return {}
     return {one["title"]: one for one in document["rows"]}
 

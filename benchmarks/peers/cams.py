@@ -52,13 +52,16 @@ def of_pytorch_grad_cam(network: Network, methods: list[str], count: int) -> Cal
     return run
 
 
-def of_torch_cam(network: Network, name: str, count: int) -> Callable[[], Tensor]:
+def of_torch_cam(network: Network, name: str, count: int, half: bool = False) -> Callable[[], Tensor]:
     x, y = network.x[:count], network.y[:count].tolist()
 
     def run() -> Tensor:
-        with getattr(torchcam.methods, name)(network.model, network.inner) as extractor:
+        with (
+            torch.autocast(x.device.type, torch.bfloat16, enabled=half),
+            getattr(torchcam.methods, name)(network.model, network.inner) as extractor,
+        ):
             found = extractor(y, network.model(x))[0]
-        return maps.upsample(found, (x.shape[-2], x.shape[-1]))
+        return maps.upsample(found.float(), (x.shape[-2], x.shape[-1]))
 
     return run
 

@@ -41,14 +41,18 @@ def score_cam(networks: dict[str, Network]) -> Iterator[Row]:
         )
         yield Row(
             "score",
-            f"Score-CAM, {network.name}, one image, foveate in bf16 and the others in fp32",
+            f"Score-CAM, {network.name}, one image, in bf16",
             of_foveate(network, ["score_cam"], 1, precision="bf16"),
-            {"foveate in fp32": full, "pytorch-grad-cam": peers["pytorch-grad-cam"]},
+            {
+                "foveate in fp32": full,
+                "pytorch-grad-cam in fp32": peers["pytorch-grad-cam"],
+                "torch-cam in autocast": of_torch_cam(network, "ScoreCAM", 1, half=True),
+            },
             network.model,
             network.passes.limit("bf16", live),
             f"{live} forward in bf16, batch norms folded, weights cast beforehand",
             ranks_agree,
-            "foveate casts a chunk's weights each time, because a module may need them whole",
+            "foveate casts a chunk's weights each time, as a module may need them whole; pytorch-grad-cam cannot run in bf16",
         )
 
 

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-WEIGHTS = 2**25  # that are written out at once: torch's own never holds them all
+WEIGHTS = 2**25  # that one call may write out: torch's own never holds them all
 
 
 def attention_weights(
@@ -28,6 +28,9 @@ def attention_weights(
     The scale is put on the queries, which are fewer numbers than the products.
     """
     logits = (query * (query.shape[-1] ** -0.5 if scale is None else scale)) @ key.transpose(-2, -1)
+    if is_causal:
+        later = torch.ones(logits.shape[-2:], dtype=torch.bool, device=logits.device).triu(1)
+        logits = logits.masked_fill(later, float("-inf"))
     if attn_mask is not None:
         logits = logits.masked_fill(~attn_mask, float("-inf")) if attn_mask.dtype == torch.bool else logits + attn_mask
     return logits.softmax(-1)
@@ -38,7 +41,7 @@ class WrittenAttention(TorchFunctionMode):
 
     torch's own there is not made for 16 bits: of a ViT-Tiny's block it takes twice the time forward, and four times
     forward and backward, at the same distance from fp32. Masked, causal, grouped or dropped attention stays torch's,
-    and so does one of very many tokens.
+    one of very many tokens, and what ``nn.MultiheadAttention`` calls within.
 
     Attributes:
         seen: whether anything attended at all.

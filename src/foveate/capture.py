@@ -166,12 +166,12 @@ class Capture:
             return T.resolve(target, self.logits, score=score, against=against, labels=labels, head=self.head)
 
     def log_probability(self, y: Tensor, beside: Tensor | None = None) -> Tensor:
-        """Log-probability of a class of each image, ``[B]``, float64, from :meth:`score`; run once and kept.
+        """Log-probability of a class of each image, ``[B]``, float64; from :meth:`score`, which runs once, where need be.
 
         What is compared with masked images must come the same way as they do, or noise would count as a change; where
         nothing of ``beside [B]`` is so near, :attr:`logits` do.
         """
-        if self._base is None and beside is not None and self._run.exact:
+        if self._base is None and beside is not None and self._run.exact(f.raw for f in self._features.values()):
             own = T.log_probability(logits := self.logits.detach(), y, self.head)
             if T.apart(logits, own, beside):
                 return own

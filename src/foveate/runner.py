@@ -72,10 +72,14 @@ class Runner:
     def _on_cpu(self) -> bool:
         return self.device is None or self.device.type == "cpu"
 
-    @property
-    def exact(self) -> bool:
-        """Whether images run in float32 proper: not in 16 bits, nor in the shortened float32 of other devices."""
-        return self._on_cpu and self.precision == "fp32" and self.dtype in (None, torch.float32, torch.float64)
+    def exact(self, features: Iterable[Tensor]) -> bool:
+        """Whether images run in float32 proper, by the model's parameters and some of its features.
+
+        Not in 16 bits, also not where the model itself casts, nor in the shortened float32 of other devices.
+        """
+        floats = [tensor for tensor in (*self.model.parameters(), *features) if tensor.is_floating_point()]
+        whole = all(tensor.dtype in (torch.float32, torch.float64) for tensor in floats)
+        return whole and self._on_cpu and self.precision == "fp32" and not torch.is_autocast_enabled("cpu")
 
     def chunk_size(self, size: tuple[int, int], kind: Pass = "forward") -> int:
         """How many images of a size run at once: memory depends on this, and results no more than by rounding."""
@@ -165,12 +169,13 @@ class Runner:
         if not (wanted and self.precision == "bf16"):
             yield
             return
-        known = _formats.of(self.model)
-        attention = WrittenAttention()
+        known, attention = _formats.of(self.model), WrittenAttention()
         # The mode sees every call of the model, so that it stays away from one that attends to nothing.
-        with torch.autocast(images.device.type, torch.bfloat16), attention if known.get("attends", True) else nullcontext():
+        written = known.get("attends", True) and images.device.type == "cpu"
+        with torch.autocast(images.device.type, torch.bfloat16), attention if written else nullcontext():
             yield
-        known["attends"] = known.get("attends", True) and attention.seen
+        if written:
+            known["attends"] = attention.seen
 
     def laid_out(self, run: Callable[[Tensor], Any], images: Tensor) -> Any:
         """The model on images in the layout that is faster; channels-first where its own reshaping needs that."""

@@ -15,7 +15,7 @@ from foveate.errors import FoveateError
 
 Head = Literal["softmax", "binary", "multilabel"]
 Score = Callable[[Tensor, Tensor], Tensor]
-NOISE = 2e-5  # of the largest logit: far more than two ways of running a network in float32 were seen to differ by
+NOISE = 2e-5  # of the largest logit, or of 1: far more than two ways of running a network in float32 were seen to differ by
 
 
 def head_of(logits: Tensor, head: Head | None = None) -> Head:
@@ -61,7 +61,7 @@ def apart(logits: Tensor, log_p: Tensor, log_o: Tensor) -> bool:
     In log-odds, which carry the noise of ``logits [B,C]`` as it is; beyond 30 float64 has no digits left for them.
     """
     odds, other = ((value - (-torch.expm1(value)).log()).clamp(max=30) for value in (log_p, log_o))
-    return bool(((odds - other).abs() > NOISE * logits.abs().amax(1)).all())
+    return bool(((odds - other).abs() > NOISE * logits.abs().amax(1).clamp(min=1)).all())
 
 
 def _logit(logits: Tensor, y: Tensor, head: Head) -> Tensor:

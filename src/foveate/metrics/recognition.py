@@ -39,8 +39,8 @@ def average_gain(log_p: Tensor, log_o: Tensor) -> Tensor:
 def average_increase(log_p: Tensor, log_o: Tensor) -> Tensor:
     """``AI = 100 [o > p]``, percent, higher is better.
 
-    Strict: both probabilities must come from the same way of running the model, as :func:`recognition` takes care of;
-    two ways differ by rounding, and a map of ones would score 50 and not 0.
+    Strict: where both are near, they must come from the same way of running the model, as :func:`recognition` takes care
+    of; two ways differ by rounding, and a map of ones would score 50 and not 0.
     """
     return 100.0 * (log_o > log_p).double()
 
@@ -57,7 +57,8 @@ def recognition(
     """AD, AG and AI of maps ``M [B,H,W]`` in [0, 1], percent, one value an image; one forward pass for all three.
 
     ``p`` and ``o`` are probabilities of the class on ``x`` and on ``x * M``: masked in pixel space, black outside,
-    computed in float64 from log-probabilities.
+    computed in float64 from log-probabilities. The images run again, in the way of the masked ones, only where some ``o``
+    is as near to ``p`` as rounding: the last digits of a value may depend on its batch and on what was measured before.
 
     Args:
         target: whose probability: ``label`` (the papers' choice), ``pred``, or ``second``.
