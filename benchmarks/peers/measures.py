@@ -155,7 +155,7 @@ def table(networks: dict[str, Network], count: int = 50) -> Iterator[Row]:
         model=network.model,
         limit=network.passes.counted,
         fewest="no limit: the passes that foveate itself makes, each at its best, so that overhead shows and waste does not",
-        remark="no peer makes this table",
+        remark="no peer makes this table; 'all' are all metrics but the costly ones, which are asked for by name",
     )
 
 
