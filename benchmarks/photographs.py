@@ -3,8 +3,9 @@
     python benchmarks/photographs.py DATA --network squeezenet [--methods a,b@setting=value] [--limit 200] [--out DIR]
 
 DATA has ``imagenet/labels.csv`` and ``weights/``. Rows are appended as they come: started again, it goes on where it
-stopped. Some methods take long: extremal perturbation of 200 images hours, of which ``--precision bf16`` saves two thirds.
-Seconds are of the method alone, on a fresh run of the model, batches of 8, median over batches.
+stopped. Some methods take long: extremal perturbation of 200 images hours, of which ``--precision bf16`` saves two
+thirds on a processor that has it. Seconds are of the method alone, on a fresh run of the model, batches of 8, median over
+batches.
 """
 
 from __future__ import annotations

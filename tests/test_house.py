@@ -31,6 +31,7 @@ FLOORS = [
         "noise",
         "guided",
         "memory",
+        "precision",
         "folding",
         "attention",
     },

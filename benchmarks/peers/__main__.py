@@ -15,6 +15,7 @@ from benchmarks.peers.networks import Network, networks
 from benchmarks.peers.row import Row, run
 
 import foveate
+from foveate.precision import has_bf16
 
 Networks = dict[str, Network]
 PARTS: dict[str, Callable[[Networks], Iterator[Row]]] = {
@@ -59,6 +60,8 @@ def main() -> None:
     machine = page.machine(device, call.data is not None)
     print(machine, flush=True)
     kept = known(place, machine)
+    if has_bf16(device.type) is False:
+        print("no instructions for bf16 here: its rows are left out", file=sys.stderr)
     nets = networks(call.data, device)
     for part in wanted:
         for row in parts[part](nets):

@@ -14,6 +14,7 @@ import torch
 
 import foveate
 from foveate import memory
+from foveate.precision import has_bf16
 
 PACKAGES = ("torch", "timm", "grad-cam", "captum", "torchcam", "quantus")
 Outcome = dict[str, Any]
@@ -23,7 +24,7 @@ def machine(device: torch.device, real: bool) -> str:
     """Processor or GPU, threads, the versions of everybody, which weights ran, and by which source."""
     names = re.findall(r"model name\s*:\s*(.+)", cpu.read_text()) if (cpu := Path("/proc/cpuinfo")).exists() else []
     chip = torch.cuda.get_device_name(device) if device.type == "cuda" else (names[0] if names else platform.processor())
-    half = "" if device.type == "cuda" else f", bf16 instructions: {'yes' if _has_bf16() else 'no'}"
+    half = "" if device.type == "cuda" else f", bf16 instructions: {'yes' if has_bf16() else 'no'}"
     kept = ", freed memory is kept by the process" if memory.kept() and device.type == "cpu" else ""
     found = [f"foveate {foveate.__version__}"]
     for package in PACKAGES:
@@ -44,11 +45,6 @@ def source() -> str:
         for path in sorted(folder.rglob("*.py")):
             digest.update(path.read_bytes())
     return digest.hexdigest()[:8]
-
-
-def _has_bf16() -> bool:
-    cpu = Path("/proc/cpuinfo")
-    return cpu.exists() and "avx512_bf16" in cpu.read_text()
 
 
 def seconds(value: float) -> str:

@@ -9,16 +9,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from foveate import guided as G
 from foveate import layers as L
 from foveate import targets as T
 from foveate.chunks import in_chunks
 from foveate.classifier import check_eval, check_images, check_logits, eager, hooked, modules_of, read_logits, unwrap
 from foveate.errors import FoveateError, LayerError
 from foveate.feature import Feature, Passes
-from foveate.guided import Guide
-from foveate.guided import guided as guided_backprop
 from foveate.linear_head import LinearHead, at_least_float32, recognise_any
-from foveate.runner import Pass, Precision, Runner
+from foveate.precision import Precision
+from foveate.runner import Pass, Runner
 from foveate.tail import tail_behind
 
 
@@ -86,7 +86,7 @@ class Capture:
             "from_image": from_image,
         }
         self._closed_form = closed_form
-        self.guided, self._guide = guided, Guide(twice=not frozen) if guided else None
+        self.guided, self._guide = guided, G.Guide(twice=not frozen) if guided else None
         self.from_image = from_image
         self._leaf: Tensor | None = None
         self._by_image: dict[int, Tensor] = {}
@@ -276,7 +276,7 @@ class Capture:
         """The same of this batch by guided backpropagation, ``[B,3,H,W]``, from the same run where it was made for it."""
         if self.guided and self.from_image:
             return self._to_image(target, guided=True)
-        with guided_backprop():
+        with G.guided():
             return self.image_gradient(target, self.images)
 
     def _to_image(self, target: T.Target, guided: bool = False) -> Tensor:

@@ -21,10 +21,10 @@ from foveate.capture import Capture
 from foveate.errors import DegenerateMapWarning, FoveateError, ImageError
 from foveate.explain import chosen_methods
 from foveate.methods.cam import contrast_of
+from foveate.precision import Precision
 from foveate.protocol import Protocol, preset
 from foveate.registry import METHODS, METRICS, Explained, Method, Metric, Spent
 from foveate.results import MAP, MAP_SIDE, MODEL, Results, joined
-from foveate.runner import Precision
 from foveate.targets import Head, log_probability
 
 if TYPE_CHECKING:

@@ -18,8 +18,8 @@ from foveate.capture import Capture
 from foveate.errors import DegenerateMapWarning, FoveateError, LayerError
 from foveate.methods.cam import contrast_of
 from foveate.methods.wrappers import Fusion, fused
+from foveate.precision import Precision
 from foveate.registry import METHODS, Method, check_settings
-from foveate.runner import Precision
 from foveate.targets import Head, Target, strongest_other
 
 Methods = str | Method | Sequence[str | Method]

@@ -18,9 +18,9 @@ from foveate.feature import Passes
 from foveate.folding import folded
 from foveate.linear_head import at_least_float32
 from foveate.memo import Memo
+from foveate.precision import Precision, check_precision, warn_if_slow
 from foveate.targets import Target
 
-Precision = Literal["fp32", "bf16"]
 Pass = Literal["forward", "backward", "tail"]
 # Images of 224 x 224 that run at once. On a CPU the system clears the memory of every layer anew where a process gives it
 # back, the more often the larger the blocks are: then 4 forward and 8 backward are best, and more where it is kept. Measured
@@ -51,14 +51,12 @@ class Runner:
     def __init__(
         self, model: nn.Module, live: nn.Module, frozen: bool, precision: Precision, chunk: int | None, passes: Passes
     ) -> None:
-        if precision not in ("fp32", "bf16"):
-            raise FoveateError(f"precision {precision!r} is unknown: use 'fp32' or 'bf16'")
         if chunk is not None and chunk < 1:
             raise FoveateError(f"chunk {chunk} is not a number of images: use 1 or more")
         self.model = model
         self.live = live
         self.frozen = frozen
-        self.precision: Precision = precision
+        self.precision: Precision = check_precision(precision)
         self.chunk = chunk
         self.passes = passes
         self.lock = lock_of(model)
@@ -67,6 +65,8 @@ class Runner:
         first = next((p for p in model.parameters() if p.is_floating_point()), None)
         self.device: torch.device | None = None if first is None else first.device
         self.dtype: torch.dtype | None = None if first is None else first.dtype
+        if precision == "bf16":
+            warn_if_slow("cpu" if self.device is None else self.device.type)
 
     @property
     def _on_cpu(self) -> bool:

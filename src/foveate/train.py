@@ -31,6 +31,7 @@ from foveate.losses.contrastive import required_head
 from foveate.models.castream import CAStream, ca_stream
 from foveate.models.load import Classifier, load
 from foveate.models.surgery import contrastive_architecture
+from foveate.precision import warn_if_slow
 from foveate.recipe import Data, LossTerm, Recipe
 from foveate.registry import LOSSES
 from foveate.splits import Augmented, EpochSampler, Kept, augmenter, film_images, labels_of, open_splits, processes, seed_of
@@ -445,6 +446,8 @@ def _loaders(
 
 def _trainer(recipe: Recipe, devices: int, loggers: list[Any], callbacks: list[Callback]) -> L.Trainer:
     accelerator = "cuda" if torch.cuda.is_available() else "cpu"
+    if recipe.precision == "bf16":
+        warn_if_slow(accelerator)
     try:
         return L.Trainer(
             accelerator=accelerator,

@@ -30,7 +30,6 @@ from foveate.cli.options import (
     Size,
     Std,
     Weights,
-    check_precision,
     err,
     open_model,
     out_folder,
@@ -98,11 +97,12 @@ def evaluate(
     with sentences(debug), ExitStack() as stack:
         from foveate import runs, statistics
         from foveate.evaluate import Plan
+        from foveate.precision import check_precision
         from foveate.registry import METHODS
         from foveate.report import evaluation
         from foveate.results import read_all
 
-        check_precision(precision)
+        check_precision(precision, "--precision")
         settings = own_settings(setting)
         named: list[Any] = [name.strip() for name in methods.split(",") if name.strip()]
         if named and controls and not any(record.control for record in map(METHODS.known, named) if record is not None):

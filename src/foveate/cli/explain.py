@@ -33,7 +33,6 @@ from foveate.cli.options import (
     Size,
     Std,
     Weights,
-    check_precision,
     class_index,
     err,
     open_model,
@@ -62,7 +61,8 @@ def explain(
     weights: Weights = None,
     pretrained: Pretrained = False,
     method: Annotated[
-        list[str] | None, typer.Option("--method", help="Repeat for several; see 'foveate list methods'.")
+        list[str] | None,
+        typer.Option("--method", "--methods", help="One, several with commas, or repeated; see 'foveate list methods'."),
     ] = None,
     layer: Layer = "auto",
     fuse: Annotated[str, typer.Option(help="How maps of several layers become one: mean, max, product, tanh_max.")] = "mean",
@@ -93,9 +93,11 @@ def explain(
     """Maps of why a model says what it says of images: pictures, probabilities, and whether a map can be trusted."""
     with sentences(debug):
         from foveate import images as files
+        from foveate.precision import check_precision
         from foveate.registry import METHODS
 
-        names = [METHODS.get(name).name for name in (method or ["grad_cam", "hires_cam"])]
+        given = ",".join(method or ["grad_cam", "hires_cam"]).split(",")
+        names = [METHODS.get(name.strip()).name for name in given]
         classifier = open_model(model, weights, pretrained, num_classes, size, mean, std, classes, device)
         question = Question(
             layer=several(layer),
@@ -103,7 +105,7 @@ def explain(
             targets=[class_index(one, classifier) for one in _targets(target)],
             against=class_index(against, classifier) if against is not None else None,
             head=head,
-            precision=check_precision(precision),
+            precision=check_precision(precision, "--precision"),
             settings=own_settings(setting),
             only_errors=errors,
         )

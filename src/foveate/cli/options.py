@@ -191,12 +191,6 @@ def several(layer: str) -> str | list[str]:
     return names if len(names) > 1 else layer
 
 
-def check_precision(precision: str) -> str:
-    if precision not in ("fp32", "bf16"):
-        raise FoveateError(f"--precision {precision!r} is unknown: use fp32 or bf16")
-    return precision
-
-
 def own_settings(given: list[str] | None) -> dict[str, dict[str, Any]]:
     """Settings of methods from ``METHOD.SETTING=VALUE``, values as YAML: ``50``, ``true``, ``[0.1, 0.2]``.
 
