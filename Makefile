@@ -40,13 +40,13 @@ $(BENCH)/done: pyproject.toml constraints.txt benchmarks/requirements.txt
 	$(BENCH)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --no-deps quantus
 	touch $@
 
-# ROWS=cams,score for some of them. Stopped and started again, it goes on where it stopped.
+# ROWS=cams,score for some of them, ARGS=--give-back or another of its options. Stopped and started again, it goes on where it stopped.
 bench: $(BENCH)/done
-	$(BENCH)/bin/python -m benchmarks.peers $(DATA) --rows $(or $(ROWS),all) --out bench
+	$(BENCH)/bin/python -m benchmarks.peers $(DATA) --rows "$(or $(ROWS),all)" --out bench $(ARGS)
 
 format: $(VENV)/dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) $(BENCH) bench demo build *.egg-info src/*.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) $(BENCH) demo build *.egg-info src/*.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -6,7 +6,7 @@ import importlib
 import sys
 import time
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
@@ -114,11 +114,98 @@ def test_a_peer_that_changes_the_model_ends_the_run(row: ModuleType) -> None:
         row.run(job, torch.device("cpu"))
 
 
-def test_rows_of_another_machine_are_set_aside(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    pytest.importorskip("quantus")
+@pytest.fixture
+def kept(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     monkeypatch.syspath_prepend(str(ROOT))
-    main = importlib.import_module("benchmarks.peers.__main__")
-    place = tmp_path / "rows_cpu.json"
-    place.write_text('{"machine": "a", "rows": [{"title": "t"}]}')
-    assert main.known(place, "a") == {"t": {"title": "t"}}
-    assert main.known(place, "b") == {} and not place.exists() and (tmp_path / "rows_cpu.old.json").exists()
+    return importlib.import_module("benchmarks.peers.kept")
+
+
+def test_rows_are_gone_on_with_and_those_of_another_machine_stay(kept: ModuleType, tmp_path: Path) -> None:
+    first = kept.Kept(tmp_path / "bench", "cpu", "a machine", "1234567")
+    first.add({"title": "one", "limit": float("nan")})
+    first.add({"title": "two"})
+    other = kept.Kept(tmp_path / "bench", "cpu", "another", "")
+    assert not other.rows
+    other.add({"title": "one"})
+    again = kept.Kept(tmp_path / "bench", "cpu", "a machine", "89abcde")
+    again.add({"title": "two", "limit": 1})
+    rows = kept.Kept(tmp_path / "bench", "cpu", "a machine", "").rows
+    assert [(one["title"], one["commit"]) for one in rows.values()] == [("one", "1234567"), ("two", "89abcde")]
+    assert rows["two"]["limit"] == 1
+    assert len(list((tmp_path / "bench").iterdir())) == 2
+
+
+def test_a_damaged_file_is_named_and_left(kept: ModuleType, tmp_path: Path) -> None:
+    place = kept.Kept(tmp_path, "cpu", "a machine", "").place
+    place.write_text('{"machine": "a mach')
+    with pytest.raises(SystemExit, match="is damaged: move it away"):
+        kept.Kept(tmp_path, "cpu", "a machine", "")
+    assert place.read_text() == '{"machine": "a mach'
+
+
+def test_killed_while_a_row_is_written_the_others_stay(
+    kept: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = kept.Kept(tmp_path, "cpu", "a machine", "")
+    rows.add({"title": "one"})
+
+    def killed(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(kept.os, "replace", killed)
+    with pytest.raises(KeyboardInterrupt):
+        rows.add({"title": "two"})
+    assert list(kept.Kept(tmp_path, "cpu", "a machine", "").rows) == ["one"]
+
+
+def test_the_machine_line_tells_data_apart_and_whether_bf16_is_measured(
+    page: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cpu = torch.device("cpu")
+    (tmp_path / "imagenet").mkdir()
+    (tmp_path / "weights").mkdir()
+    for name in ("zoo.py", "imagenet/labels.csv", "weights/net.safetensors"):
+        (tmp_path / name).write_text("a")
+    lines = [page.machine(cpu, None), page.machine(cpu, tmp_path)]
+    (tmp_path / "weights" / "net.safetensors").write_text("longer")
+    lines.append(page.machine(cpu, tmp_path))
+    assert len(set(lines)) == 3 and "both on noise" in lines[0] and "real ones on photographs (data " in lines[1]
+    for has, words in ((True, "yes"), (False, "no, so that rows in bf16 are left out"), (None, "not known")):
+        monkeypatch.setattr(page, "has_bf16", lambda device, has=has: has)
+        assert f"bf16 instructions: {words}" in page.machine(cpu, None)
+
+
+def test_rows_in_bf16_are_left_out_where_it_is_slow(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("captum", "pytorch_grad_cam", "torchcam"):
+        pytest.importorskip(name)
+    monkeypatch.syspath_prepend(str(ROOT))
+    searches = importlib.import_module("benchmarks.peers.searches")
+    passes = SimpleNamespace(limit=lambda *_, **__: None)
+    one = SimpleNamespace(
+        name="net", model=network(), layer="1", inner=None, x=torch.rand(1, 3, 8, 8), y=torch.zeros(1), passes=passes
+    )
+    for has, count in ((True, 2), (None, 2), (False, 1)):
+        monkeypatch.setattr(searches, "has_bf16", lambda device, has=has: has)
+        for part in (searches.rise, searches.score_cam):
+            titles = [row.title for row in part({"net": one})]
+            assert len(titles) == count and ("bf16" in titles[-1]) == (count == 2)
+
+
+def test_rows_without_others_have_no_picture(page: ModuleType, tmp_path: Path) -> None:
+    alone = {
+        "contestants": [
+            {"name": "foveate", "seconds": 1.0, "ratio": 1.0, "forward": 0, "backward": 0, "memory": 1.0, "agreement": ""}
+        ]
+    }
+    one = {
+        "title": "alone",
+        "over_limit": 1.0,
+        "over_low": 1.0,
+        "over_high": 1.0,
+        "fewest": "",
+        "remark": "",
+        "commit": "1234567",
+    }
+    page.write([{**one, **alone}], "a machine", tmp_path, "cpu")
+    assert (tmp_path / "performance.md").read_text().startswith("a machine; commit 1234567")
+    assert not (tmp_path / "performance.png").exists()

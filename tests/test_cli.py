@@ -113,9 +113,10 @@ class TestExplain:
         ):
             assert word in result.stdout
 
-    @pytest.mark.parametrize("asked", [("--method", "grad_cam, hires_cam"), ("--methods", "grad_cam", "--method", "hires_cam")])
+    @pytest.mark.parametrize("asked", [("--method", "grad_cam, hires_cam,"), ("--method", "grad_cam", "--method", "hires_cam")])
     def test_several_methods_with_commas_or_repeated(self, place: Path, asked: tuple[str, ...]) -> None:
         assert list(json.loads(explain(place, *asked, "--json").stdout)["images"][0]["maps"]) == ["grad_cam", "hires_cam"]
+        assert "--method ',' names none" in sentence(explain(place, "--method", ","))
 
     def test_p_after_is_the_masked_probability(self, place: Path) -> None:
         document = json.loads(explain(place, "--method", "grad_cam", "--json").stdout)

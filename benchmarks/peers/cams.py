@@ -39,13 +39,22 @@ def of_foveate(network: Network, methods: list[str], count: int, raw: bool = Fal
     return run
 
 
-def of_pytorch_grad_cam(network: Network, methods: list[str], count: int) -> Callable[[], Tensor]:
+def of_pytorch_grad_cam(
+    network: Network, methods: list[str], count: int, half: bool = False, at_once: int | None = None
+) -> Callable[[], Tensor]:
+    """Its maps; in autocast its activations are widened by its own hook for them, since numpy has no bf16."""
     targets = [ClassifierOutputTarget(c) for c in network.y[:count].tolist()]
 
     def run() -> Tensor:
         found = []
         for name in methods:
-            with getattr(pytorch_grad_cam, name)(network.model, [network.inner]) as cam:
+            options = {"reshape_transform": Tensor.float} if half else {}
+            with (
+                torch.autocast(network.x.device.type, torch.bfloat16, enabled=half),
+                getattr(pytorch_grad_cam, name)(network.model, [network.inner], **options) as cam,
+            ):
+                if at_once is not None:
+                    cam.batch_size = at_once
                 found.append(torch.from_numpy(cam(input_tensor=network.x[:count], targets=targets)))
         return torch.cat(found)
 

@@ -6,6 +6,7 @@ import hashlib
 import math
 import platform
 import re
+import subprocess
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -18,13 +19,14 @@ from foveate.precision import has_bf16
 
 PACKAGES = ("torch", "timm", "grad-cam", "captum", "torchcam", "quantus")
 Outcome = dict[str, Any]
+WORDS = {True: "yes", False: "no, so that rows in bf16 are left out", None: "not known"}
 
 
-def machine(device: torch.device, real: bool) -> str:
-    """Processor or GPU, threads, the versions of everybody, which weights ran, and by which source."""
+def machine(device: torch.device, data: Path | None) -> str:
+    """Processor or GPU, threads, the versions of everybody, which weights and images ran, and by which source."""
     names = re.findall(r"model name\s*:\s*(.+)", cpu.read_text()) if (cpu := Path("/proc/cpuinfo")).exists() else []
     chip = torch.cuda.get_device_name(device) if device.type == "cuda" else (names[0] if names else platform.processor())
-    half = "" if device.type == "cuda" else f", bf16 instructions: {'yes' if has_bf16() else 'no'}"
+    half = f", bf16 instructions: {WORDS[has_bf16(device)]}"
     kept = ", freed memory is kept by the process" if memory.kept() and device.type == "cpu" else ""
     found = [f"foveate {foveate.__version__}"]
     for package in PACKAGES:
@@ -32,7 +34,8 @@ def machine(device: torch.device, real: bool) -> str:
             found.append(f"{package} {version(package)}")
         except PackageNotFoundError:
             found.append(f"no {package}")
-    weights = "ResNet-50 with random weights, MobileNet-V2 with " + ("real ones on photographs" if real else "random ones")
+    of_data = f"real ones on photographs (data {digest(data)})" if data else "random ones, both on noise"
+    weights = f"ResNet-50 with random weights, MobileNet-V2 with {of_data}"
     python = platform.python_version()
     threads = f"{torch.get_num_threads()} threads{half}{kept}"
     return f"{chip}, {threads}; Python {python}, {', '.join(found)}; {weights}; source {source()}"
@@ -40,11 +43,28 @@ def machine(device: torch.device, real: bool) -> str:
 
 def source() -> str:
     """A digest of foveate's files and of the benchmark's: rows of another are not to be gone on with."""
-    digest = hashlib.sha256()
+    found = hashlib.sha256()
     for folder in (Path(foveate.__file__).parent, Path(__file__).parent):
         for path in sorted(folder.rglob("*.py")):
-            digest.update(path.read_bytes())
-    return digest.hexdigest()[:8]
+            found.update(path.read_bytes())
+    return found.hexdigest()[:8]
+
+
+def digest(data: Path) -> str:
+    """Of the factories and the list of images, and of the names and lengths of the weights."""
+    found = hashlib.sha256((data / "zoo.py").read_bytes() + (data / "imagenet" / "labels.csv").read_bytes())
+    for path in sorted((data / "weights").iterdir()):
+        found.update(f"{path.name} {path.stat().st_size}\n".encode())
+    return found.hexdigest()[:8]
+
+
+def commit() -> str:
+    """Of the source that ran, with a plus where files were changed since; nothing outside of a repository."""
+    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty=+", "--exclude=*"]
+    try:
+        return subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return ""
 
 
 def seconds(value: float) -> str:
@@ -124,12 +144,13 @@ def picture(rows: list[Outcome], path: Path) -> None:
     figure, axes = plt.subplots(figsize=(10, 0.27 * len(shown) + 1.6), layout="constrained")
     for height, one in enumerate(reversed(shown)):
         axes.axhline(height, color="#eeeeee", linewidth=0.7, zorder=0)
-        for who in one["contestants"][1:]:
-            if math.isnan(who["ratio"]):
-                continue
+        measured = [who for who in one["contestants"][1:] if not math.isnan(who["ratio"])]
+        for number, who in enumerate(measured):
+            y = height + 0.22 * ((len(measured) - 1) / 2 - number)  # none hides another
             colour = next((c for name, c in colours.items() if who["name"].startswith(name)), "#7f7f7f")
-            axes.plot([who["low"], who["high"]], [height, height], color=colour, linewidth=2, alpha=0.5)
-            axes.plot(who["ratio"], height, "o", color=colour, markersize=5)
+            axes.plot([who["low"], who["high"]], [y, y], color=colour, linewidth=2, alpha=0.5)
+            fill = "white" if " in fp32" in who["name"] else colour
+            axes.plot(who["ratio"], y, "o", color=colour, markerfacecolor=fill, markersize=4.5)
     axes.axvline(1, color="black", linewidth=1)
     axes.set_xscale("log")
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
@@ -138,7 +159,8 @@ def picture(rows: list[Outcome], path: Path) -> None:
     axes.set_ylim(-0.7, len(shown) - 0.3)
     handles = [plt.Line2D([], [], marker="o", linestyle="", color=c, label=name) for name, c in colours.items()]
     handles.append(plt.Line2D([], [], marker="o", linestyle="", color="#7f7f7f", label="after the paper, or foveate otherwise"))
-    axes.legend(handles=handles, fontsize=7.5, ncols=5, loc="lower center", bbox_to_anchor=(0.3, 1.0), frameon=False)
+    handles.append(plt.Line2D([], [], marker="o", linestyle="", color="#7f7f7f", markerfacecolor="white", label="in fp32"))
+    axes.legend(handles=handles, fontsize=7.5, ncols=6, loc="lower center", bbox_to_anchor=(0.3, 1.0), frameon=False)
     for side in ("top", "right", "left"):
         axes.spines[side].set_visible(False)
     axes.tick_params(axis="y", length=0)
@@ -149,7 +171,9 @@ def picture(rows: list[Outcome], path: Path) -> None:
 def write(rows: list[Outcome], machine: str, out: Path, device: str) -> Path:
     """The page and its picture beside it; the page's path."""
     name = "performance" if device == "cpu" else f"performance_{device}"
-    text = f"{machine}\n\n{table(rows)}\n\n{limits(rows)}\n"
+    commits = ", ".join(dict.fromkeys(found for one in rows if (found := one.get("commit"))))
+    text = f"{machine}{f'; commit {commits}' if commits else ''}\n\n{table(rows)}\n\n{limits(rows)}\n"
     (out / f"{name}.md").write_text(text, encoding="utf-8")
-    picture(rows, out / f"{name}.png")
+    if any(not math.isnan(who["ratio"]) for one in rows for who in one["contestants"][1:]):
+        picture(rows, out / f"{name}.png")
     return out / f"{name}.md"

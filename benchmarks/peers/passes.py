@@ -18,7 +18,7 @@ from foveate.folding import folded
 
 Kind = Literal["forward", "folded", "bf16", "backward"]
 COUNTS = (1, 2, 4, 8, 16, 32)
-ON_GPU = (1, 8, 32, 128)
+ON_GPU = (1, 8, 32, 64)
 
 
 class Passes:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import warnings
 from functools import cache
 from typing import Literal, get_args
@@ -11,8 +12,13 @@ import torch
 from foveate.errors import FoveateError
 
 Precision = Literal["fp32", "bf16"]
-# What an x86 processor says that multiplies bf16, or widens it, by itself.
-_INSTRUCTIONS = ("avx512_bf16", "amx_bf16", "avx_ne_convert", "avx10_2")
+CPU = torch.device("cpu")
+# What processors say that multiply bf16, or widen it, by themselves.
+_INSTRUCTIONS = {
+    "x86_64": ("avx512_bf16", "amx_bf16", "avx_ne_convert", "avx10_2"),
+    "arm64": ("bf16", "sve_bf16"),
+    "aarch64": ("bf16", "sve_bf16"),
+}
 
 
 def check_precision(precision: str, what: str = "precision") -> Precision:
@@ -26,28 +32,29 @@ def check_precision(precision: str, what: str = "precision") -> Precision:
     return precision  # type: ignore[return-value]
 
 
-def has_bf16(kind: str = "cpu") -> bool | None:
-    """Whether a kind of device has instructions for bf16; None where torch does not tell.
+def has_bf16(device: torch.device = CPU) -> bool | None:
+    """Whether a device has instructions for bf16; None where torch does not tell: an older torch, other devices.
 
-    Told are x86 processors (from torch 2.10 on, about) and CUDA devices; one that has none computes in bf16 nevertheless,
-    by widening every number.
+    One that has none computes in bf16 nevertheless, by widening every number.
     """
-    if kind == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
+    if device.type == "cuda":
+        return torch.version.hip is not None or torch.cuda.get_device_properties(device).major >= 8
     capabilities = getattr(torch.cpu, "get_capabilities", None)
-    if kind != "cpu" or capabilities is None:
+    if device.type != "cpu" or capabilities is None:
         return None
     able = capabilities()
-    return any(able.get(name) for name in _INSTRUCTIONS) if able.get("architecture") == "x86_64" else None
+    names = _INSTRUCTIONS.get(str(able.get("architecture")))
+    return None if names is None else any(able.get(name) for name in names)
 
 
 @cache
-def warn_if_slow(kind: str) -> None:
-    """Warn, once in a process, where bf16 is asked for on a kind of device that has no instructions for it."""
-    if has_bf16(kind) is False:
-        device = "GPU" if kind == "cuda" else "processor"
+def warn_if_slow(device: torch.device) -> None:
+    """Warn, once in a run, where bf16 is asked for on a device that has no instructions for it."""
+    first = all(os.environ.get(name, "0") == "0" for name in ("RANK", "LOCAL_RANK"))  # of several processes
+    if first and has_bf16(device) is False:
+        name = "GPU" if device.type == "cuda" else "processor"
         warnings.warn(
-            f"this {device} has no bf16 instructions, so that precision bf16 is slower than fp32, with some networks many "
-            "times: leave it out",
+            f"this {name} has no bf16 instructions, so that precision bf16 is likely to be slower than fp32, with some "
+            "networks many times: leave it out",
             stacklevel=2,
         )

@@ -18,7 +18,7 @@ from foveate.feature import Passes
 from foveate.folding import folded
 from foveate.linear_head import at_least_float32
 from foveate.memo import Memo
-from foveate.precision import Precision, check_precision, warn_if_slow
+from foveate.precision import CPU, Precision, check_precision, warn_if_slow
 from foveate.targets import Target
 
 Pass = Literal["forward", "backward", "tail"]
@@ -66,7 +66,7 @@ class Runner:
         self.device: torch.device | None = None if first is None else first.device
         self.dtype: torch.dtype | None = None if first is None else first.dtype
         if precision == "bf16":
-            warn_if_slow("cpu" if self.device is None else self.device.type)
+            warn_if_slow(self.device or CPU)
 
     @property
     def _on_cpu(self) -> bool:

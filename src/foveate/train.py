@@ -447,7 +447,7 @@ def _loaders(
 def _trainer(recipe: Recipe, devices: int, loggers: list[Any], callbacks: list[Callback]) -> L.Trainer:
     accelerator = "cuda" if torch.cuda.is_available() else "cpu"
     if recipe.precision == "bf16":
-        warn_if_slow(accelerator)
+        warn_if_slow(torch.device(accelerator))
     try:
         return L.Trainer(
             accelerator=accelerator,

@@ -62,7 +62,7 @@ def explain(
     pretrained: Pretrained = False,
     method: Annotated[
         list[str] | None,
-        typer.Option("--method", "--methods", help="One, several with commas, or repeated; see 'foveate list methods'."),
+        typer.Option("--method", help="One, several with commas, or repeated; see 'foveate list methods'."),
     ] = None,
     layer: Layer = "auto",
     fuse: Annotated[str, typer.Option(help="How maps of several layers become one: mean, max, product, tanh_max.")] = "mean",
@@ -96,8 +96,11 @@ def explain(
         from foveate.precision import check_precision
         from foveate.registry import METHODS
 
-        given = ",".join(method or ["grad_cam", "hires_cam"]).split(",")
-        names = [METHODS.get(name.strip()).name for name in given]
+        check_precision(precision, "--precision")
+        given = ",".join(method or ["grad_cam", "hires_cam"])
+        names = [METHODS.get(name.strip()).name for name in given.split(",") if name.strip()]
+        if not names:
+            raise FoveateError(f"--method {given!r} names none: see 'foveate list methods'")
         classifier = open_model(model, weights, pretrained, num_classes, size, mean, std, classes, device)
         question = Question(
             layer=several(layer),
@@ -105,7 +108,7 @@ def explain(
             targets=[class_index(one, classifier) for one in _targets(target)],
             against=class_index(against, classifier) if against is not None else None,
             head=head,
-            precision=check_precision(precision, "--precision"),
+            precision=precision,
             settings=own_settings(setting),
             only_errors=errors,
         )
