@@ -21,7 +21,10 @@ PRECISIONS: tuple[tuple[str, Kind], ...] = (("fp32", "folded"), ("bf16", "bf16")
 
 
 def halves(network: Network) -> bool:
-    """Whether rows in bf16 are measured: not on a device that is slower in it, six (ResNet-50) to fifteen times (MobileNet-V2) on an AVX2 processor."""
+    """Whether rows in bf16 are measured: not on a device without instructions for it.
+
+    A processor with AVX2 alone is six (ResNet-50) to fifteen times (MobileNet-V2) slower in it than in fp32.
+    """
     return has_bf16(network.x.device) is not False
 
 
