@@ -15,7 +15,6 @@ from benchmarks.peers.networks import Network, networks
 from benchmarks.peers.row import Row, run
 
 import foveate
-from foveate.precision import has_bf16
 
 Networks = dict[str, Network]
 PARTS: dict[str, Callable[[Networks], Iterator[Row]]] = {
@@ -37,7 +36,6 @@ PARTS: dict[str, Callable[[Networks], Iterator[Row]]] = {
 
 
 CPU_ALONE = ("losses", "process")  # of another device than the one that is asked for, and without the networks
-IN_BF16 = ("rise", "score")
 NEEDED = ("zoo.py", "imagenet/labels.csv", "weights")
 
 
@@ -59,8 +57,6 @@ def main() -> None:
         sys.exit(f"{str(call.data)!r} has no {missing[0]}: leave the folder out for random weights and noise")
     if not call.give_back and not foveate.keep_memory():  # for everybody
         print("freed memory cannot be kept here: batches will be slower, everybody's", file=sys.stderr)
-    if has_bf16(device) is False and set(wanted) & set(IN_BF16):
-        print("no instructions for bf16 here: its rows are left out", file=sys.stderr)
     kept = Kept(call.out, device.type, page.machine(device, call.data), page.commit())
     print(kept.machine, flush=True)
     if kept.rows:

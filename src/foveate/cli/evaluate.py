@@ -31,6 +31,7 @@ from foveate.cli.options import (
     Std,
     Weights,
     err,
+    listed,
     open_model,
     out_folder,
     own_settings,
@@ -104,12 +105,12 @@ def evaluate(
 
         check_precision(precision, "--precision")
         settings = own_settings(setting)
-        named: list[Any] = [name.strip() for name in methods.split(",") if name.strip()]
+        named: list[Any] = listed(methods)
         if named and controls and not any(record.control for record in map(METHODS.known, named) if record is not None):
             named.append("controls")
         plan = Plan.of(
             named,
-            metrics if metrics == "all" else [name.strip() for name in metrics.split(",") if name.strip()],
+            metrics if metrics == "all" else listed(metrics),
             protocol,
             settings,
             target,

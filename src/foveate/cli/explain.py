@@ -35,6 +35,7 @@ from foveate.cli.options import (
     Weights,
     class_index,
     err,
+    listed,
     open_model,
     out_folder,
     own_settings,
@@ -98,7 +99,7 @@ def explain(
 
         check_precision(precision, "--precision")
         given = ",".join(method or ["grad_cam", "hires_cam"])
-        names = [METHODS.get(name.strip()).name for name in given.split(",") if name.strip()]
+        names = [METHODS.get(name).name for name in listed(given)]
         if not names:
             raise FoveateError(f"--method {given!r} names none: see 'foveate list methods'")
         classifier = open_model(model, weights, pretrained, num_classes, size, mean, std, classes, device)

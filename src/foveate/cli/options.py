@@ -185,6 +185,11 @@ def class_index(text: str, classifier: Classifier) -> str | int:
     return classifier.class_index(text)
 
 
+def listed(text: str) -> list[str]:
+    """The names that commas separate; empty ones are passed over."""
+    return [name.strip() for name in text.split(",") if name.strip()]
+
+
 def several(layer: str) -> str | list[str]:
     """One layer, or a list of those that commas separate."""
     names = [name.strip() for name in layer.split(",")]
