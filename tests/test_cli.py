@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import subprocess
 import sys
@@ -117,6 +118,36 @@ class TestExplain:
     def test_several_methods_with_commas_or_repeated(self, place: Path, asked: tuple[str, ...]) -> None:
         assert list(json.loads(explain(place, *asked, "--json").stdout)["images"][0]["maps"]) == ["grad_cam", "hires_cam"]
         assert "--method ',' names none" in sentence(explain(place, "--method", ","))
+
+    def test_groups_of_methods_leave_out_what_the_model_cannot_have(self, place: Path) -> None:
+        result = explain(place, "--method", "ALL_fast", "--layer", "features.0", "--json")
+        assert result.exit_code == 0, result.output
+        document = json.loads(result.stdout)
+        assert {"grad_cam", "gradient", "fake_cam"} <= set(document["images"][0]["maps"])
+        assert not {"cam", "rise", "opti_cam"} & set(document["images"][0]["maps"])
+        assert "global average pooling" in document["left_out"]["cam"]
+        assert document["failures"] == []
+        assert "note: cam is left out" in result.stderr
+        asked = explain(place, "--method", "all-fast,cam", "--layer", "features.0", "--json")
+        assert asked.exit_code == 1
+        assert [failure["file"] for failure in json.loads(asked.stdout)["failures"]] == ["cam"]
+        assert "did you mean all-fast" in sentence(explain(place, "--method", "all-fst"))
+
+    def test_a_method_left_out_of_one_answer_is_named_with_it(self, place: Path) -> None:
+        asked = ("--method", "all-fast", "--target", "pred,second", "--set", "finer_cam.similar=1", "--json")
+        document = json.loads(explain(place, *asked).stdout)
+        assert "finer_cam for pred-second" in document["left_out"]
+        assert "attention_rollout" in document["left_out"]
+
+    def test_maps_of_several_methods_are_on_one_picture(self, place: Path) -> None:
+        item = json.loads(explain(place, "--method", "all-fast", "--json").stdout)["images"][0]
+        picture = np.asarray(Image.open(item["picture"]).convert("L"))
+        assert item["picture"].endswith("a.methods.png")
+        panels = math.ceil((len(item["maps"]) + 1) / 7)
+        for rows in np.array_split(picture, panels):
+            for cells in np.array_split(rows, 7, 1)[:1]:
+                assert (cells < 200).mean() > 0.3
+        assert "picture" not in json.loads(explain(place, "--method", "cam", "--json").stdout)["images"][0]
 
     def test_p_after_is_the_masked_probability(self, place: Path) -> None:
         document = json.loads(explain(place, "--method", "grad_cam", "--json").stdout)

@@ -23,7 +23,7 @@ from foveate.explain import chosen_methods
 from foveate.methods.cam import contrast_of
 from foveate.precision import Precision
 from foveate.protocol import Protocol, preset
-from foveate.registry import METHODS, METRICS, Explained, Method, Metric, Spent
+from foveate.registry import METHODS, METRICS, Explained, Method, Metric, Spent, ungrouped
 from foveate.results import MAP, MAP_SIDE, MODEL, Results, joined
 from foveate.targets import Head, log_probability
 
@@ -31,7 +31,6 @@ if TYPE_CHECKING:
     import pandas as pd
 
 Methods = str | Method | Sequence[str | Method]
-GROUPS = ("all", "all-fast", "controls")
 COSTED_BATCHES = 3
 SAME = 1e-6  # maps in [0, 1] that differ by less are one map: a 4000th of what an 8-bit picture can show
 
@@ -184,12 +183,11 @@ class Plan:
         """
         base, given = preset(protocol), dict(settings or {})
         of_methods = {name: own for name, own in given.items() if name not in METRICS.all()}
-        names, optional = expanded(methods)
-        given_records = {getattr(method, "name", method) for method in names}
+        given_records = {getattr(method, "name", method) for method in ungrouped(methods)[0]}
         for name in of_methods:
             if METHODS.known(name) is None and name not in given_records:
                 raise FoveateError(f"there is neither a method nor a metric {name!r} whose settings could be changed")
-        records, own = chosen_methods(names, of_methods)
+        records, own, optional = chosen_methods(methods, of_methods)
         for name, values in base.methods.items():
             if name in [record.name for record in records]:
                 own[name] = {**values, **own.get(name, {})}
@@ -310,23 +308,6 @@ class Plan:
             own = self.protocol.metrics.get(metric.name, {})
             values |= _arrays(metric(capture, M, batch, **filled, **own), columns)
         return values
-
-
-def expanded(methods: Methods) -> tuple[list[str | Method], set[str]]:
-    """Methods with ``all``, ``all-fast`` and ``controls`` written out, and the names that came in only so."""
-    given = [methods] if isinstance(methods, (str, Method)) else list(methods)
-    named, optional = [], set()
-    for item in given:
-        if not isinstance(item, str) or item not in GROUPS:
-            named.append(item)
-            continue
-        for name, record in METHODS.all().items():
-            if (item == "controls" and not record.control) or (item == "all-fast" and record.repeats):
-                continue
-            named.append(name)
-            optional.add(name)
-    asked = {METHODS.get(item).name for item in given if not isinstance(item, str) or item not in GROUPS}
-    return named, optional - asked
 
 
 def choose(metrics: str | Sequence[str], batch: Batch) -> list[tuple[Metric, list[str]]]:

@@ -19,7 +19,7 @@ from foveate.errors import DegenerateMapWarning, FoveateError, LayerError
 from foveate.methods.cam import contrast_of
 from foveate.methods.wrappers import Fusion, fused
 from foveate.precision import Precision
-from foveate.registry import METHODS, Method, check_settings
+from foveate.registry import METHODS, Method, check_settings, ungrouped
 from foveate.targets import Head, Target, strongest_other
 
 Methods = str | Method | Sequence[str | Method]
@@ -43,6 +43,7 @@ class Explanation:
         degenerate: for each method which of its maps say nothing, ``[B]`` bool.
         facts: for each method what else it knows of its maps, such as the sparsity that CASO reached: ``{name: [B]}``.
         remarks: for each method the same for people, one sentence an image, or none.
+        left_out: methods that came with a group and that this model cannot have, with the reason.
         capture: the run itself, for metrics.
     """
 
@@ -57,6 +58,7 @@ class Explanation:
     degenerate: dict[str, Tensor] = field(default_factory=dict)
     facts: dict[str, dict[str, Tensor]] = field(default_factory=dict)
     remarks: dict[str, list[str]] = field(default_factory=dict)
+    left_out: dict[str, str] = field(default_factory=dict)
 
     def __getitem__(self, name: str | Method) -> Tensor:
         """The map of a method by name, alias or record, ``[B,H,W]``."""
@@ -84,7 +86,9 @@ def explain(
     Args:
         model: any classifier that takes images in [0, 1]: see :func:`foveate.normalized` and ``foveate.models.load``.
         x: ``[B,3,H,W]`` in [0, 1].
-        methods: names in the registry (``foveate list methods``), or records, such as ``foveate.methods.adapt`` makes.
+        methods: names in the registry (``foveate list methods``), or records, such as ``foveate.methods.adapt`` makes;
+            ``all``, ``all-fast`` (those of a single pass, and the controls) and ``controls`` stand for several, of which
+            those that the model allows are taken.
         layer: ``"auto"``, a dotted path or a module; several for maps of several layers.
         fuse: how maps of several layers become one: ``mean``, ``max``, ``product`` or ``tanh_max``. Methods that know
             several layers themselves (Opti-CAM) take them all.
@@ -101,10 +105,10 @@ def explain(
     Raises:
         FoveateError: and its kinds, each with what was given and what to do.
     """
-    records, own = chosen_methods(methods, settings)
+    records, own, optional = chosen_methods(methods, settings)
     capture = _captured(records, model, x, layer, head=head, precision=precision)
     resolved = capture.target(target, score=score, against=against, labels=labels)
-    return _answer(capture, records, resolved, own, fuse, refused)
+    return _answer(capture, records, resolved, own, optional, fuse, refused)
 
 
 def explain_each(
@@ -142,19 +146,19 @@ def explain_each(
         raise FoveateError(f"targets {targets!r} are a list of classes, such as ['pred', 'label', 'second']")
     if contrasts and any(callable(target) for target in targets):
         raise FoveateError("a callable target has no class to be asked against: give contrasts=False")
-    records, own = chosen_methods(methods, settings)
+    records, own, optional = chosen_methods(methods, settings)
     capture = _captured(records, model, x, layer, head=head, precision=precision)
     answers = {}
     for target in targets:
         aim = capture.target(target, labels=labels)
-        answers[_name(target)] = _answer(capture, records, aim, own, fuse, refused, _name(target))
+        answers[_name(target)] = _answer(capture, records, aim, own, optional, fuse, refused, _name(target))
     first = capture.target(targets[0], labels=labels).y
     for target in targets[1:] if contrasts else ():
         other = capture.target(target, labels=labels).y
         other = torch.where(other == first, strongest_other(capture.logits, first, capture.head), other)
         contrast = capture.target(first, against=other)
         key = f"{_name(targets[0])}-{_name(target)}"
-        answers[key] = _answer(capture, records, contrast, own, fuse, refused, key)
+        answers[key] = _answer(capture, records, contrast, own, optional, fuse, refused, key)
     return answers
 
 
@@ -173,9 +177,10 @@ def _name(target: object) -> str:
     return "pred" if target is None else str(target)
 
 
-def chosen_methods(methods: Methods, settings: Settings | None) -> tuple[list[Method], dict[str, Mapping[str, Any]]]:
-    """The records of methods, and their own settings by name."""
-    records = METHODS.select(methods)
+def chosen_methods(methods: Methods, settings: Settings | None) -> tuple[list[Method], dict[str, Mapping[str, Any]], set[str]]:
+    """The records of methods, their own settings by name, and the names of those that came in only with a group."""
+    names, optional = ungrouped(methods)
+    records = METHODS.select(names)
     own: dict[str, Mapping[str, Any]] = {}
     for given, values in (settings or {}).items():
         record = next((r for r in records if r.name == given), None) or METHODS.get(given)
@@ -184,7 +189,7 @@ def chosen_methods(methods: Methods, settings: Settings | None) -> tuple[list[Me
                 f"there are settings for {record.name!r}, but it is not among the methods: {', '.join(r.name for r in records)}"
             )
         own[record.name] = check_settings(record, values)
-    return records, own
+    return records, own, optional
 
 
 def _answer(
@@ -192,6 +197,7 @@ def _answer(
     records: Sequence[Method],
     target: Target,
     own: Mapping[str, Mapping[str, Any]],
+    optional: set[str],
     fuse: Fusion,
     refused: dict[str, str] | None,
     question: str = "",
@@ -202,10 +208,11 @@ def _answer(
     for record in records:
         try:
             _run(record, explanation, own.get(record.name, {}), fuse)
-        except LayerError:
-            raise
         except FoveateError as error:
-            if refused is None:
+            if record.name in optional:
+                explanation.left_out[record.name] = str(error)
+                continue
+            if refused is None or isinstance(error, LayerError):
                 raise
             refused[f"{record.name} for {question}" if question else record.name] = str(error)
     explanation.maps.update(maps.prepare_all(explanation.raw, capture.size))

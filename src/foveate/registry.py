@@ -168,8 +168,9 @@ Record = TypeVar("Record", Method, Metric, Loss)
 class Register(Generic[Record]):
     """Records of one kind by name; the files of its folder are imported on the first look-up."""
 
-    def __init__(self, kind: str, folder: str) -> None:
+    def __init__(self, kind: str, folder: str, groups: tuple[str, ...] = ()) -> None:
         self.kind = kind
+        self.groups = groups  # words that stand for several records
         self.folder = folder
         self.fallbacks: list[Callable[[str], Record | None]] = []  # asked for names that are not in the register
         self._records: dict[str, Record] = {}
@@ -207,8 +208,10 @@ class Register(Generic[Record]):
         for fallback in self.fallbacks if record is None else ():
             record = record or fallback(name)
         if record is None:
-            names = [name for record in self._records.values() for name in getattr(record, "columns", (record.name,))]
-            near = difflib.get_close_matches(name, names, 3, 0.5)
+            names: list[str] = [
+                name for record in self._records.values() for name in getattr(record, "columns", (record.name,))
+            ]
+            near = difflib.get_close_matches(name, [*names, *self.groups], 3, 0.5)
             hint = f"did you mean {' or '.join(near)}?" if near else f"there are {', '.join(sorted(names))}"
             raise FoveateError(f"{self.kind} {name!r} is unknown: {hint}")
         return record
@@ -258,6 +261,27 @@ class Register(Generic[Record]):
                 raise
 
 
+def ungrouped(methods: str | Method | Sequence[str | Method]) -> tuple[list[str | Method], set[str]]:
+    """Methods with ``all``, ``all-fast`` (of one pass, and controls) and ``controls`` written out, each once.
+
+    The second value has the names that came in only with a group: where the model cannot have one, nobody asked for it.
+    """
+    named: list[str | Method] = []
+    asked: set[str] = set()
+    grouped: set[str] = set()
+    for item in [methods] if isinstance(methods, (str, Method)) else methods:
+        group = _plain(item) if isinstance(item, str) else ""
+        if group not in map(_plain, METHODS.groups):
+            named.append(item)
+            asked.add(METHODS.get(item).name)
+            continue
+        for name, record in METHODS.all().items():
+            if group == "all" or record.control or (group == "allfast" and not record.repeats):
+                named.append(name)
+                grouped.add(name)
+    return named, grouped - asked
+
+
 def _place(record: Method | Metric | Loss) -> tuple[str, str]:
     return record.function.__module__, record.function.__qualname__
 
@@ -295,7 +319,7 @@ def _typed(record: Method | Metric | Loss, name: str, value: Any) -> Any:
         raise FoveateError(f"{record.name}.{name} cannot be {value!r}: {reasons}") from None
 
 
-METHODS: Register[Method] = Register("method", "foveate.methods")
+METHODS: Register[Method] = Register("method", "foveate.methods", groups=("all", "all-fast", "controls"))
 METRICS: Register[Metric] = Register("metric", "foveate.metrics")
 LOSSES: Register[Loss] = Register("loss", "foveate.losses")
 

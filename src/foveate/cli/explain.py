@@ -63,7 +63,10 @@ def explain(
     pretrained: Pretrained = False,
     method: Annotated[
         list[str] | None,
-        typer.Option("--method", help="One, several with commas, or repeated; see 'foveate list methods'."),
+        typer.Option(
+            "--method",
+            help="One, several with commas, or repeated, as listed by 'foveate list methods'; all-fast: those of one pass.",
+        ),
     ] = None,
     layer: Layer = "auto",
     fuse: Annotated[str, typer.Option(help="How maps of several layers become one: mean, max, product, tanh_max.")] = "mean",
@@ -95,11 +98,12 @@ def explain(
     with sentences(debug):
         from foveate import images as files
         from foveate.precision import check_precision
-        from foveate.registry import METHODS
+        from foveate.registry import ungrouped
 
         check_precision(precision, "--precision")
         given = ",".join(method or ["grad_cam", "hires_cam"])
-        names = [METHODS.get(name).name for name in listed(given)]
+        names = listed(given)
+        ungrouped(names)  # an unknown name stops here, before the model is built
         if not names:
             raise FoveateError(f"--method {given!r} names none: see 'foveate list methods'")
         classifier = open_model(model, weights, pretrained, num_classes, size, mean, std, classes, device)
@@ -127,21 +131,25 @@ def explain(
             raise FoveateError("; ".join(reason for _, reason in failures))
         document: list[dict[str, Any]] = []
         refused: dict[str, str] = {}
+        left_out: dict[str, str] = {}
         stems = _stems([path for path, _ in read])
         steps = range(0, len(read), AT_ONCE)
         for start in progress(steps, "explaining", quiet=as_json or len(steps) == 1):
             part = slice(start, start + AT_ONCE)
-            document += _explain_batch(classifier, read[part], stems[part], names, question, folder, refused)
+            document += _explain_batch(classifier, read[part], stems[part], names, question, folder, refused, left_out)
         failures += refused.items()
         if errors and not document:
             raise FoveateError(f"--errors: the model gets all {len(read)} image(s) right")
         if as_json:
-            print(json.dumps({"images": document, "failures": [{"file": f, "reason": r} for f, r in failures]}, indent=2))
+            listing = [{"file": file, "reason": reason} for file, reason in failures]
+            print(json.dumps({"images": document, "left_out": left_out, "failures": listing}, indent=2))
         else:
             for item in document:
                 _print_image(item)
             Console(soft_wrap=True, highlight=False).print(f"pictures in [bold]{escape(str(folder))}[/]")
         print_notes(classifier)
+        for name, reason in left_out.items():
+            err.print(f"[yellow]note:[/] {escape(f'{name} is left out: {reason}')}", soft_wrap=True)
         for _, reason in failures:
             err.print(f"[bold red]left out:[/] {escape(reason)}", soft_wrap=True)
         if failures:
@@ -188,6 +196,7 @@ def _explain_batch(
     question: Question,
     folder: Path,
     refused: dict[str, str],
+    left_out: dict[str, str],
 ) -> list[dict[str, Any]]:
     import torch
 
@@ -205,6 +214,10 @@ def _explain_batch(
         x, labels = x[torch.tensor(wrong)], labels[torch.tensor(wrong)]
     start = time.perf_counter()
     answers = _ask(classifier, x, names, question, labels, refused)
+    for key, answer in answers.items():
+        for name, reason in answer.left_out.items():
+            everywhere = all(name in other.left_out for other in answers.values())
+            left_out[name if everywhere else f"{name} for {key}"] = reason
     answers = {key: answer for key, answer in answers.items() if answer.maps}
     if not answers:
         raise FoveateError("; ".join(dict.fromkeys(refused.values())))
@@ -228,9 +241,11 @@ def _explain_batch(
         _add_answer(items, key if len(answers) > 1 else "", answer, classifier, folder, stems)
     for i, item in enumerate(items):
         item["maps"] = item["answers"][0]["maps"]
-        if len(item["answers"]) > 1:
-            item["picture"] = _write_sheet(item, answers, i, classifier, folder / f"{stems[i]}.answers.png")
-        else:
+        several = len(item["answers"]) > 1
+        if several or len(item["maps"]) > 1:
+            kind = "answers" if several else "methods"
+            item["picture"] = _write_sheet(item, answers, i, folder / f"{stems[i]}.{kind}.png")
+        if not several:
             del item["answers"]
     return items
 
@@ -310,19 +325,25 @@ def _add_answer(
         item["answers"].append({**question, **names_of, "maps": maps})
 
 
-def _write_sheet(item: dict[str, Any], answers: dict[str, Explanation], i: int, classifier: Classifier, path: Path) -> str:
-    """One picture of all answers to an image: a row an answer, a column a method."""
-    from foveate.registry import METHODS
+def _write_sheet(item: dict[str, Any], answers: dict[str, Explanation], i: int, path: Path) -> str:
+    """One picture of all answers to an image, each with the maps of all methods."""
     from foveate.report import pictures
 
     rows = []
     for answer in item["answers"]:
-        maps = answers[answer["question"]].maps
-        panels = {METHODS.get(name).title: (maps[name][i], values["p_after"]) for name, values in answer["maps"].items()}
+        maps = (answers[answer["question"]] if len(answers) > 1 else next(iter(answers.values()))).maps
+        panels = {_title(name): (maps[name][i], values["p_after"]) for name, values in answer["maps"].items()}
         p = next(iter(answer["maps"].values()))["p_before"]
         rows.append((_why(answer), p, panels))
     pictures.sheet(path, next(iter(answers.values())).capture.x[i].detach(), rows)
     return str(path)
+
+
+def _title(name: str) -> str:
+    from foveate.registry import METHODS
+
+    record = METHODS.get(name)
+    return f"{record.title} (control)" if record.control else record.title
 
 
 def _why(answer: dict[str, Any]) -> str:
@@ -404,7 +425,7 @@ def _print_image(item: dict[str, Any]) -> None:
     answers = item.get("answers", [{"question": "target", "against": None, **item}])
     for answer in answers:
         _print_answer(console, answer, item)
-    if len(answers) > 1:
+    if "picture" in item:
         console.print(f"all of them: [bold]{escape(item['picture'])}[/]", soft_wrap=True)
     console.print(
         f"[dim]one run of the model and what else all methods share: {1000 * item['seconds_shared']:.0f} ms an image[/]"
@@ -413,23 +434,22 @@ def _print_image(item: dict[str, Any]) -> None:
 
 def _print_answer(console: Console, answer: dict[str, Any], item: dict[str, Any]) -> None:
     console.print(f"[bold]{escape(_why(answer))}[/], at layer {escape(item['layer'])} ({escape(item['grid'])})")
-    table = Table(box=None, padding=(0, 2), header_style="dim")
-    for column in ("method", "and not", "p before", "p after", "completeness error", "ms"):
-        # A method's own contrast; what was asked stands above.
-        own = any(values["against"] not in (None, answer["against"]) for values in answer["maps"].values())
-        if column != "and not" or own:
-            table.add_column(column, justify="left" if column in ("method", "and not") else "right")
+    table = Table(box=None, padding=(0, 1), header_style="dim")
+    table.add_column("method", no_wrap=True)
+    found = answer["maps"].values()
+    # A method's own contrast; what was asked stands above.
+    own = any(values["against"] not in (None, answer["against"]) for values in found)
+    promised = any(values["completeness_error"] is not None for values in found)
+    if own:
+        table.add_column("and not", no_wrap=True)
+    for column in ("p before", "p after", *(["completeness error"] if promised else []), "ms"):
+        table.add_column(column, justify="right")
     for name, values in answer["maps"].items():
         error = values["completeness_error"]
-        others = [escape(_short(values["against_name"] or ""))] if len(table.columns) == 6 else []
-        table.add_row(
-            name,
-            *others,
-            f"{values['p_before']:.3f}",
-            f"{values['p_after']:.3f}",
-            "" if error is None else f"{error:.1e}",
-            f"{1000 * values['seconds']:.1f}",
-        )
+        cells = [escape(_short(values["against_name"] or ""))] if own else []
+        cells += [f"{values['p_before']:.3f}", f"{values['p_after']:.3f}"]
+        cells += ["" if error is None else f"{error:.1e}"] if promised else []
+        table.add_row(name, *cells, f"{1000 * values['seconds']:.1f}")
     console.print(table)
     for name, values in answer["maps"].items():
         if values["remark"]:

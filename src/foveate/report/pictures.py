@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import base64
 import io
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
@@ -18,6 +20,8 @@ from foveate.maps import apply_mask, scale, upsample
 
 HEAT = "inferno"
 SIGNED = "RdBu_r"
+ABREAST = 7  # panels in a line of a sheet
+SPECKLE = 0.1  # of the largest: pixels below do not count as bright, however few are above
 INK, MUTED, ACCENT, WRONG = "#1c2733", "#66727f", "#0b7285", "#c2410c"
 
 
@@ -29,9 +33,26 @@ def heat(saliency: Tensor, colours: str = HEAT) -> Tensor:
     return torch.from_numpy(np.ascontiguousarray(values)).permute(2, 0, 1).float()
 
 
+def is_speckled(saliency: Tensor) -> bool:
+    """Whether a map ``[H,W]`` in [0, 1] is of single pixels, as gradients are: on an image at its scale nothing is seen.
+
+    Fewer than 1 % of the pixels reach half, and no patch of 5 x 5 does in the mean.
+    """
+    saliency = saliency.detach().float()
+    patches = F.avg_pool2d(saliency[None, None], min(5, *saliency.shape), 1)
+    return bool(saliency.any() and (saliency >= 0.5).float().mean() < 0.01 and patches.max() < 0.5)
+
+
 def overlay(x: Tensor, saliency: Tensor, strength: float = 0.85) -> Tensor:
-    """The image ``[3,H,W]`` under its map ``[H,W]``: the more salient, the more of the heat, on a dimmed grey image."""
+    """The image ``[3,H,W]`` under its map ``[H,W]``: the more salient, the more of the heat, on a dimmed grey image.
+
+    Of a map of single pixels (:func:`is_speckled`) the brightest 1 % are shown alike, on an image dimmed further.
+    """
     x, saliency = x.detach().float().cpu(), saliency.detach().float().clamp(0, 1).cpu()
+    if is_speckled(saliency):
+        pixels = saliency.flatten()
+        bright = pixels.kthvalue(max(1, math.ceil(0.99 * len(pixels)))).values.clamp(min=SPECKLE)
+        x, saliency, strength = 0.6 * x, (saliency / bright).clamp(max=1), 0.95
     grey = x.mean(0, keepdim=True)
     quiet = (0.55 * x + 0.45 * grey) * 0.82
     share = strength * saliency**0.8
@@ -89,7 +110,8 @@ def side_by_side(
     limit = float(raw.abs().max()) or 1.0
     negative = signed or bool((raw < 0).any())
     panels = (to_image(x), raw.numpy(), to_image(overlay(x, saliency)), to_image(apply_mask(x[None], saliency[None])[0]))
-    captions = ("input", f"map, {raw.shape[0]} x {raw.shape[1]}", "overlay", "what remains")
+    over = "overlay, brightest 1 % alike" if is_speckled(saliency) else "overlay"
+    captions = ("input", f"map, {raw.shape[0]} x {raw.shape[1]}", over, "what remains")
     for axis, panel, caption in zip(axes, panels, captions, strict=True):
         if caption.startswith("map"):
             colours, low = (SIGNED, -limit) if negative else (HEAT, 0.0)
@@ -114,23 +136,25 @@ def side_by_side(
 
 
 def sheet(path: str | Path, x: Tensor, rows: Sequence[tuple[str, float, Mapping[str, tuple[Tensor, float]]]]) -> None:
-    """Write a picture of several answers to one image: a row an answer, a column a method, the input in front.
+    """Write a picture of several maps of one image: for each question its methods, the input in front of them.
 
     Args:
         x: ``[3,H,W]``.
         rows: for each answer its question, the probability of its class, and for each method the map ``[H,W]`` in [0, 1]
-            and the probability that is left behind it.
+            and the probability that is left behind it. Methods that do not fit in a line go on in the next.
     """
     from matplotlib.figure import Figure
 
     height, width = x.shape[-2:]
-    columns = 1 + max(len(panels) for _, _, panels in rows)
-    tall = 2.5 * height / width + 0.55
+    count = 1 + max(len(panels) for _, _, panels in rows)
+    lines = math.ceil(count / ABREAST)
+    columns = math.ceil(count / lines)
+    tall = (2.5 * height / width + 0.4) * lines + 0.3
     figure = Figure(figsize=(2.5 * columns + 0.2, tall * len(rows)), dpi=110, layout="constrained")
     parts: Any = figure.subfigures(len(rows), 1, squeeze=False)[:, 0]
     for part, (question, before, panels) in zip(parts, rows, strict=True):
         part.suptitle(question, x=0.008, ha="left", fontsize=11.5, color=INK, weight="bold")
-        axes: Any = part.subplots(1, columns, squeeze=False)[0]
+        axes: Any = part.subplots(lines, columns, squeeze=False).ravel()
         shown = [("input", to_image(x), before)]
         shown += [(title, to_image(overlay(x, saliency)), after) for title, (saliency, after) in panels.items()]
         for axis in axes:
