@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import math
 import re
@@ -245,6 +246,72 @@ class TestExplain:
         explain(place, images=("a.png", "more/a.png"))
         assert (place / "out" / "a.grad_cam.png").exists()
         assert (place / "out" / "a_2.grad_cam.png").exists()
+
+    def test_a_folder_is_its_images_but_not_what_was_written_there(self, place: Path) -> None:
+        (place / "more").mkdir()
+        Image.open(place / "a.png").save(place / "more" / "a.JPG")
+        first = explain(place, "--method", "cam", "--json", images=(".",))
+        assert first.exit_code == 1  # text.jpg is none
+        again = explain(place, "--method", "cam", "--json", images=(".",))
+        for result in (first, again):
+            document = json.loads(result.stdout)
+            assert [Path(item["file"]).name for item in document["images"]] == ["a.png", "b.png", "a.JPG"]
+            assert [Path(failure["file"]).name for failure in document["failures"]] == ["text.jpg"]
+        assert (place / "out" / "a_2.cam.png").exists()
+        (place / "none").mkdir()
+        assert "none is a folder without images" in sentence(explain(place, images=("none",)))
+
+    def test_labels_from_folders_of_classes(self, place: Path) -> None:
+        for name in ("orca", "Persian_cat", "holiday"):
+            (place / name).mkdir()
+            Image.open(place / "a.png").save(place / name / "1.png")
+        result = explain(
+            place, "--method", "cam", "--target", "label", "--json", images=("orca", "Persian_cat", "holiday", "b.png")
+        )
+        document = json.loads(result.stdout)
+        assert [item["target"] for item in document["images"]] == [2, 1, 1]
+        assert [Path(failure["file"]).parent.name for failure in document["failures"]] == ["holiday"]
+        assert "its folder is no class" in document["failures"][0]["reason"]
+
+    @pytest.mark.parametrize("as_json", [False, True])
+    def test_what_is_done_is_there_after_an_interruption(
+        self, place: Path, monkeypatch: pytest.MonkeyPatch, as_json: bool
+    ) -> None:
+        from foveate import images
+
+        read = images.read
+
+        def interrupted(path: Path) -> Image.Image:
+            if path.name == "b.png":
+                raise KeyboardInterrupt
+            return read(path)
+
+        monkeypatch.setattr(images, "read", interrupted)
+        monkeypatch.setattr(importlib.import_module("foveate.cli.explain"), "AT_ONCE", 1)
+        result = explain(place, *(["--json"] if as_json else []), images=("a.png", "b.png"))
+        assert result.exit_code == 130
+        assert "interrupted after 1 image(s), whose pictures are in" in result.stderr
+        assert (place / "out" / "a.grad_cam.png").exists()
+        if as_json:
+            assert len(json.loads(result.stdout)["images"]) == 1
+        else:
+            assert "why" in result.stdout
+
+    def test_images_are_read_a_batch_at_a_time(self, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        from foveate.cli.images import Pictures
+
+        sizes = []
+        read = Pictures.read
+
+        def counted(self: Pictures, rows: range, *rest: object) -> object:
+            sizes.append(len(rows))
+            return read(self, rows, *rest)  # type: ignore[arg-type]
+
+        monkeypatch.setattr(Pictures, "read", counted)
+        monkeypatch.setattr(importlib.import_module("foveate.cli.explain"), "AT_ONCE", 2)
+        result = explain(place, "--method", "cam", "--json", images=("a.png", "b.png", "text.jpg", "a.png", "b.png"))
+        assert sizes == [2, 2, 1]
+        assert len(json.loads(result.stdout)["images"]) == 4
 
     def test_a_method_that_the_model_cannot_have_is_left_out(self, place: Path) -> None:
         result = explain(place, "--method", "cam", "--method", "grad_cam", "--layer", "features.0", "--json")

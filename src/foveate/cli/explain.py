@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from foveate.cli.images import Picture, Pictures
 from foveate.cli.options import (
     FAILURES,
     Classes,
@@ -44,7 +45,7 @@ from foveate.cli.options import (
     sentences,
     several,
 )
-from foveate.errors import FoveateError, ImageError
+from foveate.errors import FoveateError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -54,10 +55,11 @@ if TYPE_CHECKING:
 
 
 AT_ONCE = 16  # images that share one run of the model
+MOST_REASONS = 5  # of images that cannot be read, in one sentence
 
 
 def explain(
-    images: Annotated[list[str], typer.Argument(help="Image files.", metavar="IMAGE...")],
+    images: Annotated[list[str], typer.Argument(help="Image files, or folders of them.", metavar="IMAGE...")],
     model: Model,
     weights: Weights = None,
     pretrained: Pretrained = False,
@@ -96,7 +98,6 @@ def explain(
 ) -> None:
     """Maps of why a model says what it says of images: pictures, probabilities, and whether a map can be trusted."""
     with sentences(debug):
-        from foveate import images as files
         from foveate.precision import check_precision
         from foveate.registry import ungrouped
 
@@ -120,51 +121,43 @@ def explain(
         if question.against is not None and len(question.targets) > 1:
             raise FoveateError(f"--target {target!r} asks for contrasts itself: leave out --against, or give one target")
         folder = out_folder(out)
-        read: list[tuple[Path, Tensor]] = []
+        pictures = Pictures.named(images, classifier, question.needs_labels, folder)
         failures: list[tuple[str, str]] = []
-        for name in images:
-            try:
-                read.append((Path(name), classifier.preprocess(files.read(name))))
-            except ImageError as error:
-                failures.append((name, str(error)))
-        if not read:
-            raise FoveateError("; ".join(reason for _, reason in failures))
         document: list[dict[str, Any]] = []
         refused: dict[str, str] = {}
         left_out: dict[str, str] = {}
-        stems = _stems([path for path, _ in read])
-        steps = range(0, len(read), AT_ONCE)
-        for start in progress(steps, "explaining", quiet=as_json or len(steps) == 1):
-            part = slice(start, start + AT_ONCE)
-            document += _explain_batch(classifier, read[part], stems[part], names, question, folder, refused, left_out)
+        steps, interrupted = range(0, len(pictures), AT_ONCE), False
+        try:
+            for start in progress(steps, "explaining", quiet=as_json or len(steps) == 1):
+                read = pictures.read(range(start, min(start + AT_ONCE, len(pictures))), classifier, failures)
+                if read:
+                    document += _explain_batch(classifier, read, names, question, folder, refused, left_out)
+        except KeyboardInterrupt:
+            interrupted = True  # what is done is printed all the same
+        if len(failures) == len(pictures):
+            more = f"; and {len(failures) - MOST_REASONS} others" if len(failures) > MOST_REASONS else ""
+            raise FoveateError("; ".join(reason for _, reason in failures[:MOST_REASONS]) + more)
+        if errors and not document and not interrupted:
+            raise FoveateError(f"--errors: the model gets all {len(pictures) - len(failures)} image(s) right")
         failures += refused.items()
-        if errors and not document:
-            raise FoveateError(f"--errors: the model gets all {len(read)} image(s) right")
         if as_json:
             listing = [{"file": file, "reason": reason} for file, reason in failures]
             print(json.dumps({"images": document, "left_out": left_out, "failures": listing}, indent=2))
         else:
             for item in document:
                 _print_image(item)
-            Console(soft_wrap=True, highlight=False).print(f"pictures in [bold]{escape(str(folder))}[/]")
+            if document:
+                Console(soft_wrap=True, highlight=False).print(f"pictures in [bold]{escape(str(folder))}[/]")
         print_notes(classifier)
         for name, reason in left_out.items():
             err.print(f"[yellow]note:[/] {escape(f'{name} is left out: {reason}')}", soft_wrap=True)
         for _, reason in failures:
             err.print(f"[bold red]left out:[/] {escape(reason)}", soft_wrap=True)
+        if interrupted:
+            done = f"after {len(document)} image(s), whose pictures are in {folder}" if document else "before the first image"
+            raise KeyboardInterrupt(f"interrupted {done}")
         if failures:
             raise typer.Exit(FAILURES)
-
-
-def _stems(paths: Sequence[Path]) -> list[str]:
-    """A name for each image's pictures; files of the same name in different folders get a number."""
-    stems: list[str] = []
-    for path in paths:
-        stem, number = path.stem, 2
-        while stem in stems:
-            stem, number = f"{path.stem}_{number}", number + 1
-        stems.append(stem)
-    return stems
 
 
 @dataclass(frozen=True)
@@ -180,6 +173,10 @@ class Question:
     settings: dict[str, dict[str, Any]]
     only_errors: bool
 
+    @property
+    def needs_labels(self) -> bool:
+        return self.only_errors or "label" in (*self.targets, self.against)
+
 
 def _targets(text: str) -> list[str]:
     """One target, or several separated by commas: words and indices; names of classes have commas of their own."""
@@ -190,8 +187,7 @@ def _targets(text: str) -> list[str]:
 
 def _explain_batch(
     classifier: Classifier,
-    read: Sequence[tuple[Path, Tensor]],
-    stems: Sequence[str],
+    read: Sequence[Picture],
     names: Sequence[str],
     question: Question,
     folder: Path,
@@ -200,18 +196,15 @@ def _explain_batch(
 ) -> list[dict[str, Any]]:
     import torch
 
-    labels = None
-    if question.only_errors or "label" in (*question.targets, question.against):
-        labels = _labels([path for path, _ in read], classifier)
-    x = torch.stack([image for _, image in read])
-    if question.only_errors and labels is not None:
+    x = torch.stack([picture.x for picture in read])
+    if question.only_errors:
         with torch.inference_mode():
-            wrong = (_predicted(classifier, x, question.head) != labels).tolist()
-        read = [item for item, bad in zip(read, wrong, strict=True) if bad]
-        stems = [stem for stem, bad in zip(stems, wrong, strict=True) if bad]
+            said = _predicted(classifier, x, question.head).tolist()
+        read = [picture for picture, index in zip(read, said, strict=True) if index != picture.label]
         if not read:
             return []
-        x, labels = x[torch.tensor(wrong)], labels[torch.tensor(wrong)]
+        x = torch.stack([picture.x for picture in read])
+    labels = torch.tensor([picture.label for picture in read]) if question.needs_labels else None
     start = time.perf_counter()
     answers = _ask(classifier, x, names, question, labels, refused)
     for key, answer in answers.items():
@@ -226,7 +219,7 @@ def _explain_batch(
     capture = first.capture
     items: list[dict[str, Any]] = [
         {
-            "file": str(path),
+            "file": str(picture.path),
             "layer": first.layer,
             "grid": str(capture.layout()),
             "target": int(first.target.y[i]),
@@ -235,8 +228,9 @@ def _explain_batch(
             "seconds_shared": round(shared / len(read), 5),
             "answers": [],
         }
-        for i, (path, _) in enumerate(read)
+        for i, picture in enumerate(read)
     ]
+    stems = [picture.stem for picture in read]
     for key, answer in answers.items():
         _add_answer(items, key if len(answers) > 1 else "", answer, classifier, folder, stems)
     for i, item in enumerate(items):
@@ -248,18 +242,6 @@ def _explain_batch(
         if not several:
             del item["answers"]
     return items
-
-
-def _labels(paths: Sequence[Path], classifier: Classifier) -> Tensor:
-    import torch
-
-    from foveate.data.folder import labels_beside
-
-    found = labels_beside(paths)
-    if None in found:
-        path = paths[found.index(None)]
-        raise FoveateError(f"--target label: no labels.csv beside {path} has a line for it: name a class instead")
-    return torch.tensor([classifier.class_index(one) if isinstance(one, str) else one for one in found])
 
 
 def _predicted(classifier: Classifier, x: Tensor, head: Any) -> Tensor:

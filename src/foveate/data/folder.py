@@ -108,6 +108,11 @@ def _only(mask: Image.Image, value: int) -> Image.Image:
     return Image.fromarray(np.uint8(255 * (np.asarray(mask) == value)), "L")
 
 
+def files_in(folder: Path) -> list[Path]:
+    """The image files in a folder and in those below it, by name."""
+    return [path for path in sorted(folder.rglob("*")) if path.suffix.lower() in SUFFIXES]
+
+
 def open_folder(root: str | Path, preprocess: Preprocess) -> Folder:
     """A folder with ``labels.csv`` (``file,class_index[,boxes_xyxy][,mask][,background]``), or a folder for each class in it.
 
@@ -123,12 +128,7 @@ def open_folder(root: str | Path, preprocess: Preprocess) -> Folder:
         entries, names = read_labels(root / "labels.csv")
         return Folder(tuple(entries), preprocess, names, root)
     classes = sorted(folder for folder in root.iterdir() if folder.is_dir() and not folder.name.startswith("."))
-    entries = [
-        Entry(path, label)
-        for label, folder in enumerate(classes)
-        for path in sorted(folder.rglob("*"))
-        if path.suffix.lower() in SUFFIXES
-    ]
+    entries = [Entry(path, label) for label, folder in enumerate(classes) for path in files_in(folder)]
     if not entries:
         raise FoveateError(f"data folder {str(root)!r} has neither a labels.csv nor a folder of images for each class")
     return Folder(tuple(entries), preprocess, tuple(folder.name for folder in classes), root)

@@ -22,6 +22,7 @@ HEAT = "inferno"
 SIGNED = "RdBu_r"
 ABREAST = 7  # panels in a line of a sheet
 SPECKLE = 0.1  # of the largest: pixels below do not count as bright, however few are above
+PNG = {"compress_level": 4}  # half the time of the default, and 3 % larger
 INK, MUTED, ACCENT, WRONG = "#1c2733", "#66727f", "#0b7285", "#c2410c"
 
 
@@ -103,26 +104,39 @@ def side_by_side(
     from matplotlib.figure import Figure
 
     height, width = x.shape[-2:]
-    figure = Figure(figsize=(12.4, 3.1 * height / width + 0.75), dpi=110, layout="constrained")
-    figure.suptitle(title, x=0.008, ha="left", fontsize=12.5, color=INK, weight="bold")
-    axes: Any = figure.subplots(1, 4)
+    # Places in inches: an automatic layout draws every picture twice, and aligns no two of them.
+    panel, gap, bar_width, ticks, below, above = 2.9, 0.1, 0.1, 0.5, 0.3, 0.62
+    wide, tall = 4 * panel + 5 * gap + bar_width + ticks, panel * height / width + below + above
+    figure = Figure(figsize=(wide, tall), dpi=110)
+    figure.text(gap / wide, 1 - 0.1 / tall, title, ha="left", va="top", fontsize=12.5, color=INK, weight="bold")
+    lefts = [gap + k * (panel + gap) + (bar_width + ticks if k > 1 else 0) for k in range(4)]
+    upright = (below / tall, 1 - (below + above) / tall)
+    axes: list[Any] = [figure.add_axes((left / wide, upright[0], panel / wide, upright[1])) for left in lefts]
+    beside = figure.add_axes(((lefts[1] + panel + 0.06) / wide, upright[0], bar_width / wide, upright[1]))
     raw = raw.detach().float().cpu()
     limit = float(raw.abs().max()) or 1.0
     negative = signed or bool((raw < 0).any())
-    panels = (to_image(x), raw.numpy(), to_image(overlay(x, saliency)), to_image(apply_mask(x[None], saliency[None])[0]))
+    panels: tuple[Any, ...] = (
+        to_image(x),
+        raw.numpy(),
+        to_image(overlay(x, saliency)),
+        to_image(apply_mask(x[None], saliency[None])[0]),
+    )
     over = "overlay, brightest 1 % alike" if is_speckled(saliency) else "overlay"
     captions = ("input", f"map, {raw.shape[0]} x {raw.shape[1]}", over, "what remains")
-    for axis, panel, caption in zip(axes, panels, captions, strict=True):
+    for axis, shown, caption in zip(axes, panels, captions, strict=True):
         if caption.startswith("map"):
             colours, low = (SIGNED, -limit) if negative else (HEAT, 0.0)
             drawn = axis.imshow(
-                panel, cmap=colours, vmin=low, vmax=limit, extent=(0, width, height, 0), interpolation="nearest"
+                shown, cmap=colours, vmin=low, vmax=limit, extent=(0, width, height, 0), interpolation="nearest"
             )
-            bar = figure.colorbar(drawn, ax=axis, fraction=0.046, pad=0.025)
+            bar = figure.colorbar(drawn, cax=beside)
+            bar.formatter.set_powerlimits((-3, 4))
+            bar.ax.yaxis.get_offset_text().set_fontsize(7)
             bar.ax.tick_params(labelsize=7, colors=MUTED, length=2)
             bar.outline.set_visible(False)
         else:
-            axis.imshow(panel)
+            axis.imshow(shown)
         axis.set_title(caption, fontsize=9.5, color=MUTED, loc="left", pad=4)
         axis.set_xticks([])
         axis.set_yticks([])
@@ -132,7 +146,7 @@ def side_by_side(
     axes[1].set_xlabel("red: for, blue: against" if negative else "", fontsize=9.5, color=MUTED, loc="left")
     axes[2].set_xlabel(note, fontsize=9.5, color=MUTED, loc="left")
     axes[3].set_xlabel(f"p = {after:.3f}", fontsize=9.5, color=INK, loc="left")
-    figure.savefig(path, facecolor="white")
+    figure.savefig(path, facecolor="white", pil_kwargs=PNG)
 
 
 def sheet(path: str | Path, x: Tensor, rows: Sequence[tuple[str, float, Mapping[str, tuple[Tensor, float]]]]) -> None:
@@ -163,7 +177,7 @@ def sheet(path: str | Path, x: Tensor, rows: Sequence[tuple[str, float, Mapping[
             axis.imshow(image)
             words = f"p = {p:.3f}" if title == "input" else f"{title}\np = {p:.3f} behind it"
             axis.set_title(words, fontsize=8.5, color=MUTED, loc="left", pad=3)
-    figure.savefig(path, facecolor="white")
+    figure.savefig(path, facecolor="white", pil_kwargs=PNG)
 
 
 def curves(runs: Mapping[str, Sequence[Mapping[str, float]]], panels: Sequence[tuple[str, str]]) -> str:
