@@ -131,7 +131,7 @@ def side_by_side(
                 shown, cmap=colours, vmin=low, vmax=limit, extent=(0, width, height, 0), interpolation="nearest"
             )
             bar = figure.colorbar(drawn, cax=beside)
-            bar.formatter.set_powerlimits((-3, 4))
+            beside.ticklabel_format(axis="y", scilimits=(-3, 4))
             bar.ax.yaxis.get_offset_text().set_fontsize(7)
             bar.ax.tick_params(labelsize=7, colors=MUTED, length=2)
             bar.outline.set_visible(False)
