@@ -29,7 +29,12 @@ def pixels(power: float) -> Tensor:
 
 @pytest.mark.parametrize(("side", "hot"), [(7, 1), (7, 12), (14, 1), (14, 40), (28, 1), (28, 300)])
 def test_maps_of_cells_are_not_speckled_and_shown_as_they_are(side: int, hot: int) -> None:
-    assert not pictures.is_speckled(cells(side, hot))
+    saliency, x = cells(side, hot), torch.full((3, 224, 224), 0.5)
+    assert not pictures.is_speckled(saliency)
+    shown = pictures.overlay(x, saliency)
+    half = (saliency - 0.5).abs().flatten().argmin()
+    one = pictures.overlay(x, torch.full_like(saliency, float(saliency.flatten()[half])))
+    assert shown.flatten(1)[:, half].allclose(one.flatten(1)[:, half])  # a value has one colour, whatever is around it
 
 
 @pytest.mark.parametrize("power", [80.0, 300.0])
@@ -53,12 +58,71 @@ def test_a_single_pixel_and_nothing_at_all() -> None:
     assert int(((shown - shown[:, :1, :1]).abs().amax(0) > 0.05).sum()) == 1
 
 
-@pytest.mark.parametrize(("count", "lines"), [(1, 1), (6, 1), (7, 2), (20, 3)])
-def test_a_sheet_goes_on_in_the_next_line(tmp_path: Path, count: int, lines: int) -> None:
-    x = torch.rand(3, 64, 64) * 0.2
-    panels = {f"method {k}": (torch.zeros(64, 64), 0.5) for k in range(count)}
-    pictures.sheet(tmp_path / "sheet.png", x, [("why", 0.9, panels), ("why not", 0.1, panels)])
-    dark = np.asarray(Image.open(tmp_path / "sheet.png").convert("L")) < 100
-    filled = dark.mean(1) > 0.5
-    starts = int(np.sum(filled[1:] & ~filled[:-1]))
-    assert starts == 2 * lines
+def panels(count: int, *, hole: int | None = None) -> dict[str, pictures.Panel]:
+    hot = [torch.full((64, 64), k / count) for k in range(1, count + 1)]
+    return {f"m{k}": pictures.Panel(f"method {k}", M, 0.5) for k, M in enumerate(hot) if k != hole}
+
+
+@pytest.mark.parametrize(("count", "lines", "columns"), [(1, 1, 2), (6, 1, 7), (7, 2, 4), (20, 3, 7)])
+def test_a_sheet_has_each_map_and_goes_on_in_the_next_line(tmp_path: Path, count: int, lines: int, columns: int) -> None:
+    x = torch.zeros(3, 64, 64)
+    pictures.sheet(tmp_path / "sheet.png", x, [("why", 0.9, panels(count)), ("why not", 0.1, panels(count))])
+    sheet = np.asarray(Image.open(tmp_path / "sheet.png").convert("RGB")).astype(int)
+    assert sheet.shape[1] == pytest.approx(110 * (0.12 + columns * 2.52), abs=2)
+    assert sheet.shape[0] == pytest.approx(2 * 110 * (0.34 + lines * (0.42 + 2.4 + 0.12)), abs=2)
+    colours = {tuple(colour) for colour in sheet.reshape(-1, 3)}
+    for k in range(1, count + 1):
+        expected = (pictures.overlay(x, torch.full((64, 64), k / count))[:, 0, 0] * 255).round().int().tolist()
+        assert any(max(abs(a - b) for a, b in zip(colour, expected, strict=True)) <= 2 for colour in colours), k
+
+
+def test_a_method_without_an_answer_leaves_its_place_empty(tmp_path: Path) -> None:
+    x = torch.zeros(3, 64, 64)
+    pictures.sheet(tmp_path / "sheet.png", x, [("why", 0.9, panels(3)), ("why not", 0.1, panels(3, hole=0))])
+    sheet = np.asarray(Image.open(tmp_path / "sheet.png").convert("L")).astype(int)
+    above, below = np.array_split(sheet, 2)
+    middles = [int(110 * (0.12 + k * 2.52 + 0.4)) for k in range(4)]
+    height = int(110 * (0.34 + 0.42 + 1.0))
+    assert above[height, middles[1]] < 200
+    assert below[height, middles[1]] == 255  # white: no answer
+    assert [below[height, middle] for middle in middles[2:]] == [above[height, middle] for middle in middles[2:]]
+
+
+@pytest.mark.parametrize(
+    ("saliency", "words"),
+    [
+        (torch.full((64, 64), 0.5), "p = 0.500 behind it"),
+        (torch.zeros(64, 64), ", an empty map"),
+        (pixels(80.0), "brightest 1 % alike"),
+    ],
+)
+def test_captions(saliency: Tensor, words: str) -> None:
+    assert pictures.Panel("Grad-CAM", saliency, 0.5).caption().endswith(words)
+    assert len(pictures.Panel("long " * 30, saliency, 0.5).caption().splitlines()[0]) <= 38
+
+
+@pytest.mark.parametrize("size", [(64, 64), (32, 96), (96, 32)])
+def test_four_panels(tmp_path: Path, size: tuple[int, int]) -> None:
+    raw = torch.arange(12.0).view(3, 4) - 5
+    saliency = maps.prepare(raw[None], size)[0]
+    x = torch.full((3, *size), 0.25)
+    words = {"signed": True, "title": "Grad-CAM: orca " * 20, "before": 0.9, "after": 0.5}
+    pictures.side_by_side(tmp_path / "four.png", x, saliency, raw, **words)  # type: ignore[arg-type]
+    image = np.asarray(Image.open(tmp_path / "four.png").convert("RGB")).astype(int)
+    panel, height = int(110 * 2.9), int(110 * 2.9 * size[0] / size[1])
+    assert image.shape[0] == pytest.approx(height + 110 * 0.92, abs=3)
+    bottom = image.shape[0] - int(110 * 0.3) - height // 2
+    assert (image[bottom, 15 : panel - 15] == 64).all()  # the input as it is
+    second = image[bottom, panel + 40 : 2 * panel - 15]
+    assert (second[:, 0] != second[:, 2]).any()  # red and blue
+
+
+def test_pictures_are_known_again(tmp_path: Path) -> None:
+    x = torch.rand(3, 64, 64)
+    pictures.write(pictures.enlarge(x, 1), tmp_path / "own.png")
+    pictures.sheet(tmp_path / "sheet.png", x, [("why", 0.5, panels(1))])
+    pictures.enlarge(x, 1).save(tmp_path / "other.png")
+    pictures.enlarge(x, 1).save(tmp_path / "other.jpg")
+    (tmp_path / "broken.png").write_text("no picture")
+    found = {path.name for path in tmp_path.iterdir() if pictures.is_written(path)}
+    assert found == {"own.png", "sheet.png"}

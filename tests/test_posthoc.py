@@ -22,6 +22,7 @@ from foveate.methods.gradient import path_completeness
 from foveate.methods.mask import SmoothMask, area_miss, blur_pyramid, through, total_variation
 from foveate.methods.opti import optimise
 from foveate.methods.perturbation import RiseMasks, rise_maps
+from foveate.models.small import small_cnn
 from foveate.registry import METHODS
 from foveate.testing import CLASSES, example, networks
 
@@ -680,6 +681,13 @@ class TestComponents:
 
 
 class TestFinerCam:
+    @pytest.mark.parametrize(("classes", "similar"), [(2, 1), (3, 2), (4, 3), (6, 3)])
+    def test_three_classes_or_as_many_as_there_are(self, classes: int, similar: int) -> None:
+        capture = Capture(small_cnn(num_classes=classes).eval(), torch.rand(2, 3, 32, 32), head="softmax")
+        record = METHODS.get("finer_cam")
+        found = record(capture, capture.layer, capture.target())
+        assert torch.equal(found, record(capture, capture.layer, capture.target(), similar=similar))
+
     def test_no_strength_is_grad_cam_and_full_strength_the_contrast(self) -> None:
         capture = on("inplace")
         torch.testing.assert_close(run("finer_cam", capture, strength=0.0), run("grad_cam", capture))

@@ -8,9 +8,10 @@ import pytest
 import torch
 
 import reference
-from foveate import Capture, FoveateError, evaluate, explain, explain_each, maps
+from foveate import Capture, FoveateError, evaluate, explain, explain_each, maps, saliency
 from foveate.methods.adapt import adapt
 from foveate.methods.wrappers import FLIP_AND_LIGHT, Transform, augmented, fused, smooth
+from foveate.models.small import small_cnn
 from foveate.noise import gaussian
 from foveate.registry import METHODS, Method
 from foveate.testing import Batch, check_method, example, networks
@@ -201,6 +202,37 @@ class TestEach:
             explain_each(network, x, layer="features")
         with pytest.raises(FoveateError, match="are a list of classes"):
             explain_each(network, x, layer="features", targets="pred,label")
+
+
+@pytest.mark.filterwarnings("ignore::foveate.errors.DegenerateMapWarning")
+class TestGroups:
+    def test_what_the_model_cannot_have_is_left_out_with_the_reason(self) -> None:
+        model, x = small_cnn(num_classes=3).eval(), torch.rand(1, 3, 32, 32)
+        found = explain(model, x, ["all-fast", "rise"], settings={"rise": {"masks": 4}})
+        assert {"grad_cam", "gradient", "fake_cam", "rise"} <= set(found.maps)
+        assert not {"opti_cam", "score_cam"} & set(found.maps)
+        assert "attention" in found.left_out["attention_rollout"]
+        with pytest.raises(FoveateError, match=r"there is no map of 'attention_rollout': .*needs blocks of attention"):
+            found["attention_rollout"]
+        with pytest.raises(FoveateError, match="there is no map of 'opti_cam': there are"):
+            found["opti_cam"]
+
+    def test_what_was_asked_by_name_is_not(self) -> None:
+        model, x = small_cnn(num_classes=3).eval(), torch.rand(1, 3, 32, 32)
+        with pytest.raises(FoveateError, match="attention_rollout needs"):
+            explain(model, x, ["all-fast", "attention_rollout"])
+
+    def test_one_map_is_not_a_group(self) -> None:
+        model, x = small_cnn(num_classes=3).eval(), torch.rand(1, 3, 32, 32)
+        with pytest.raises(FoveateError, match="'all-fast' is unknown: there are"):
+            saliency(model, x, "all-fast")
+        with pytest.raises(FoveateError, match="saliency takes one method"):
+            saliency(model, x, ["grad_cam"])  # type: ignore[arg-type]
+
+    def test_every_answer_has_its_own(self) -> None:
+        model, x = small_cnn(num_classes=3).eval(), torch.rand(1, 3, 32, 32)
+        found = explain_each(model, x, "all-fast", targets=["pred", "second"])
+        assert {key for key, answer in found.items() if "finer_cam" in answer.left_out} == {"pred-second"}
 
 
 class TestAdapted:

@@ -61,8 +61,16 @@ class Explanation:
     left_out: dict[str, str] = field(default_factory=dict)
 
     def __getitem__(self, name: str | Method) -> Tensor:
-        """The map of a method by name, alias or record, ``[B,H,W]``."""
-        return self.maps[name if isinstance(name, str) and name in self.maps else METHODS.get(name).name]
+        """The map of a method by name, alias or record, ``[B,H,W]``.
+
+        Raises:
+            FoveateError: it has none; where it came with a group, with the reason.
+        """
+        known = name if isinstance(name, str) and name in self.maps else METHODS.get(name).name
+        if known not in self.maps:
+            why = self.left_out.get(known, f"there are {', '.join(self.maps)}")
+            raise FoveateError(f"there is no map of {known!r}: {why}")
+        return self.maps[known]
 
 
 def explain(
@@ -252,5 +260,12 @@ def _run(record: Method, explanation: Explanation, settings: Mapping[str, Any], 
 
 
 def saliency(model: nn.Module, x: Tensor, method: str | Method = "grad_cam", **options: Any) -> Tensor:
-    """The map of one method, ``M [B,H,W]`` in [0, 1]: :func:`explain` for those who want nothing but the tensor."""
+    """The map of one method, ``M [B,H,W]`` in [0, 1]: :func:`explain` for those who want nothing but the tensor.
+
+    Raises:
+        FoveateError: as :func:`explain`, or several methods, which :func:`explain` takes.
+    """
+    if not isinstance(method, (str, Method)):
+        raise FoveateError(f"saliency takes one method, and not {method!r}: foveate.explain takes several")
+    METHODS.get(method)  # no group
     return explain(model, x, method, **options)[method]

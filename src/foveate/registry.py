@@ -195,8 +195,11 @@ class Register(Generic[Record]):
         self._read_folder()
         return dict(sorted(self._records.items()))
 
-    def get(self, name: str | Record) -> Record:
+    def get(self, name: str | Record, groups: bool = False) -> Record:
         """The record of a name or alias; case, hyphens and underscores do not matter. A record is itself.
+
+        Args:
+            groups: whether the caller takes groups too, so that a wrong name may be one.
 
         Raises:
             FoveateError: no such name; the message has the nearest ones.
@@ -208,10 +211,9 @@ class Register(Generic[Record]):
         for fallback in self.fallbacks if record is None else ():
             record = record or fallback(name)
         if record is None:
-            names: list[str] = [
-                name for record in self._records.values() for name in getattr(record, "columns", (record.name,))
-            ]
-            near = difflib.get_close_matches(name, [*names, *self.groups], 3, 0.5)
+            names: list[str] = list(self.groups) if groups else []
+            names += [name for record in self._records.values() for name in getattr(record, "columns", (record.name,))]
+            near = difflib.get_close_matches(name, names, 3, 0.5)
             hint = f"did you mean {' or '.join(near)}?" if near else f"there are {', '.join(sorted(names))}"
             raise FoveateError(f"{self.kind} {name!r} is unknown: {hint}")
         return record
@@ -273,7 +275,7 @@ def ungrouped(methods: str | Method | Sequence[str | Method]) -> tuple[list[str 
         group = _plain(item) if isinstance(item, str) else ""
         if group not in map(_plain, METHODS.groups):
             named.append(item)
-            asked.add(METHODS.get(item).name)
+            asked.add(METHODS.get(item, groups=True).name)
             continue
         for name, record in METHODS.all().items():
             if group == "all" or record.control or (group == "allfast" and not record.repeats):

@@ -36,6 +36,7 @@ from foveate.cli.options import (
     out_folder,
     own_settings,
     print_notes,
+    reason_of,
     renumbered,
     sentences,
 )
@@ -166,7 +167,7 @@ def evaluate(
                 console.print(f"• {escape(sentence)}")
             console.print(f"written to [bold]{escape(out)}[/]: table.md, rows/, and the page [bold]report.html[/]")
         for name, reason in results.left_out.items():
-            err.print(f"[yellow]note:[/] {escape(f'{name} is left out: {reason}')}", soft_wrap=True)
+            err.print(f"[yellow]note:[/] {escape('left out ' + reason_of(name, reason))}", soft_wrap=True)
         for _, reason in results.failures:
             err.print(f"[bold red]left out:[/] {escape(reason)}", soft_wrap=True)
         if results.failures:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -32,52 +32,52 @@ class Pictures:
     Attributes:
         stems: one an image, none twice: files of the same name in different folders get a number.
         labels: the class of each, or why there is none; None where no label is asked for.
+        failures: images that cannot be read, or have no label, with the reason; it grows as they are read.
     """
 
     paths: list[Path]
     stems: list[str]
     labels: list[int | str] | None
+    failures: list[tuple[str, str]] = field(default_factory=list)
 
     @classmethod
-    def named(cls, names: Sequence[str], classifier: Classifier, labelled: bool, out: Path) -> Pictures:
-        """The images of files, and of folders but for what was written there under ``out``.
+    def named(cls, names: Sequence[str], classifier: Classifier, labelled: bool) -> Pictures:
+        """The images of files and folders, each once; in folders, what foveate wrote is no image.
 
         Raises:
-            FoveateError: a folder without images, or a ``labels.csv`` that cannot be read.
+            FoveateError: a ``labels.csv`` that cannot be read.
         """
-        paths = [path for name in names for path in _files(Path(name), out)]
+        paths = list({path.resolve(): path for name in names for path in _files(Path(name))}.values())
         return cls(paths, _stems(paths), _labels(paths, classifier) if labelled else None)
 
     def __len__(self) -> int:
         return len(self.paths)
 
-    def read(self, rows: Iterable[int], classifier: Classifier, failures: list[tuple[str, str]]) -> list[Picture]:
-        """Images that can be read; the others go to ``failures``, with the reason."""
+    def read(self, rows: Iterable[int], classifier: Classifier) -> list[Picture]:
+        """Images that can be read; the others go to ``failures``."""
         from foveate import images
 
         found = []
         for row in rows:
             path, label = self.paths[row], None if self.labels is None else self.labels[row]
             try:
+                if path.is_dir():
+                    raise ImageError(f"{path} is a folder without images")
                 x = classifier.preprocess(images.read(path))
                 if isinstance(label, str):
                     raise ImageError(label)
                 found.append(Picture(path, self.stems[row], x, label))
             except ImageError as error:
-                failures.append((str(path), str(error)))
+                self.failures.append((str(path), str(error)))
         return found
 
 
-def _files(path: Path, out: Path) -> list[Path]:
+def _files(path: Path) -> list[Path]:
+    """A file, or the images of a folder; an empty one stays as it is, and fails when it is read."""
     from foveate.data.folder import files_in
+    from foveate.report.pictures import is_written
 
-    if not path.is_dir():
-        return [path]
-    written = out.resolve()
-    found = [file for file in files_in(path) if written not in file.resolve().parents]
-    if not found:
-        raise FoveateError(f"{path} is a folder without images")
-    return found
+    return [file for file in files_in(path) if not is_written(file)] or [path] if path.is_dir() else [path]
 
 
 def _stems(paths: Sequence[Path]) -> list[str]:
@@ -96,13 +96,21 @@ def _labels(paths: Sequence[Path], classifier: Classifier) -> list[int | str]:
 
     labels: list[int | str] = []
     for path, label in zip(paths, labels_beside(paths), strict=True):
-        if isinstance(label, str):
-            label = classifier.class_index(label)
+        count = None if classifier.class_names is None else len(classifier.class_names)
         if label is None:
-            folder = path.resolve().parent.name
-            label = _class_called(folder, classifier)
-        why = f"--target label: no labels.csv beside {path} has a line for it, and its folder is no class: name a class instead"
-        labels.append(why if label is None else label)
+            around = [folder.name for folder in list(path.resolve().parents)[:2]]
+            label = next((index for name in around if (index := _class_called(name, classifier)) is not None), None)
+        try:
+            found = classifier.class_index(label) if isinstance(label, str) else label
+        except FoveateError as error:
+            labels.append(f"{path}: its label in labels.csv: {error}")
+            continue
+        if found is None:
+            labels.append(f"{path} has no label: no labels.csv beside it has a line for it, and its folder is no class's name")
+        elif count is not None and found >= count:
+            labels.append(f"{path}: its label in labels.csv is {found}, and the model has {count} classes, from 0")
+        else:
+            labels.append(found)
     return labels
 
 

@@ -27,6 +27,8 @@ def list_(
 ) -> None:
     """What there is: methods, metrics, losses, models or recipes."""
     with sentences(debug):
+        from foveate.registry import METHODS
+
         lines = _listing(kind)
         if as_json:
             print(json.dumps(lines, indent=2))
@@ -42,6 +44,9 @@ def list_(
             cells = [", ".join(line[column]) if isinstance(line[column], list) else str(line[column]) for column in shown]
             table.add_row(*map(escape, cells))
         console.print(table)
+        if kind == "methods":
+            fast = [name for name, record in METHODS.all().items() if not record.repeats and not record.control]
+            console.print(f"\n[dim]all-fast, of one pass, and the controls:[/] {', '.join(fast)}", soft_wrap=False)
 
 
 def _listing(kind: str) -> list[dict[str, Any]]:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 from rich.console import Console
@@ -18,6 +18,7 @@ from foveate.errors import FoveateError
 if TYPE_CHECKING:
     from foveate.models.load import Classifier
 
+T = TypeVar("T")
 err = Console(stderr=True, highlight=False)
 DONE, FAILURES, WRONG_CALL, INTERRUPTED = 0, 1, 2, 130
 
@@ -196,6 +197,13 @@ def several(layer: str) -> str | list[str]:
     return names if len(names) > 1 else layer
 
 
+def reason_of(name: str, reason: str) -> str:
+    """Why a method has no answer, with its name once: ``for pred-second: finer_cam compares ...``."""
+    method, _, question = name.partition(" for ")
+    text = reason if reason.startswith(method) else f"{method}: {reason}"
+    return f"for {question}: {text}" if question else text
+
+
 def own_settings(given: list[str] | None) -> dict[str, dict[str, Any]]:
     """Settings of methods from ``METHOD.SETTING=VALUE``, values as YAML: ``50``, ``true``, ``[0.1, 0.2]``.
 
@@ -217,7 +225,9 @@ def own_settings(given: list[str] | None) -> dict[str, dict[str, Any]]:
     return settings
 
 
-def progress(steps: Any, label: str, quiet: bool) -> Any:
-    from rich.progress import track
+def progress(steps: Iterable[T], label: str, quiet: bool, total: int) -> Iterator[T]:
+    """The steps, with a bar on standard error; what is printed meanwhile goes where it went."""
+    from rich.progress import Progress
 
-    return steps if quiet else track(steps, label, console=err)
+    with Progress(console=err, disable=quiet, redirect_stdout=False) as bar:
+        yield from bar.track(steps, total, description=label)

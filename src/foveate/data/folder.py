@@ -109,8 +109,14 @@ def _only(mask: Image.Image, value: int) -> Image.Image:
 
 
 def files_in(folder: Path) -> list[Path]:
-    """The image files in a folder and in those below it, by name."""
-    return [path for path in sorted(folder.rglob("*")) if path.suffix.lower() in SUFFIXES]
+    """The image files in a folder and in those below it, by name, but for hidden ones."""
+    return [
+        path
+        for path in sorted(folder.rglob("*"))
+        if path.suffix.lower() in SUFFIXES
+        and not path.is_dir()
+        and not any(part.startswith(".") for part in path.relative_to(folder).parts)
+    ]
 
 
 def open_folder(root: str | Path, preprocess: Preprocess) -> Folder:

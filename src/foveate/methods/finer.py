@@ -26,7 +26,7 @@ def finer_cam(
     layer: str | None,
     target: Target,
     *,
-    similar: int = 3,
+    similar: int | None = None,
     strength: float = 0.6,
     weights: Literal["equal", "probability"] = "equal",
     base: Literal["grad_cam", "hires_cam"] = "grad_cam",
@@ -37,7 +37,7 @@ def finer_cam(
     so that one backward pass serves all classes.
 
     Args:
-        similar: how many classes it is told from.
+        similar: how many classes it is told from; 3, as the paper has it, or all others where the model has fewer.
         weights: ``equal``: the mean of them; ``probability``: each as likely as the model finds it, as pytorch-grad-cam
             has it (with ``strength=1``).
         base: the map of that score.
@@ -54,6 +54,7 @@ def finer_cam(
         raise FoveateError(f"weights {weights!r} is unknown: use 'equal' or 'probability'")
     if base not in ("grad_cam", "hires_cam"):
         raise FoveateError(f"base {base!r} is unknown: use 'grad_cam' or 'hires_cam'")
+    similar = min(3, capture.classes - 1) if similar is None else similar
     if not 1 <= similar < capture.classes:
         raise FoveateError(f"similar {similar} must be 1 or more, and below the number of classes, {capture.classes}")
     with torch.inference_mode(False), torch.no_grad():

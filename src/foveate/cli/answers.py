@@ -1,0 +1,297 @@
+"""What is asked of a batch of images, the answers, and the pictures and numbers that are written of each image."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from foveate.cli.images import Picture
+from foveate.errors import FoveateError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from foveate.explain import Explanation
+    from foveate.models.load import Classifier
+
+WRITTEN = ("all", "overlay", "sheet", "none")  # what pictures there are of an image
+
+
+@dataclass(frozen=True)
+class Question:
+    """What is asked of every image, and what is written of it."""
+
+    methods: list[str]
+    layer: str | list[str]
+    fuse: Any
+    targets: list[str | int]
+    against: str | int | None
+    head: Any
+    precision: Any
+    settings: dict[str, dict[str, Any]]
+    only_errors: bool
+    written: str
+
+    @property
+    def needs_labels(self) -> bool:
+        return self.only_errors or "label" in (*self.targets, self.against)
+
+
+@dataclass
+class Missing:
+    """Methods that have no answer, with the reason: those that were asked for, and those that came with a group."""
+
+    refused: dict[str, str] = field(default_factory=dict)
+    left_out: dict[str, str] = field(default_factory=dict)
+
+    def add(self, answers: Mapping[str, Explanation], refused: Mapping[str, str]) -> None:
+        """Note those of one batch; a method that misses in every answer for one reason is named once."""
+        left_out = {
+            f"{name} for {key}" if key else name: reason
+            for key, answer in answers.items()
+            for name, reason in answer.left_out.items()
+        }
+        self.refused |= _once(refused, len(answers))
+        self.left_out |= _once(left_out, len(answers))
+
+
+def _once(reasons: Mapping[str, str], answers: int) -> dict[str, str]:
+    methods: dict[str, list[str]] = {}
+    for name in reasons:
+        methods.setdefault(name.partition(" for ")[0], []).append(name)
+    whole = {
+        method: reasons[names[0]]
+        for method, names in methods.items()
+        if len(names) == answers and len({reasons[name] for name in names}) == 1
+    }
+    return whole | {name: reason for name, reason in reasons.items() if name.partition(" for ")[0] not in whole}
+
+
+def explain_batch(
+    classifier: Classifier, read: Sequence[Picture], question: Question, folder: Path, missing: Missing
+) -> Iterator[dict[str, Any]]:
+    """The entries of a batch in the document, each after its pictures are written.
+
+    Raises:
+        FoveateError: no method has an answer, or the question is none for this model.
+    """
+    import torch
+
+    if question.only_errors:
+        with torch.inference_mode():
+            said = _predicted(classifier, torch.stack([picture.x for picture in read]), question.head).tolist()
+        read = [picture for picture, index in zip(read, said, strict=True) if index != picture.label]
+        if not read:
+            return
+    x = torch.stack([picture.x for picture in read])
+    labels = torch.tensor([picture.label for picture in read]) if question.needs_labels else None
+    refused: dict[str, str] = {}
+    start = time.perf_counter()
+    answers = _ask(classifier, x, question, labels, refused)
+    missing.add(answers, refused)
+    asked = {key: Answer.of(key if len(answers) > 1 else "", answer) for key, answer in answers.items() if answer.maps}
+    if not asked:
+        raise FoveateError("; ".join(dict.fromkeys(refused.values())))
+    methods = sum(sum(answer.seconds.values()) for answer in answers.values())
+    shared = (time.perf_counter() - start - methods) / len(read)
+    for i, picture in enumerate(read):
+        yield _entry(classifier, list(asked.values()), i, picture, question, folder, shared)
+
+
+def _predicted(classifier: Classifier, x: Tensor, head: Any) -> Tensor:
+    from foveate.classifier import read_logits
+    from foveate.targets import head_of, predicted
+
+    first = next(classifier.parameters(), None)
+    logits = read_logits(classifier(x if first is None else x.to(first.device, first.dtype)))
+    return predicted(logits, head_of(logits, head)).cpu()
+
+
+def _ask(
+    classifier: Classifier, x: Tensor, question: Question, labels: Tensor | None, refused: dict[str, str]
+) -> dict[str, Explanation]:
+    from foveate.explain import explain, explain_each
+
+    options: dict[str, Any] = {
+        "layer": question.layer,
+        "fuse": question.fuse,
+        "labels": labels,
+        "head": question.head,
+        "precision": question.precision,
+        "settings": question.settings,
+        "refused": refused,
+    }
+    if len(question.targets) > 1:
+        return explain_each(classifier, x, question.methods, targets=question.targets, **options)
+    target, against = question.targets[0], question.against
+    return {"": explain(classifier, x, question.methods, target=target, against=against, **options)}
+
+
+@dataclass(frozen=True)
+class Answer:
+    """The maps of a batch for one question, and the probability of its class on each image and behind each map."""
+
+    key: str
+    explanation: Explanation
+    before: Tensor  # [B]
+    after: Tensor  # [methods,B]
+
+    @classmethod
+    def of(cls, key: str, explanation: Explanation) -> Answer:
+        """Mask every image by every map, and run them."""
+        from foveate.maps import apply_mask
+        from foveate.targets import log_probability
+
+        capture, y, maps = explanation.capture, explanation.target.y, explanation.maps.values()
+        # As masked images are run: two precisions differ by more than a map may change.
+        half = capture.precision != "fp32"
+        before = (capture.log_probability(y) if half else log_probability(capture.logits.detach(), y, capture.head)).exp()
+        masked = (apply_mask(capture.x.detach(), saliency) for saliency in maps)
+        after = log_probability(capture.score(masked), y.repeat(len(maps)), capture.head).exp()
+        return cls(key, explanation, before, after.view(len(maps), -1))
+
+    def question(self, i: int) -> tuple[int, int | None]:
+        """The class that is explained of an image, and the one it is told from."""
+        target = self.explanation.target
+        return int(target.y[i]), int(target.other[i]) if target.name == "contrast" and target.other is not None else None
+
+
+def _entry(
+    classifier: Classifier, asked: list[Answer], i: int, picture: Picture, question: Question, folder: Path, shared: float
+) -> dict[str, Any]:
+    """One image: its pictures are written, the numbers are returned. The same question is answered once."""
+    by_question: dict[tuple[int, int | None], Answer] = {}
+    for answer in asked:
+        by_question.setdefault(answer.question(i), answer)
+    distinct = list(by_question.values())
+    first = asked[0].explanation
+    item: dict[str, Any] = {
+        "file": str(picture.path),
+        "layer": first.layer,
+        "grid": str(first.capture.layout()),
+        "target": int(first.target.y[i]),
+        "target_name": classifier.class_name(int(first.target.y[i])),
+        "top": _top(first.capture.logits[i].detach(), first.capture.head, classifier),
+        "seconds_shared": round(shared, 5),
+        "answers": [],
+    }
+    for answer in distinct:
+        target, against = answer.question(i)
+        item["answers"].append(
+            {
+                "question": answer.key or "target",
+                "target": target,
+                "against": against,
+                "target_name": classifier.class_name(target),
+                "against_name": None if against is None else classifier.class_name(against),
+                "maps": {
+                    name: _map(answer, name, row, i, classifier, folder, picture.stem, question.written)
+                    for row, name in enumerate(answer.explanation.maps)
+                },
+            }
+        )
+    item["maps"] = item["answers"][0]["maps"]
+    several = len(distinct) > 1
+    if question.written == "sheet" or (question.written == "all" and (several or len(item["maps"]) > 1)):
+        path = folder / f"{picture.stem}.{'answers' if several else 'methods'}.png"
+        _write_sheet(path, item["answers"], distinct, i)
+        item["picture"] = str(path)
+    if not several:
+        del item["answers"]
+    return item
+
+
+def _map(
+    answer: Answer, name: str, row: int, i: int, classifier: Classifier, folder: Path, stem: str, written: str
+) -> dict[str, Any]:
+    """The numbers of one map; its overlay and its picture of four panels are written."""
+    from foveate.images import to_image
+    from foveate.registry import METHODS
+    from foveate.report import pictures
+
+    explanation, before, after = answer.explanation, float(answer.before[i]), float(answer.after[row, i])
+    record, target, error = METHODS.get(name), explanation.targets[name], explanation.completeness_error[name]
+    other = int(target.other[i]) if target.other is not None and not record.control else None
+    completeness = float(error[i]) if error is not None else None
+    flat = bool(explanation.degenerate[name][i])
+    entry: dict[str, Any] = {
+        "against": other,
+        "against_name": None if other is None else classifier.class_name(other),
+        "p_before": before,
+        "p_after": after,
+        "completeness_error": completeness,
+        "seconds": round(explanation.seconds[name] / len(explanation.capture.x), 6),
+        "degenerate": flat,
+        "facts": {key: _plain(values[i]) for key, values in explanation.facts[name].items()},
+        "remark": remarks[i] if (remarks := explanation.remarks[name]) else None,
+    }
+    end = f".{answer.key}" if answer.key else ""
+    base = str(folder / (f"{stem}{end}.{name.replace(':', '_')}" + ("" if other is None else f".against_{other}")))
+    x, saliency, raw = explanation.capture.x[i].detach(), explanation.maps[name][i], explanation.raw[name][i]
+    if written in ("all", "overlay"):
+        path = f"{base}.overlay.png"
+        pictures.write(to_image(pictures.overlay(x, saliency)), path)
+        entry["overlay"] = path
+    if written == "all":
+        title = f"{record.title}: {short(classifier.class_name(int(target.y[i])))}"
+        if record.control:
+            title = f"{record.title} (control: it does not look at the model)"
+        if other is not None:
+            title += f", and not {short(classifier.class_name(other))}"
+        note = "" if completeness is None else f"completeness error {completeness:.1e}"
+        if flat:
+            note = "nothing here speaks for the class"
+        path = f"{base}.png"
+        entry["picture"] = path
+        pictures.side_by_side(path, x, saliency, raw, signed=record.signed, title=title, before=before, after=after, note=note)
+    return entry
+
+
+def _write_sheet(path: Path, answered: Sequence[dict[str, Any]], answers: Sequence[Answer], i: int) -> None:
+    from foveate.registry import METHODS
+    from foveate.report import pictures
+
+    rows = []
+    for document, answer in zip(answered, answers, strict=True):
+        panels = {}
+        for row, (name, saliency) in enumerate(answer.explanation.maps.items()):
+            record, own = METHODS.get(name), document["maps"][name]
+            title = f"{record.title} (control)" if record.control else record.title
+            if own["against"] not in (None, document["against"]):
+                title += f", not {short(own['against_name'])}"
+            panels[name] = pictures.Panel(title, saliency[i], float(answer.after[row, i]))
+        rows.append((why(document), float(answer.before[i]), panels))
+    pictures.sheet(path, answers[0].explanation.capture.x[i].detach(), rows)
+
+
+def why(answer: dict[str, Any]) -> str:
+    """The question of an answer in words."""
+    word = {"pred": "predicted: ", "label": "label: ", "second": "runner-up: "}.get(answer["question"], "")
+    name = short(answer["target_name"])
+    return f"{word}why {name}" if answer["against"] is None else f"why {name}, not {short(answer['against_name'])}"
+
+
+def _top(logits: Tensor, head: str, classifier: Classifier, count: int = 5) -> list[list[Any]]:
+    import torch
+
+    if head == "binary":
+        p = torch.stack([(-logits[0]).sigmoid(), logits[0].sigmoid()])
+    else:
+        p = logits.softmax(0) if head == "softmax" else logits.sigmoid()
+    values, indices = p.topk(min(count, len(p)))
+    return [[i, classifier.class_name(i), round(v, 6)] for i, v in zip(indices.tolist(), values.tolist(), strict=True)]
+
+
+def _plain(value: Any) -> Any:
+    """A fact as JSON has it: NaN and infinity are null there."""
+    number = value.item()
+    return None if isinstance(number, float) and not math.isfinite(number) else number
+
+
+def short(name: str) -> str:
+    """The first of a class's synonyms."""
+    return name.split(",")[0]
