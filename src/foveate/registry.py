@@ -264,7 +264,7 @@ class Register(Generic[Record]):
 
 
 def ungrouped(methods: str | Method | Sequence[str | Method]) -> tuple[list[str | Method], set[str]]:
-    """Methods with ``all``, ``all-fast`` (of one pass, and controls) and ``controls`` written out, each once.
+    """Methods with ``all``, ``all-fast`` (of one pass, and controls) and ``controls`` written out, controls last.
 
     The second value has the names that came in only with a group: where the model cannot have one, nobody asked for it.
     """
@@ -277,7 +277,7 @@ def ungrouped(methods: str | Method | Sequence[str | Method]) -> tuple[list[str 
             named.append(item)
             asked.add(METHODS.get(item, groups=True).name)
             continue
-        for name, record in METHODS.all().items():
+        for name, record in sorted(METHODS.all().items(), key=lambda item: item[1].control):
             if group == "all" or record.control or (group == "allfast" and not record.repeats):
                 named.append(name)
                 grouped.add(name)

@@ -209,6 +209,7 @@ def sheet(path: str | Path, x: Tensor, rows: Sequence[tuple[str, float, Mapping[
     from matplotlib.figure import Figure
 
     names = list(dict.fromkeys(name for _, _, panels in rows for name in panels))
+    titles = {name: panel.title for _, _, panels in rows for name, panel in panels.items()}
     lines = math.ceil((1 + len(names)) / ABREAST)
     columns = math.ceil((1 + len(names)) / lines)
     width, gap, words, heading = 2.4, 0.12, 0.42, 0.34  # inches
@@ -226,7 +227,7 @@ def sheet(path: str | Path, x: Tensor, rows: Sequence[tuple[str, float, Mapping[
             axis = figure.add_axes((left / wide, 1 - bottom / tall, width / wide, height / tall))
             axis.axis("off")
             if place and panel is None:
-                axis.text(0.5, 0.5, "no answer", ha="center", va="center", fontsize=8.5, color=MUTED)
+                axis.text(0.5, 0.5, f"{titles[name]}: no answer", ha="center", va="center", fontsize=8.5, color=MUTED)
                 continue
             axis.imshow(to_image(x if panel is None else overlay(x, panel.saliency)))
             said = f"input\np = {before:.3f}" if panel is None else panel.caption()
