@@ -122,7 +122,7 @@ class TestExplain:
         assert "--method ',' names none" in sentence(explain(place, "--method", ","))
 
     def test_groups_of_methods_leave_out_what_the_model_cannot_have(self, place: Path) -> None:
-        result = explain(place, "--method", "ALL_fast", "--layer", "features.0", "--json")
+        result = explain(place, "--method", "ALL_fast", "--layer", "features.0", "--json", "--pictures", "none")
         assert result.exit_code == 0, result.output
         document = json.loads(result.stdout)
         assert {"grad_cam", "gradient", "fake_cam"} <= set(document["images"][0]["maps"])
@@ -130,14 +130,14 @@ class TestExplain:
         assert "global average pooling" in document["left_out"]["cam"]
         assert document["failures"] == []
         assert "note: left out cam needs a head" in result.stderr
-        asked = explain(place, "--method", "all-fast,cam", "--layer", "features.0", "--json")
+        asked = explain(place, "--method", "all-fast,cam", "--layer", "features.0", "--json", "--pictures", "none")
         assert asked.exit_code == 1
         assert list(json.loads(asked.stdout)["refused"]) == ["cam"]
         assert "did you mean all-fast" in sentence(explain(place, "--method", "all-fst"))
 
     def test_a_method_left_out_of_one_answer_is_named_with_it(self, place: Path) -> None:
         asked = ("--method", "all-fast", "--target", "pred,second", "--set", "finer_cam.similar=1", "--json")
-        document = json.loads(explain(place, *asked).stdout)
+        document = json.loads(explain(place, *asked, "--pictures", "none").stdout)
         assert "finer_cam for pred-second" in document["left_out"]
         assert "attention_rollout" in document["left_out"]
         assert not [name for name in document["left_out"] if name.startswith("attention_rollout for")]
