@@ -23,7 +23,7 @@ from foveate.explain import chosen_methods
 from foveate.methods.cam import contrast_of
 from foveate.precision import Precision
 from foveate.protocol import Protocol, preset
-from foveate.registry import METHODS, METRICS, Explained, Method, Metric, Spent, ungrouped
+from foveate.registry import METHODS, METRICS, Explained, Method, Metric, Spent
 from foveate.results import MAP, MAP_SIDE, MODEL, Results, joined
 from foveate.targets import Head, log_probability
 
@@ -183,11 +183,12 @@ class Plan:
         """
         base, given = preset(protocol), dict(settings or {})
         of_methods = {name: own for name, own in given.items() if name not in METRICS.all()}
-        given_records = {getattr(method, "name", method) for method in ungrouped(methods)[0]}
+        listed = [methods] if isinstance(methods, (str, Method)) else list(methods)
+        given_records = {method.name for method in listed if isinstance(method, Method)}
         for name in of_methods:
             if METHODS.known(name) is None and name not in given_records:
                 raise FoveateError(f"there is neither a method nor a metric {name!r} whose settings could be changed")
-        records, own, optional = chosen_methods(methods, of_methods)
+        records, own, optional = chosen_methods(listed, of_methods)
         for name, values in base.methods.items():
             if name in [record.name for record in records]:
                 own[name] = {**values, **own.get(name, {})}

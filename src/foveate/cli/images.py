@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -95,11 +96,12 @@ def _labels(paths: Sequence[Path], classifier: Classifier) -> list[int | str]:
     from foveate.data.folder import labels_beside
 
     labels: list[int | str] = []
+    called = cache(classifier.classes_called)  # folders are few, images many
     for path, label in zip(paths, labels_beside(paths), strict=True):
         count = None if classifier.class_names is None else len(classifier.class_names)
         if label is None:
-            around = [folder.name for folder in list(path.resolve().parents)[:2]]
-            label = next((index for name in around if (index := _class_called(name, classifier)) is not None), None)
+            around = [called(folder.name) for folder in list(path.resolve().parents)[:2]]
+            label = next((classes[0] for classes in around if len(classes) == 1), None)
         try:
             found = classifier.class_index(label) if isinstance(label, str) else label
         except FoveateError as error:
@@ -112,10 +114,3 @@ def _labels(paths: Sequence[Path], classifier: Classifier) -> list[int | str]:
         else:
             labels.append(found)
     return labels
-
-
-def _class_called(name: str, classifier: Classifier) -> int | None:
-    wanted = name.lower().replace("_", " ")
-    known = [[part.strip() for part in one.lower().split(",")] + [one.lower()] for one in classifier.class_names or ()]
-    found = [index for index, synonyms in enumerate(known) if wanted in synonyms]
-    return found[0] if len(found) == 1 else None

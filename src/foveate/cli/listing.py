@@ -27,7 +27,7 @@ def list_(
 ) -> None:
     """What there is: methods, metrics, losses, models or recipes."""
     with sentences(debug):
-        from foveate.registry import METHODS
+        from foveate.registry import METHODS, ungrouped
 
         lines = _listing(kind)
         if as_json:
@@ -45,8 +45,8 @@ def list_(
             table.add_row(*map(escape, cells))
         console.print(table)
         if kind == "methods":
-            fast = [name for name, record in METHODS.all().items() if not record.repeats and not record.control]
-            console.print(f"\n[dim]all-fast, of one pass, and the controls:[/] {', '.join(fast)}", soft_wrap=False)
+            fast = [record.name for record in METHODS.select(ungrouped("all-fast")[0]) if not record.control]
+            console.print(f"\n[dim]all-fast, of one pass, and the controls:[/] {', '.join(fast)}")
 
 
 def _listing(kind: str) -> list[dict[str, Any]]:

@@ -58,10 +58,8 @@ class Classifier(Normalized):
         names = self.class_names
         if names is None:
             raise FoveateError(f"class {name!r} is a name, but this model's class names are not known: give them, or an index")
-        wanted = name.lower().strip().replace("_", " ")
-        parts = [[part.strip() for part in known.lower().split(",")] for known in names]
-        exact = [i for i, synonyms in enumerate(parts) if wanted in (names[i].lower(), *synonyms)]
-        found = exact or [i for i, known in enumerate(names) if wanted in known.lower()]
+        wanted = _plain(name)
+        found = self.classes_called(name) or [i for i, known in enumerate(names) if wanted in known.lower()]
         if len(found) == 1:
             return found[0]
         if found:
@@ -71,11 +69,21 @@ class Classifier(Normalized):
         near = difflib.get_close_matches(wanted, [known.lower() for known in names], 3, 0.5)
         raise FoveateError(f"no class is called {name!r}" + (f": did you mean {' or '.join(near)}?" if near else ""))
 
+    def classes_called(self, name: str) -> list[int]:
+        """The classes that have exactly this name, or this synonym; none where names are not known."""
+        wanted = _plain(name)
+        parts = [(known.lower(), *map(str.strip, known.lower().split(","))) for known in self.class_names or ()]
+        return [index for index, synonyms in enumerate(parts) if wanted in synonyms]
+
     def class_name(self, index: int) -> str:
         """The name of a class, or ``class 7`` where names are not known."""
         if self.class_names is not None and index < len(self.class_names):
             return self.class_names[index]
         return f"class {index}"
+
+
+def _plain(name: str) -> str:
+    return name.lower().strip().replace("_", " ")
 
 
 Built = tuple[nn.Module, Preprocess | None, Sequence[str] | None]
