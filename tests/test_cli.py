@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -27,12 +28,13 @@ import torch
 from torch import nn
 
 class Net(nn.Module):
-    def __init__(self):
+    def __init__(self, classes=3):
         super().__init__()
         self.mean, self.std, self.input_size = (0.5,) * 3, (0.25,) * 3, (3, 64, 64)
         self.features = nn.Sequential(nn.Conv2d(3, 8, 3, 2, 1), nn.ReLU())
-        self.classifier = nn.Linear(8, 3)
-        self.class_names = ["tabby, tabby cat", "Persian cat", "orca"]
+        self.classifier = nn.Linear(8, classes)
+        if classes == 3:
+            self.class_names = ["tabby, tabby cat", "Persian cat", "orca"]
 
     def forward(self, x):
         return self.classifier(self.features(x).mean((2, 3)))
@@ -40,6 +42,15 @@ class Net(nn.Module):
 def net():
     torch.manual_seed(0)
     return Net().eval()
+
+def thousand():
+    torch.manual_seed(0)
+    return Net(1000).eval()
+
+def silent():
+    model = net()
+    torch.nn.init.zeros_(model.classifier.weight)
+    return model
 
 def training():
     return Net()
@@ -298,6 +309,34 @@ class TestExplain:
         assert [Path(failure["file"]).parent.name for failure in document["failures"]] == ["holiday"]
         assert "its folder is no class" in document["failures"][0]["reason"]
 
+    def test_labels_from_folders_named_by_wordnet(self, place: Path) -> None:
+        """As ImageNet's own folders are: ids that come with a list of classes, or those of its thousand classes."""
+        (place / "classes.txt").write_text("n02123045 tabby, tabby cat\nn02123394 Persian cat\nn02071294 orca\n")
+        for name in ("n02071294", "n02123394", "n01440764"):
+            (place / name).mkdir()
+            Image.open(place / "a.png").save(place / name / "1.png")
+        folders = ("n02071294", "n02123394", "n01440764")
+        wanted = ("--method", "cam", "--target", "label", "--json")
+        document = json.loads(explain(place, *wanted, "--classes", place / "classes.txt", images=folders).stdout)
+        assert [(item["target"], item["target_name"]) for item in document["images"]] == [(2, "orca"), (1, "Persian cat")]
+        assert [Path(failure["file"]).parent.name for failure in document["failures"]] == ["n01440764"]
+        document = json.loads(explain(place, *wanted, images=folders, model="thousand").stdout)
+        assert [item["target"] for item in document["images"]] == [148, 283, 0]
+        shutil.rmtree(place / "n01440764")
+        for name in folders[:2]:
+            (place / "data" / name).mkdir(parents=True)
+            Image.open(place / "b.png").save(place / "data" / name / "1.png")
+        both = []
+        for text in (None, "file,class_index\nn02071294/1.png,148\nn02123394/1.png,283\n"):
+            if text is not None:
+                (place / "data" / "labels.csv").write_text(text)
+            result = call(
+                "evaluate", place / "data", "--model", f"{place / 'nets.py'}:thousand", "--methods", "cam", "--metrics", "AD",
+                "--out", place / "out", "--json",
+            )  # fmt: skip
+            both.append(json.loads(result.stdout)["table"]["cam"])
+        assert both[0] == both[1]
+
     @pytest.mark.parametrize(
         ("table", "why"),
         [
@@ -337,6 +376,16 @@ class TestExplain:
         else:
             assert "why" in result.stdout
 
+    def test_a_constant_map_is_said_beside_its_image(self, place: Path) -> None:
+        result = explain(place, "--method", "hires_cam,centre", images=("a.png", "b.png"), model="silent")
+        notes = [line for line in result.stdout.splitlines() if "map is constant" in line]
+        assert notes[:1] == [
+            "hires_cam: the map is constant, nothing here speaks for the class: try another target, layer or method"
+        ]
+        assert len(notes) == 2
+        assert result.stdout.index("a.png") < result.stdout.index(notes[0]) < result.stdout.index("b.png")
+        assert "constant" not in result.stderr
+
     def test_images_are_read_a_batch_at_a_time(self, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         from foveate.cli.images import Pictures
 
@@ -352,7 +401,7 @@ class TestExplain:
         for name in ("c", "d"):
             Image.open(place / "a.png").save(place / f"{name}.png")
         result = explain(place, "--method", "cam", "--json", images=("a.png", "b.png", "text.jpg", "c.png", "d.png"))
-        assert sizes == [2, 2, 1]
+        assert sizes == [1, 2, 2]  # the first image is not kept waiting for others
         assert len(json.loads(result.stdout)["images"]) == 4
         assert json.loads(result.stdout)["complete"] is True
 

@@ -23,6 +23,7 @@ FLOORS = [
         "chunks",
         "classifier",
         "images",
+        "imagenet",
         "targets",
         "maps",
         "linear_head",

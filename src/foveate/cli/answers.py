@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 import time
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from foveate.cli.images import Picture
-from foveate.errors import FoveateError
+from foveate.errors import DegenerateMapWarning, FoveateError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -91,7 +92,9 @@ def explain_batch(
     labels = torch.tensor([picture.label for picture in read]) if question.needs_labels else None
     refused: dict[str, str] = {}
     start = time.perf_counter()
-    answers = _ask(classifier, x, question, labels, refused)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DegenerateMapWarning)  # said of each image, by its name
+        answers = _ask(classifier, x, question, labels, refused)
     missing.add(answers, refused)
     asked = {key: Answer.of(key if len(answers) > 1 else "", answer) for key, answer in answers.items() if answer.maps}
     if not asked:

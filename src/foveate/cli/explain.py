@@ -51,7 +51,7 @@ if TYPE_CHECKING:
     from foveate.models.load import Classifier
 
 
-AT_ONCE = 16  # images that share one run of the model
+AT_ONCE = 16  # images that share one run of the model, at most
 MOST_REASONS = 5  # of images that cannot be read, in one sentence
 
 
@@ -176,8 +176,10 @@ def _explained(
     classifier: Classifier, named: Pictures, question: Question, folder: Path, missing: Missing
 ) -> Iterator[dict[str, Any] | None]:
     """The entry of each image as it is done, None for those that are passed over."""
-    for start in range(0, len(named), AT_ONCE):
-        rows = range(start, min(start + AT_ONCE, len(named)))
+    start, size = 0, 1  # the first image is shown once it is done, not once the first sixteen are
+    while start < len(named):
+        rows = range(start, min(start + size, len(named)))
+        start, size = rows.stop, min(2 * size, AT_ONCE)
         read, done = named.read(rows, classifier), 0
         if read:
             for item in explain_batch(classifier, read, question, folder, missing):
@@ -234,5 +236,13 @@ def _print_answer(console: Console, answer: dict[str, Any], item: dict[str, Any]
         table.add_row(shown, *cells, f"{1000 * values['seconds']:.1f}")
     console.print(table)
     for name, values in answer["maps"].items():
+        if values["degenerate"] and is_control(name):
+            console.print(f"[yellow]{escape(name)}:[/] the map is constant", soft_wrap=True)
+        elif values["degenerate"]:
+            console.print(
+                f"[yellow]{escape(name)}:[/] the map is constant, nothing here speaks for the class: try another target, layer "
+                "or method",
+                soft_wrap=True,
+            )
         if values["remark"]:
             console.print(f"[dim]{escape(name)}: {escape(values['remark'])}[/]", soft_wrap=True)

@@ -91,8 +91,7 @@ def open_model(
     names = None
     if classes is not None:
         try:
-            lines = Path(classes).read_text(encoding="utf-8").splitlines()
-            names = [re.sub(r"^n\d{8}\s+", "", line) for line in lines]  # ImageNet's lists begin with WordNet ids
+            names = Path(classes).read_text(encoding="utf-8").splitlines()
         except (OSError, UnicodeDecodeError):
             raise FoveateError(f"class file {classes!r} cannot be read: it is text with one name a line") from None
     loaded = load(

@@ -17,6 +17,7 @@ from foveate.batch import Batch
 from foveate.data import scenes
 from foveate.data.folder import SUFFIXES, Entry, Folder, open_folder
 from foveate.errors import FoveateError
+from foveate.imagenet import wordnet_ids
 from foveate.images import Preprocess
 
 FOREGROUND = 1  # of a trimap of Oxford-IIIT Pet: 2 is background, 3 the border between
@@ -65,7 +66,7 @@ def open_imagenet(where: str | Path, preprocess: Preprocess) -> Folder:
             f"{str(root)!r} has no images with XML boxes: ILSVRC2012_val_00000001.JPEG and ILSVRC2012_val_00000001.xml are "
             "looked for, each anywhere below it"
         )
-    index = {wnid: number for number, wnid in enumerate(_wnids())}
+    index = {wnid: number for number, wnid in enumerate(wordnet_ids())}
     entries = []
     for path in pictures:
         wnid, boxes = _read_xml(found[path.stem])
@@ -84,12 +85,6 @@ def _read_xml(path: Path) -> tuple[str, tuple[tuple[float, ...], ...] | None]:
         return objects[0].findtext("name") or "", boxes or None
     except (ET.ParseError, ValueError, IndexError):
         raise FoveateError(f"{path} has no object with a bndbox of four numbers") from None
-
-
-def _wnids() -> list[str]:
-    from foveate._torchvision import timm
-
-    return list(timm().data.ImageNetInfo("imagenet-1k").label_names())
 
 
 def open_pets(where: str | Path, preprocess: Preprocess, *, species: bool = False) -> Folder:

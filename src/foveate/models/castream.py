@@ -286,4 +286,6 @@ def ca_stream(model: nn.Module, stages: Sequence[str] | None = None, size: tuple
     if not isinstance(model, Classifier):
         return CAStream(model, stages, size or (224, 224))
     made = CAStream(model.model, stages, size or model.preprocess.crop)
-    return Classifier(made, model.preprocess, f"ca_stream:{model.name}", model.class_names, model.notes)
+    classifier = Classifier(made, model.preprocess, f"ca_stream:{model.name}", model.class_names, model.notes)
+    classifier.wordnet_ids = model.wordnet_ids
+    return classifier

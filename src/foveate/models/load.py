@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from foveate._torchvision import timm, torchvision
 from foveate.classifier import IMAGENET_MEAN, IMAGENET_STD, Normalized
 from foveate.errors import FoveateError
+from foveate.imagenet import WORDNET_ID, imagenet_names, without_ids, wordnet_ids
 from foveate.images import Preprocess, floor_resize, read
 
 STREAM = "ca_stream:"
@@ -28,6 +29,8 @@ class Classifier(Normalized):
         name: how it was asked for.
         preprocess: from an image file to what it takes.
         class_names: one name a class, or None.
+        wordnet_ids: other names of the classes, where they came with the names (``n01440764 tench``); ImageNet's own
+            names need them not.
         notes: what was assumed while it was loaded, one sentence each.
     """
 
@@ -42,8 +45,15 @@ class Classifier(Normalized):
         super().__init__(model, preprocess.mean, preprocess.std)
         self.name = name
         self.preprocess = preprocess
-        self.class_names = list(class_names) if class_names is not None else None
+        self.name_classes(class_names)
         self.notes = list(notes)
+
+    def name_classes(self, names: Sequence[str] | None) -> None:
+        """Give the classes names, in index order; ids of WordNet in front of all of them are taken off, and understood."""
+        self.class_names: list[str] | None = None
+        self.wordnet_ids: list[str] | None = None
+        if names is not None:
+            self.class_names, self.wordnet_ids = without_ids(list(names))
 
     def read(self, *paths: str | Path) -> Tensor:
         """Image files as this classifier takes them, ``[B,3,H,W]`` in [0, 1]."""
@@ -51,6 +61,8 @@ class Classifier(Normalized):
 
     def class_index(self, name: str) -> int:
         """The class of a name, or of one of its synonyms (``tabby`` for ``tabby, tabby cat``), or of a part of it.
+
+        ImageNet's classes are known by their WordNet ids (``n02123045``) too.
 
         Raises:
             FoveateError: no class, or several, of that name; names are not known.
@@ -70,10 +82,14 @@ class Classifier(Normalized):
         raise FoveateError(f"no class is called {name!r}" + (f": did you mean {' or '.join(near)}?" if near else ""))
 
     def classes_called(self, name: str) -> list[int]:
-        """The classes that have exactly this name, or this synonym; none where names are not known."""
+        """The classes that have exactly this name, this synonym or this WordNet id; none where names are not known."""
         wanted = _plain(name)
         parts = [(known.lower(), *map(str.strip, known.lower().split(","))) for known in self.class_names or ()]
-        return [index for index, synonyms in enumerate(parts) if wanted in synonyms]
+        found = [index for index, synonyms in enumerate(parts) if wanted in synonyms]
+        if found or not WORDNET_ID.fullmatch(wanted):
+            return found
+        ids = self.wordnet_ids or (wordnet_ids() if self.class_names == imagenet_names() else [])
+        return [index for index, known in enumerate(ids) if known == wanted]
 
     def class_name(self, index: int) -> str:
         """The name of a class, or ``class 7`` where names are not known."""
@@ -191,7 +207,8 @@ def _from_run(folder: Path, weights: Path) -> Classifier:
     if stages := recipe.get("ca_stream"):
         model = ca_stream(model, None if stages is True else stages)
     load_weights(model.model, weights)
-    model.class_names = record["class_names"] or model.class_names
+    if record["class_names"]:
+        model.name_classes(record["class_names"])
     model.name, model.notes = str(folder), [note for note in model.notes if "random" not in note]
     return model.eval()
 
@@ -301,12 +318,6 @@ SOURCES: dict[str, Callable[[str, bool, int | None], Built]] = {
 def _not_downloaded(name: str, error: Exception) -> FoveateError:
     reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
     return FoveateError(f"the pretrained weights of {name!r} could not be downloaded ({reason}): give a weights file instead")
-
-
-def imagenet_names() -> list[str]:
-    """The 1000 class names of ILSVRC-2012, in index order, as torchvision ships them."""
-    names: list[str] = torchvision().models.ResNet18_Weights.DEFAULT.meta["categories"]
-    return names
 
 
 def _from_file(path: Path, name: str) -> Built:
