@@ -697,6 +697,24 @@ class TestRefusals:
         with pytest.raises(FoveateError, match=match):
             Capture(self.network, x, "features")
 
+    def test_images_out_of_range_are_warned_of_once_a_model(self) -> None:
+        for x, match in ((self.x * 255, r"these are in \[0.\d\d, 25\d.\d\d\]"), (self.x * 4 - 2, r"in \[-[12].\d\d, ")):
+            network = copy.deepcopy(self.network)
+            with pytest.warns(UserWarning, match=match):
+                Capture(network, x, "features")
+            with warnings.catch_warnings():
+                warnings.simplefilter("error")
+                Capture(network, x, "features")  # it has been said
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            capture = Capture(self.network, self.x, "features")
+            capture.again(self.x - 0.5)  # a noisy copy is no mistake
+            Capture(self.network, self.x * 3, "features", any_range=True)
+
+    def test_grey_images_are_no_colour_images(self) -> None:
+        with pytest.raises(FoveateError, match=r"takes images of 3 channels, and these have 1: .*expand"):
+            Capture(normalized(self.network), self.x[:, :1], "features")
+
     def test_options(self) -> None:
         for options, match in (
             ({"chunk": 0}, "chunk 0"),

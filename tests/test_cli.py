@@ -17,9 +17,11 @@ from PIL import Image
 from safetensors.torch import save_file
 from typer.testing import CliRunner, Result
 
+import foveate
 from foveate.cli import app
 from foveate.data import scenes
 from foveate.errors import FoveateError
+from foveate.models.load import load
 from foveate.models.small import small_cnn
 from foveate.report import pictures
 
@@ -220,12 +222,35 @@ class TestExplain:
         assert ", not " in result.stdout
         assert "a.answers.png" in result.stdout.replace("\n", "")
 
+    def test_a_contrast_has_the_share_of_its_class_among_the_two(self, place: Path) -> None:
+        result = explain(place, "--target", "pred,second", "--method", "hires_cam,contrastive_cam,centre", "--json")
+        item = json.loads(result.stdout)["images"][0]
+        (first, _, p), (second, _, q) = item["top"][:2]
+        plain, contrast = item["answers"][0], item["answers"][-1]
+        assert (contrast["target"], contrast["against"]) == (first, second)
+        assert plain["maps"]["hires_cam"]["share_before"] is None
+        assert plain["maps"]["centre"]["share_after"] is None
+        for maps in ({"contrastive_cam": plain["maps"]["contrastive_cam"]}, contrast["maps"]):
+            assert all(values["share_before"] == pytest.approx(p / (p + q), abs=1e-5) for values in maps.values())
+        classifier = load(f"{place / 'nets.py'}:net")
+        x = classifier.read(place / "a.png")
+        found = foveate.explain(classifier, x, "hires_cam", target=first, against=second)
+        logits = classifier(x * found["hires_cam"][:, None])[0]
+        share = (logits[first] - logits[second]).sigmoid()
+        assert contrast["maps"]["hires_cam"]["share_after"] == pytest.approx(float(share), rel=1e-4)
+        shown = explain(place, "--against", "strongest", "--method", "hires_cam")
+        assert f"{p / (p + q):.3f} → {float(share):.3f}" in shown.stdout
+        assert "p of the two that are told apart" in shown.stdout
+        assert "share before" in shown.stdout
+        assert "share before" not in explain(place, "--method", "hires_cam").stdout
+
     def test_a_method_that_refuses_contrasts_leaves_the_other_answers(self, place: Path) -> None:
         result = explain(place, "--target", "pred,second", "--method", "finer_cam", "--set", "finer_cam.similar=1", "--json")
-        assert result.exit_code == 1, result.output
+        assert result.exit_code == 0, result.output
         document = json.loads(result.stdout)
         assert [answer["question"] for answer in document["images"][0]["answers"]] == ["pred", "second"]
-        assert list(document["refused"]) == ["finer_cam for pred-second"]
+        assert list(document["left_out"]) == ["finer_cam for pred-second"]
+        assert "left out for pred-second: finer_cam tells" in result.stderr
         assert document["failures"] == []
 
     def test_only_errors(self, place: Path) -> None:
@@ -247,6 +272,15 @@ class TestExplain:
         assert maps[1]["p_after"] != maps[30]["p_after"]
         half = json.loads(explain(place, "--method", "score_cam", "--precision", "bf16", "--json").stdout)
         assert "score_cam" in half["images"][0]["maps"]
+        none = explain(place, "--method", "opti_cam", "--set", "opti_cam.steps=2", "--set", "opti_cam.patience=none", "--json")
+        assert none.exit_code == 0
+        few = ("--method", "extremal_perturbation", "--set", "extremal_perturbation.steps=2", "--json")
+        maps = [
+            json.loads(explain(place, *few, "--set", f"extremal_perturbation.areas={areas}").stdout)["images"][0]["maps"]
+            for areas in ("0.1,0.2", "[0.1, 0.2]", "0.1")
+        ]
+        after = [found["extremal_perturbation"]["p_after"] for found in maps]
+        assert after[0] == after[1] != after[2]
         assert "--set 'steps=3' is not METHOD.SETTING=VALUE" in sentence(explain(place, "--set", "steps=3"))
         assert "opti_cam has no setting 'step'" in sentence(explain(place, "--method", "opti_cam", "--set", "opti_cam.step=3"))
         assert "--precision 'fp8' is unknown" in sentence(explain(place, "--precision", "fp8"))

@@ -11,7 +11,7 @@ from torch import nn
 import reference
 from foveate import Capture, FoveateError, contrastive_maps, explain
 from foveate.methods.cam import completeness, grad_cam_pp, xgrad_cam
-from foveate.registry import METHODS, Method
+from foveate.registry import METHODS, Method, check_settings
 from foveate.testing import CLASSES, check_method, example, networks
 
 NAMES = list(METHODS.all())
@@ -245,7 +245,8 @@ def test_settings_of_methods() -> None:
     [
         ("rise", "masks", 2.5, "rise.masks cannot be 2.5: input should be a valid integer"),
         ("rise", "masks", "many", "rise.masks cannot be 'many': input should be a valid integer"),
-        ("extremal_perturbation", "areas", 0.1, "areas cannot be 0.1"),
+        ("extremal_perturbation", "areas", "a tenth", "areas cannot be 'a tenth'"),
+        ("extremal_perturbation", "areas", {"a": 1}, "areas cannot be {'a': 1}"),
         ("smooth_grad", "sigma", float("nan"), "sigma cannot be nan: input should be a finite number"),
         ("finer_cam", "strength", "x", "strength cannot be 'x'"),
         ("eigen_cam", "centred", "perhaps", "centred cannot be 'perhaps'"),
@@ -255,6 +256,22 @@ def test_settings_of_methods() -> None:
 def test_values_of_another_type(name: str, setting: str, value: object, match: str) -> None:
     with pytest.raises(FoveateError, match=match):
         explain(networks()["gap"], example().x, name, layer="features", settings={name: {setting: value}})
+
+
+@pytest.mark.parametrize(
+    ("name", "setting", "written", "meant"),
+    [
+        ("extremal_perturbation", "areas", 0.1, [0.1]),
+        ("extremal_perturbation", "areas", "0.1,0.2", [0.1, 0.2]),
+        ("extremal_perturbation", "areas", (0.1, 0.2), (0.1, 0.2)),
+        ("occlusion", "window", "4,3", (4, 3)),
+        ("occlusion", "window", 4, 4),
+        ("opti_cam", "layers", "features", ["features"]),
+        ("opti_cam", "patience", None, None),
+    ],
+)
+def test_lists_as_people_write_them(name: str, setting: str, written: object, meant: object) -> None:
+    assert check_settings(METHODS.get(name), {setting: written})[setting] == meant
 
 
 def test_axiom_cam_is_xgrad_cam() -> None:

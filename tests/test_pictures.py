@@ -91,7 +91,7 @@ def test_a_method_without_an_answer_leaves_its_place_empty(tmp_path: Path) -> No
 @pytest.mark.parametrize(
     ("saliency", "words"),
     [
-        (torch.full((64, 64), 0.5), "p = 0.500 behind it"),
+        (torch.full((64, 64), 0.5), "p = 0.500 left"),
         (torch.zeros(64, 64), ", an empty map"),
         (pixels(80.0), "brightest 1 % alike"),
     ],

@@ -653,6 +653,12 @@ class TestFullGrad:
     def test_networks_of_other_parts_are_refused_with_the_error(self) -> None:
         with pytest.raises(FoveateError, match=r"miss the score by \d+ %"):
             run("full_grad", on("inplace"))
+        smooth = nn.Sequential(nn.Conv2d(3, 6, 3, bias=False), nn.GELU(), nn.Conv2d(6, 4, 3, bias=False), nn.Flatten(2))
+        network = nn.Sequential(smooth, nn.AdaptiveAvgPool1d(1), nn.Flatten()).eval()
+        black = Capture(network, torch.zeros(1, 3, 16, 16), "0.1")  # where score and parts are 0: by chance they agree
+        assert full_gradients(black, black.target(1)).error.max() < 1e-6
+        with pytest.raises(FoveateError, match=r"miss the score by \d+ %"):
+            run("full_grad", black)
         assert run("full_grad", on("inplace"), strict=False).shape == (2, 17, 23)
 
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import random
 import warnings
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
@@ -153,6 +156,41 @@ class TestFused:
     def test_an_unknown_way(self) -> None:
         with pytest.raises(FoveateError, match="fusion 'sum'"):
             run(fused("grad_cam", how="sum"))
+        with pytest.raises(FoveateError, match="fusion 'sum'"):
+            explain(networks()["gap"], example().x, "grad_cam", layer="features", fuse="sum")
+
+    def test_by_name_it_is_what_several_layers_are_anyway(self) -> None:
+        def of(method: str | Method, **options: object) -> torch.Tensor:
+            found = explain(networks()["gap"], example().x, method, layer=self.LAYERS, target=1, **options)
+            return next(iter(found.raw.values()))
+
+        torch.testing.assert_close(of("layer_cam:fused"), of("layer_cam"))
+        torch.testing.assert_close(of("layer_cam:fused", fuse="max"), of("layer_cam", fuse="max"))
+        torch.testing.assert_close(of(fused("layer_cam", how="max")), of("layer_cam", fuse="max"))
+        assert not torch.allclose(of("layer_cam", fuse="max"), of("layer_cam"))
+        assert not torch.allclose(of("layer_cam:smooth:fused"), of("layer_cam:fused"))
+        with pytest.raises(FoveateError, match="has the setting 'over' already"):
+            METHODS.get("layer_cam:fused:fused")
+
+    def test_a_fusion_of_opti_cams_is_not_the_opti_cam_of_all_layers(self) -> None:
+        network, x, own = networks()["gap"], example().x, {"steps": 3}
+        both = explain(network, x, "opti_cam", layer=self.LAYERS, target=1, settings={"opti_cam": own})
+        found = explain(network, x, "opti_cam:fused", layer=self.LAYERS, target=1, settings={"opti_cam:fused": own})
+        assert not torch.allclose(found.raw["opti_cam:fused"], both.raw["opti_cam"], rtol=1e-3)
+        each = []
+        for layer in self.LAYERS:
+            one = explain(network, x, "opti_cam", layer=layer, target=1, settings={"opti_cam": own}).raw["opti_cam"]
+            each.append(maps.scale(maps.upsample(one.clamp(min=0), (17, 23)), "max"))
+        torch.testing.assert_close(found.raw["opti_cam:fused"], torch.stack(each).mean(0))
+
+    @pytest.mark.parametrize("wrapper", ["smooth", "augmented"])
+    def test_copies_run_once_for_all_layers(self, wrapper: str) -> None:
+        counts = []
+        for layer in ("features", ("features.0", "features")):
+            found = explain(networks()["inplace"], example().x, f"grad_cam:{wrapper}", layer=layer, target=1)
+            counts.append((found.capture.passes.forward, found.capture.passes.backward))
+        copies = {"smooth": 16, "augmented": 6}[wrapper]
+        assert counts[0] == counts[1] == (2 * (1 + copies), 2 * copies)
 
 
 IGNORE_THE_CLASS = {"attention_rollout", "ca_stream", "centre", "eigen_cam", "fake_cam", "random"}
@@ -169,7 +207,8 @@ class TestEach:
             options = {"targets": ["pred", "second"], "layer": "features", "settings": own, "refused": refused}
             answers = explain_each(networks()[kind], example(seed=2).x, name, **options)
         if name == "finer_cam":
-            assert list(refused) == ["finer_cam for pred-second"]
+            assert not refused
+            assert list(answers["pred-second"].left_out) == ["finer_cam"]
         elif name != "contrastive_cam":  # whose answer for the prediction is that contrast already
             assert not refused
             assert not torch.equal(answers["pred"].raw[name], answers["pred-second"].raw[name])
@@ -202,6 +241,10 @@ class TestEach:
             explain_each(network, x, layer="features")
         with pytest.raises(FoveateError, match="are a list of classes"):
             explain_each(network, x, layer="features", targets="pred,label")
+        with pytest.raises(FoveateError, match="targets pred, 1, pred hold one of them twice"):
+            explain_each(network, x, layer="features", targets=["pred", 1, None])
+        found = explain_each(network, x, layer="features", targets=["pred", torch.tensor([0, 1])], contrasts=False)
+        assert list(found) == ["pred", "given"]
 
 
 @pytest.mark.filterwarnings("ignore::foveate.errors.DegenerateMapWarning")
@@ -318,9 +361,95 @@ class TestAdapted:
             METHODS.get("captum.Nothing")
         with pytest.raises(FoveateError, match="needs more than a model to be built"):
             run(adapt(attr.NoiseTunnel))
-        capture = Capture(networks()["gap"], example().x, "features")
-        with pytest.raises(FoveateError, match="Captum explains one output"):
-            METHODS.get("captum.Saliency")(capture, None, capture.target(1, score="probability"))
+        network = networks()["gap"]
+        capture = Capture(network, example().x, "features")
+        with pytest.raises(FoveateError, match=r"an object of Captum explains one output .* give the class Saliency"):
+            adapt(attr.Saliency(network))(capture, None, capture.target(1, score="probability"))
+        with pytest.raises(FoveateError, match="mixes the images of a batch"):
+            run("captum.FeaturePermutation")
+
+    @pytest.mark.parametrize("score", ["logit", "probability", "contrast"])
+    @pytest.mark.parametrize("name", ["InputXGradient", "Occlusion", "IntegratedGradients", "DeepLift"])
+    def test_captum_explains_any_score(self, name: str, score: str) -> None:
+        pytest.importorskip("captum.attr")
+        network, x = networks()["gap"], example(count=3).x
+        capture = Capture(network, x, "features")
+        wanted = {"logit": {}, "probability": {"score": "probability"}, "contrast": {"against": 2}}[score]
+        target = capture.target(torch.tensor([0, 1, 3]), **wanted)
+        found = METHODS.get(f"captum.{name}")(capture, None, target)
+        alone = []
+        for i in range(3):
+            one = Capture(network, x[i : i + 1], "features")
+            alone.append(METHODS.get(f"captum.{name}")(one, None, one.target([0, 1, 3][i], **wanted)))
+        torch.testing.assert_close(found, torch.cat(alone))
+        if name == "InputXGradient":
+            torch.testing.assert_close(found, METHODS.get("input_x_gradient")(capture, None, target))
+        if name == "Occlusion":
+            window, stride = (2, 3), (1, 1)
+            own = {"sliding_window_shapes": (3, *window), "strides": (3, *stride)}
+            ours = METHODS.get("occlusion")(capture, None, target, window=window, stride=stride)
+            theirs = METHODS.get("captum.Occlusion")(capture, None, target, **own)
+            assert torch.corrcoef(torch.stack([ours.flatten(), theirs.flatten()]))[0, 1] > 0.99
+
+    def test_captum_explains_one_logit(self) -> None:
+        pytest.importorskip("captum.attr")
+        network, x = small_cnn(num_classes=1).eval(), torch.rand(2, 3, 32, 32)
+        capture = Capture(network, x)
+        for y in (0, 1):
+            target = capture.target(y)
+            found = METHODS.get("captum.InputXGradient")(capture, None, target)
+            torch.testing.assert_close(found, METHODS.get("input_x_gradient")(capture, None, target))
+
+    @pytest.mark.parametrize("form", ["tuple", "dict", "object"])
+    @pytest.mark.parametrize(
+        "name", ["captum.Saliency", "captum.Lime", "pytorch_grad_cam.GradCAM", "pytorch_grad_cam.AblationCAM"]
+    )
+    def test_models_that_return_more_than_a_tensor(self, name: str, form: str) -> None:
+        pytest.importorskip(name.split(".")[0])
+        plain, x = networks()["gap"], example().x
+
+        class Wrapped(torch.nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.inner = plain
+
+            def forward(self, x: torch.Tensor) -> object:
+                logits = self.inner(x)
+                forms = {"tuple": (logits, x), "dict": {"logits": logits}, "object": SimpleNamespace(logits=logits)}
+                return forms[form]
+
+        own = {"n_samples": 20} if "Lime" in name else {}
+        capture = Capture(Wrapped().eval(), x, "inner.features")
+        torch.testing.assert_close(METHODS.get(name)(capture, None, capture.target(1), **own), run(name, "gap", **own))
+
+    @pytest.mark.parametrize("name", ["GradientShap", "DeepLiftShap", "ShapleyValueSampling", "ShapleyValues"])
+    def test_shapley_values(self, name: str) -> None:
+        """Repeatable, of a batch as of single images, and no generator of the caller's is moved."""
+        pytest.importorskip("captum.attr")
+        own = {"cells": 2} if name.startswith("Shapley") else {}
+        method = METHODS.get(f"captum.{name}")
+        network, x = networks()["gap"], example().x
+        capture = Capture(network, x, "features")
+        np.random.seed(3)
+        before = np.random.get_state()[1].copy(), random.getstate(), torch.get_rng_state()
+        found = method(capture, None, capture.target(1), **own)
+        assert (np.random.get_state()[1] == before[0]).all()
+        assert random.getstate() == before[1]
+        assert torch.equal(torch.get_rng_state(), before[2])
+        torch.testing.assert_close(method(capture, None, capture.target(1), **own), found)
+        one = Capture(network, x[1:], "features")
+        torch.testing.assert_close(method(one, None, one.target(1), **own), found[1:])
+
+    def test_settings_by_name(self) -> None:
+        attr = pytest.importorskip("captum.attr")
+        network, x = networks()["gap"], example().x
+        few = {"captum.Lime": {"n_samples": 30, "cells": 3, "seed": 5}}
+        found = saliency(network, x, "captum.Lime", layer="features", settings=few)
+        same = adapt(attr.Lime, n_samples=30, cells=3, seed=5)
+        torch.testing.assert_close(found, saliency(network, x, same, layer="features"))
+        assert not torch.allclose(found, saliency(network, x, adapt(attr.Lime, n_samples=30, cells=3), layer="features"))
+        with pytest.raises(FoveateError, match=r"captum.Lime has no setting 'samples': it has colour, cells.* n_samples"):
+            saliency(network, x, "captum.Lime", layer="features", settings={"captum.Lime": {"samples": 3}})
 
     def test_a_library_that_is_not_there(self, monkeypatch: pytest.MonkeyPatch) -> None:
         import sys

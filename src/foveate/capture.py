@@ -41,6 +41,7 @@ class Capture:
         closed_form: use a linear head's closed form instead of autograd; both give the same.
         guided: run the model so that :meth:`guided_gradient` can be asked for; an attribute afterwards.
         from_image: begin the graph at the image, so that its gradient needs no second run; an attribute afterwards.
+        any_range: images that are not in [0, 1], noisy ones say, are no reason for a warning.
 
     Attributes:
         x: the batch as the model saw it, ``[B,3,H,W]``.
@@ -68,6 +69,7 @@ class Capture:
         closed_form: bool = True,
         guided: bool = False,
         from_image: bool = False,
+        any_range: bool = False,
     ) -> None:
         self.model = unwrap(model)
         self.frozen = frozen
@@ -96,7 +98,7 @@ class Capture:
         self._linears: list[tuple[Tensor, Tensor | None, Tensor]] = []
         self._base: Tensor | None = None
         self._kept: list[T.Target] = []
-        check_images(x)
+        check_images(x, self.model if frozen and not any_range else None)
         modules = modules_of(self.model)
         if frozen:
             check_eval(modules)
@@ -339,13 +341,8 @@ class Capture:
         maps = []
         for column in columns:
             with torch.inference_mode(False), torch.enable_grad():
-                (gradient,) = torch.autograd.grad(
-                    self.logits[:, column].sum(),
-                    feature.raw,
-                    retain_graph=True,
-                    create_graph=not self.frozen,
-                    allow_unused=True,
-                )
+                options: dict[str, Any] = {"retain_graph": True, "create_graph": not self.frozen, "allow_unused": True}
+                (gradient,) = torch.autograd.grad(self.logits[:, column].sum(), feature.raw, **options)
             self.passes.backward += len(self.x)
             maps.append((self._grid(feature, gradient) * activations).sum(1))
         return torch.stack(maps, 1)
@@ -394,7 +391,7 @@ class Capture:
     ) -> Capture:
         """The same capture of other images, layers or a changed model: options as they are or ``changed``, one count."""
         wanted, options = list(self.layers) if layers is None else layers, {**self._options, **changed}
-        other = Capture(self._run.live if model is None else model, x, wanted, head=self.head, **options)
+        other = Capture(self._run.live if model is None else model, x, wanted, head=self.head, any_range=True, **options)
         self.passes.add(other.passes)
         other.passes = other._run.passes = self.passes
         return other

@@ -17,7 +17,7 @@ from foveate import maps
 from foveate.capture import Capture
 from foveate.errors import DegenerateMapWarning, FoveateError, LayerError
 from foveate.methods.cam import contrast_of
-from foveate.methods.wrappers import Fusion, fused
+from foveate.methods.wrappers import Fusion, check_fusion, over_layers
 from foveate.precision import Precision
 from foveate.registry import METHODS, Method, check_settings, ungrouped
 from foveate.targets import Head, Target, strongest_other
@@ -113,6 +113,7 @@ def explain(
     Raises:
         FoveateError: and its kinds, each with what was given and what to do.
     """
+    check_fusion(fuse)
     records, own, optional = chosen_methods(methods, settings)
     capture = _captured(records, model, x, layer, head=head, precision=precision)
     resolved = capture.target(target, score=score, against=against, labels=labels)
@@ -145,7 +146,8 @@ def explain_each(
             classified rightly, ``pred`` against ``label``), the strongest other class takes its place: there is no
             question of the former kind, and ``targets[...].other`` says which class was asked against.
         labels: true classes ``[B]``, for ``"label"``.
-        refused: as in :func:`explain`, with keys such as ``finer_cam for pred-label``.
+        refused: as in :func:`explain`, with keys such as ``finer_cam for label``. A method that has no answer to a contrast
+            alone is in ``left_out`` of that answer.
 
     Raises:
         FoveateError: as :func:`explain`.
@@ -154,19 +156,24 @@ def explain_each(
         raise FoveateError(f"targets {targets!r} are a list of classes, such as ['pred', 'label', 'second']")
     if contrasts and any(callable(target) for target in targets):
         raise FoveateError("a callable target has no class to be asked against: give contrasts=False")
+    names = [_name(target) for target in targets]
+    if len(set(names)) < len(names):
+        raise FoveateError(f"targets {', '.join(names)} hold one of them twice: give each once")
+    check_fusion(fuse)
     records, own, optional = chosen_methods(methods, settings)
     capture = _captured(records, model, x, layer, head=head, precision=precision)
     answers = {}
     for target in targets:
         aim = capture.target(target, labels=labels)
         answers[_name(target)] = _answer(capture, records, aim, own, optional, fuse, refused, _name(target))
+    answered = {name for answer in answers.values() for name in answer.maps}  # these may pass over contrasts
     first = capture.target(targets[0], labels=labels).y
     for target in targets[1:] if contrasts else ():
         other = capture.target(target, labels=labels).y
         other = torch.where(other == first, strongest_other(capture.logits, first, capture.head), other)
         contrast = capture.target(first, against=other)
         key = f"{_name(targets[0])}-{_name(target)}"
-        answers[key] = _answer(capture, records, contrast, own, optional, fuse, refused, key)
+        answers[key] = _answer(capture, records, contrast, own, optional | answered, fuse, refused, key)
     return answers
 
 
@@ -182,6 +189,8 @@ def _captured(records: Sequence[Method], model: nn.Module, x: Tensor, layer: Lay
 
 
 def _name(target: object) -> str:
+    if isinstance(target, Tensor):
+        return "given"
     return "pred" if target is None else str(target)
 
 
@@ -233,11 +242,14 @@ def _run(record: Method, explanation: Explanation, settings: Mapping[str, Any], 
     if record.contrasts:
         target = contrast_of(capture, target, settings.get("against"))
     explanation.targets[record.name] = target
-    run, several = record, len(capture.layers) > 1
-    if several and "layers" in inspect.signature(record.function).parameters:
-        settings = {"layers": capture.layers, **settings}
-    elif several and not record.whole:
-        run = fused(record, how=fuse)
+    run = record
+    if len(capture.layers) > 1:
+        run = over_layers(record, fuse)
+        parameters = inspect.signature(run.function).parameters
+        if run is record and "over" in parameters and fuse != "mean":
+            settings = {"how": fuse, **settings}
+        elif "layers" in parameters and "over" not in parameters:
+            settings = {"layers": capture.layers, **settings}
     start = time.perf_counter()
     raw = run(capture, capture.layer, target, **settings).detach()
     explanation.facts[record.name], explanation.remarks[record.name] = capture.facts, capture.remarks

@@ -80,9 +80,11 @@ def resolve(
     Raises:
         LayerError: none was given, or one that the model does not have.
     """
-    items = [given] if isinstance(given, (str, nn.Module)) else list(given)
+    items = list(given) if isinstance(given, Sequence) and not isinstance(given, (str, nn.Module)) else [given]
     if not items:
         raise LayerError("no layer was given: name one, or 'auto'")
+    if wrong := [item for item in items if not isinstance(item, (str, nn.Module))]:
+        raise LayerError(f"a layer is a path such as 'layer4', a module or 'auto', and this is {wrong[0]!r}")
     resolved: list[tuple[str, nn.Module | None]] = []
     for item in items:
         if isinstance(item, nn.Module):

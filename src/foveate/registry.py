@@ -13,6 +13,7 @@ import pkgutil
 import threading
 import typing
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field
 from typing import Any, Generic, Literal, TypeVar
 
@@ -41,6 +42,8 @@ class Method:
         whole: it looks at the image and not at a layer, so that ``layer`` has no say.
         control: it ignores the model: every table must contain such rows, to show what a metric lets pass.
         repeats: it runs the model, or a part of it, many times for one map: seconds and not milliseconds.
+        inner: of a wrapped method, the method inside,
+        around: and the same wrapper around another one.
         aliases: other names that people know.
     """
 
@@ -57,12 +60,19 @@ class Method:
     whole: bool = False
     control: bool = False
     repeats: bool = False
+    inner: Method | None = None
+    around: Callable[[Method], Method] | None = None
     aliases: tuple[str, ...] = ()
 
     def __call__(self, capture: Any, *args: Any, **settings: Any) -> Any:
-        """The raw map: ``(capture, layer, target, **own settings) -> S [B,h,w]``; also under the caller's inference mode."""
+        """The raw map: ``(capture, layer, target, **own settings) -> S [B,h,w]``.
+
+        Also under the caller's inference mode, and in full precision under the caller's autocast, which the model keeps.
+        """
         capture.facts, capture.remarks = {}, []
-        with torch.inference_mode(False):
+        kind = capture.x.device.type
+        full = torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
+        with torch.inference_mode(False), full:
             return self.function(capture, *args, **settings)
 
 
@@ -313,12 +323,24 @@ def _typed(record: Method | Metric | Loss, name: str, value: Any) -> Any:
     annotation = typing.get_type_hints(record.function).get(name, Any)
     if annotation in (Any, object):
         return value
-    options = ConfigDict(arbitrary_types_allowed=True, allow_inf_nan=False)
+    adapter: TypeAdapter[Any] = TypeAdapter(annotation, config=ConfigDict(arbitrary_types_allowed=True, allow_inf_nan=False))
     try:
-        return TypeAdapter(annotation, config=options).validate_python(value)
+        return adapter.validate_python(value)
     except ValidationError as error:
+        if isinstance(value, (str, int, float)):  # a list as people write it: 0.1, or 0.1,0.2
+            with suppress(ValidationError):
+                return adapter.validate_python(_parts(value) if isinstance(value, str) else [value])
         reasons = "; ".join(dict.fromkeys(problem["msg"][0].lower() + problem["msg"][1:] for problem in error.errors()))
         raise FoveateError(f"{record.name}.{name} cannot be {value!r}: {reasons}") from None
+
+
+def _parts(text: str) -> list[Any]:
+    import yaml
+
+    try:
+        return [yaml.safe_load(part) for part in text.split(",")]
+    except yaml.YAMLError:
+        return [text]
 
 
 METHODS: Register[Method] = Register("method", "foveate.methods", groups=("all", "all-fast", "controls"))

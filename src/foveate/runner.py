@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Literal
 
 import torch
@@ -65,6 +65,9 @@ class Runner:
         first = next((p for p in model.parameters() if p.is_floating_point()), None)
         self.device: torch.device | None = None if first is None else first.device
         self.dtype: torch.dtype | None = None if first is None else first.dtype
+        # Methods compute in full precision; the model runs as it did for the caller.
+        kind = (self.device or CPU).type
+        self._callers = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
         if precision == "bf16":
             warn_if_slow(self.device or CPU)
 
@@ -79,7 +82,7 @@ class Runner:
         """
         floats = [tensor for tensor in (*self.model.parameters(), *features) if tensor.is_floating_point()]
         whole = all(tensor.dtype in (torch.float32, torch.float64) for tensor in floats)
-        return whole and self._on_cpu and self.precision == "fp32" and not torch.is_autocast_enabled("cpu")
+        return whole and self._on_cpu and self.precision == "fp32" and not self._in_autocast
 
     def chunk_size(self, size: tuple[int, int], kind: Pass = "forward") -> int:
         """How many images of a size run at once: memory depends on this, and results no more than by rounding."""
@@ -164,10 +167,21 @@ class Runner:
         self.passes.forward += len(images)
         return logits.clone()  # a clone made outside of inference mode can take part in a graph
 
+    @property
+    def _in_autocast(self) -> bool:
+        return self._callers is not None or torch.is_autocast_enabled("cpu")
+
+    def as_caller(self) -> AbstractContextManager[Any]:
+        """The autocast in which the capture was made."""
+        if self._callers is None:
+            return nullcontext()
+        return torch.autocast((self.device or CPU).type, self._callers)
+
     @contextmanager
     def _cast(self, images: Tensor, wanted: bool = True) -> Iterator[None]:
         if not (wanted and self.precision == "bf16"):
-            yield
+            with self.as_caller():
+                yield
             return
         known, attention = _formats.of(self.model), WrittenAttention()
         # The mode sees every call of the model, so that it stays away from one that attends to nothing.

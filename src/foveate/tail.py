@@ -30,7 +30,8 @@ def tail_behind(run: Runner, feature: Feature, x: Tensor, logits: Tensor) -> tup
             return read_logits(run.detached(x[rows]))
 
     raw, layout = feature.raw.detach(), feature.layout
-    cut = make_tail(run.model, feature.name, raw, x, logits)
+    with run.as_caller():
+        cut = make_tail(run.model, feature.name, raw, x, logits)
     if cut is None and feature.module is not None:
         warnings.warn(
             f"what comes after layer {feature.name!r} could not be cut off: the whole model runs each time",
@@ -41,7 +42,7 @@ def tail_behind(run: Runner, feature: Feature, x: Tensor, logits: Tensor) -> tup
 
     def rest(activations: Tensor, rows: Tensor) -> Tensor:
         native = L.from_grid(activations.to(raw.dtype), raw[rows], layout)
-        with run.lock:
+        with run.lock, run.as_caller():
             return at_least_float32(last(native, rows))
 
     return rest, cut is not None

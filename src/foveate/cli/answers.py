@@ -136,26 +136,47 @@ def _ask(
 
 @dataclass(frozen=True)
 class Answer:
-    """The maps of a batch for one question, and the probability of its class on each image and behind each map."""
+    """The maps of a batch for one question, and the probability of its class on each image and behind each map.
+
+    Of a contrast also the share of the class between the two, ``sigmoid(y_c - y_other)``, which is what it is about; NaN
+    where a method asks for none.
+    """
 
     key: str
     explanation: Explanation
     before: Tensor  # [B]
     after: Tensor  # [methods,B]
+    share_before: Tensor  # [methods,B]
+    share_after: Tensor  # [methods,B]
 
     @classmethod
     def of(cls, key: str, explanation: Explanation) -> Answer:
         """Mask every image by every map, and run them."""
+        import torch
+
         from foveate.maps import apply_mask
         from foveate.targets import log_probability
 
         capture, y, maps = explanation.capture, explanation.target.y, explanation.maps.values()
         # As masked images are run: two precisions differ by more than a map may change.
-        half = capture.precision != "fp32"
-        before = (capture.log_probability(y) if half else log_probability(capture.logits.detach(), y, capture.head)).exp()
+        logits = capture.score(capture.images) if capture.precision != "fp32" else capture.logits.detach()
         masked = (apply_mask(capture.x.detach(), saliency) for saliency in maps)
-        after = log_probability(capture.score(masked), y.repeat(len(maps)), capture.head).exp()
-        return cls(key, explanation, before, after.view(len(maps), -1))
+        behind = capture.score(masked).view(len(maps), len(y), -1)  # [methods,B,C]
+        before = log_probability(logits, y, capture.head).exp()
+        after = torch.stack([log_probability(own, y, capture.head).exp() for own in behind])
+        shares = torch.full((2, *after.shape), torch.nan, dtype=after.dtype, device=after.device)
+        for row, name in enumerate(explanation.maps):
+            target = explanation.targets[name]
+            if target.name == "contrast":
+                shares[0, row] = target.log_probability(logits, capture.head).exp()
+                shares[1, row] = target.log_probability(behind[row], capture.head).exp()
+        return cls(key, explanation, before, after, *shares)
+
+    def shown(self, row: int, i: int, contrast: bool) -> tuple[str, float, float]:
+        """What a picture says of a map: the name of a number, the number before, and behind the map."""
+        if contrast:
+            return "share", float(self.share_before[row, i]), float(self.share_after[row, i])
+        return "p", float(self.before[i]), float(self.after[row, i])
 
     def question(self, i: int) -> tuple[int, int | None]:
         """The class that is explained of an image, and the one it is told from."""
@@ -226,6 +247,8 @@ def _map(
         "against_name": None if other is None else classifier.class_name(other),
         "p_before": before,
         "p_after": after,
+        "share_before": _finite(float(answer.share_before[row, i])),
+        "share_after": _finite(float(answer.share_after[row, i])),
         "completeness_error": completeness,
         "seconds": round(explanation.seconds[name] / len(explanation.capture.x), 6),
         "degenerate": flat,
@@ -250,7 +273,9 @@ def _map(
             note = "nothing here speaks for the class"
         path = f"{base}.png"
         entry["picture"] = path
-        pictures.side_by_side(path, x, saliency, raw, signed=record.signed, title=title, before=before, after=after, note=note)
+        measure, first, last = answer.shown(row, i, contrast=other is not None)
+        numbers: dict[str, Any] = {"measure": measure, "before": first, "after": last, "note": note}
+        pictures.side_by_side(path, x, saliency, raw, signed=record.signed, title=title, **numbers)
     return entry
 
 
@@ -258,7 +283,7 @@ def _write_sheet(path: Path, answered: Sequence[dict[str, Any]], answers: Sequen
     from foveate.registry import METHODS
     from foveate.report import pictures
 
-    rows = []
+    rows, before = [], 0.0
     for document, answer in zip(answered, answers, strict=True):
         panels = {}
         for row, (name, saliency) in enumerate(answer.explanation.maps.items()):
@@ -266,8 +291,9 @@ def _write_sheet(path: Path, answered: Sequence[dict[str, Any]], answers: Sequen
             title = f"{record.title} (control)" if record.control else record.title
             if own["against"] not in (None, document["against"]):
                 title += f", not {short(own['against_name'])}"
-            panels[name] = pictures.Panel(title, saliency[i], float(answer.after[row, i]))
-        rows.append((why(document), float(answer.before[i]), panels))
+            measure, before, after = answer.shown(row, i, contrast=document["against"] is not None)
+            panels[name] = pictures.Panel(title, saliency[i], after, measure)
+        rows.append((why(document), before, panels))
     pictures.sheet(path, answers[0].explanation.capture.x[i].detach(), rows)
 
 
@@ -290,8 +316,11 @@ def _top(logits: Tensor, head: str, classifier: Classifier, count: int = 5) -> l
 
 
 def _plain(value: Any) -> Any:
-    """A fact as JSON has it: NaN and infinity are null there."""
-    number = value.item()
+    return _finite(value.item())
+
+
+def _finite(number: Any) -> Any:
+    """A number as JSON has it: NaN and infinity are null there."""
     return None if isinstance(number, float) and not math.isfinite(number) else number
 
 

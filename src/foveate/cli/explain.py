@@ -225,16 +225,23 @@ def _print_answer(console: Console, answer: dict[str, Any], item: dict[str, Any]
     promised = any(values["completeness_error"] is not None for values in found)
     if own:
         table.add_column("and not", no_wrap=True)
-    for column in ("p before", "p after", *(["completeness error"] if promised else []), "ms"):
-        table.add_column(column, justify="right")
+    shared = any(values["share_before"] is not None for values in found)
+    for column, least in (("p before → after", 13), *([("share before → after", 13)] if shared else [])):
+        table.add_column(column, justify="right", min_width=least)
+    for column in (*(["completeness error"] if promised else []), "ms"):
+        table.add_column(column, justify="right", min_width=7 if column != "ms" else None)
     for name, values in answer["maps"].items():
         error = values["completeness_error"]
         cells = [escape(short(values["against_name"] or ""))] if own else []
-        cells += [f"{values['p_before']:.3f}", f"{values['p_after']:.3f}"]
+        for measure in ("p", "share") if shared else ("p",):
+            before, after = values[f"{measure}_before"], values[f"{measure}_after"]
+            cells.append("" if before is None else f"{before:.3f} → {after:.3f}")
         cells += ["" if error is None else f"{error:.1e}"] if promised else []
         shown = f"{name} [dim](control)[/]" if is_control(name) else name
         table.add_row(shown, *cells, f"{1000 * values['seconds']:.1f}")
     console.print(table)
+    if shared:
+        console.print("[dim]share: p of the class by p of the two that are told apart[/]", soft_wrap=True)
     for name, values in answer["maps"].items():
         if values["degenerate"] and is_control(name):
             console.print(f"[yellow]{escape(name)}:[/] the map is constant", soft_wrap=True)

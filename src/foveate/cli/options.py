@@ -218,7 +218,7 @@ def own_settings(given: list[str] | None) -> dict[str, dict[str, Any]]:
         if not (equals and dot and method and key):
             raise FoveateError(f"--set {text!r} is not METHOD.SETTING=VALUE, such as opti_cam.steps=50")
         try:
-            settings.setdefault(method, {})[key] = yaml.safe_load(value)
+            settings.setdefault(method, {})[key] = None if value.lower() == "none" else yaml.safe_load(value)
         except yaml.YAMLError:
             raise FoveateError(f"--set {text!r}: {value!r} cannot be read as a value") from None
     return settings

@@ -7,18 +7,20 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import random
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from foveate import layers as L
 from foveate._torchvision import torchvision
 from foveate.capture import Capture
-from foveate.classifier import eager, modules_of, unwrap
+from foveate.classifier import eager, modules_of, read_logits, unwrap
 from foveate.errors import FoveateError
 from foveate.methods.gradient import Colour, over_colour
 from foveate.registry import METHODS, Method
@@ -27,6 +29,8 @@ from foveate.targets import Target
 Segments = Callable[[Tensor], Tensor]
 FOLDERS = {"captum": "captum.attr", "pytorch_grad_cam": "pytorch_grad_cam"}
 EXTRAS = {"captum": "captum", "pytorch_grad_cam": "grad-cam"}
+# What is given to them here: no setting.
+OURS = {"self", "inputs", "target", "targets", "input_tensor", "additional_forward_args", "feature_mask", "args", "kwargs"}
 
 
 def adapt(
@@ -42,7 +46,9 @@ def adapt(
     """An attribution of Captum or a CAM of pytorch-grad-cam as a :class:`Method`.
 
     A class is built for the model that is explained, and for its layer where it asks for one; an object is used as it
-    is, and must have been built for the same model. Images are in [0, 1]; masked or missing is black.
+    is, and must have been built for the same model. Images are in [0, 1]; masked or missing is black. What the model
+    returns is read as everywhere (a tuple, ``.logits``), and any score of any head can be explained; objects for Captum
+    are asked for logits alone. All arguments but the first two are settings: ``--set captum.Lime.n_samples=2000``.
 
     Args:
         attribution: a class or an object of ``captum.attr`` or ``pytorch_grad_cam``.
@@ -54,7 +60,7 @@ def adapt(
         **options: of ``attribute`` (Captum) or of the call (pytorch-grad-cam), such as ``n_samples``.
 
     Raises:
-        FoveateError: neither of the two; built for another model; a score that Captum cannot be asked for.
+        FoveateError: neither of the two; built for another model; a score that such an object cannot be asked for.
     """
     kind = attribution if inspect.isclass(attribution) else type(attribution)
     library = next((c.__module__.split(".")[0] for c in kind.__mro__ if c.__module__.split(".")[0] in FOLDERS), None)
@@ -64,20 +70,67 @@ def adapt(
         )
     title = name or f"{library}.{kind.__name__}"
 
-    def function(capture: Capture, layer: str | None, target: Target) -> Tensor:
+    def function(capture: Capture, layer: str | None, target: Target, **settings: Any) -> Tensor:
+        own = {**defaults, **settings}
+        given = {key: own.pop(key) for key in ours if key in own}
         with torch.inference_mode(False), torch.enable_grad(), _kept(capture.model), eager(modules_of(capture.model)):
             try:
                 if library == "captum":
-                    return _captum(attribution, capture, layer, target, colour, cells, segments, seed, options)
-                return _pytorch_grad_cam(attribution, capture, layer, target, options)
+                    return _captum(attribution, capture, layer, target, **given, options=own)
+                return _pytorch_grad_cam(attribution, capture, layer, target, own)
             except (FoveateError, torch.OutOfMemoryError):
                 raise
-            except (RuntimeError, ValueError, TypeError, AssertionError, NotImplementedError, IndexError) as error:
+            except (RuntimeError, ValueError, TypeError, AttributeError, AssertionError, LookupError) as error:
                 reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
                 raise FoveateError(f"{title} cannot explain this model: {reason}") from error
 
+    ours = {"colour": colour, "cells": cells, "segments": segments, "seed": seed} if library == "captum" else {}
+    defaults = {**ours, **options}
+    settable = list(dict.fromkeys([*defaults, *_options_of(attribution)]))
+    positional = list(inspect.signature(function).parameters.values())[:3]
+    own = [inspect.Parameter(key, inspect.Parameter.KEYWORD_ONLY, default=defaults.get(key)) for key in settable]
+    function.__signature__ = inspect.Signature(positional + own)  # type: ignore[attr-defined]
     function.__doc__ = f"{kind.__name__} of {library}."
     return Method(title, title, function, f"{library}", signed=library == "captum")
+
+
+def _options_of(attribution: Any) -> list[str]:
+    """What a person may set of theirs: what ``attribute`` takes (Captum), or the call (pytorch-grad-cam)."""
+    call = getattr(attribution, "attribute", None) or (
+        attribution.__call__ if inspect.isclass(attribution) else type(attribution).__call__
+    )
+    try:
+        return [key for key in inspect.signature(call).parameters if key not in OURS]
+    except (TypeError, ValueError):
+        return []
+
+
+class _Asked(nn.Module):
+    """A model as other people's code can ask it: its logits ``[N,C]``, or the score ``[N]`` of one image in many forms."""
+
+    def __init__(self, model: nn.Module, score: Callable[[Tensor], Tensor] | None = None) -> None:
+        super().__init__()
+        self.model, self.score = model, score
+        self.training = model.training
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits = read_logits(self.model(x))
+        return logits if self.score is None else self.score(logits)
+
+
+@contextmanager
+def _seeded(seed: int, x: Tensor) -> Iterator[None]:
+    """The generators of torch, numpy and Python from one seed; as they were afterwards."""
+    arrays, numbers = np.random.get_state(), random.getstate()
+    with torch.random.fork_rng(devices=[x.device] if x.is_cuda else []):
+        torch.manual_seed(seed)
+        np.random.seed(seed)
+        random.seed(seed)
+        try:
+            yield
+        finally:
+            np.random.set_state(arrays)
+            random.setstate(numbers)
 
 
 def _captum(
@@ -85,23 +138,34 @@ def _captum(
     capture: Capture,
     layer: str | None,
     target: Target,
+    *,
     colour: Colour,
     cells: int,
     segments: Segments | None,
     seed: int,
     options: dict[str, Any],
 ) -> Tensor:
-    if target.name != "logit" or capture.head == "binary":
-        raise FoveateError(f"Captum explains one output of the model, and a {target.name!r} of a {capture.head} head is none")
-    explainer = _built(attribution, capture, layer)
+    plain = target.name == "logit" and capture.head != "binary"
+    if not plain and not inspect.isclass(attribution):
+        raise FoveateError(
+            f"an object of Captum explains one output of its model, and a {target.name!r} of a {capture.head} head is none: "
+            f"give the class {type(attribution).__name__}"
+        )
+    asked = _Asked(capture.model)
+    explainer = _built(attribution, capture, layer, asked)
+    if type(explainer).__name__ in ("FeaturePermutation", "LayerFeaturePermutation"):
+        raise FoveateError(
+            "permuting features mixes the images of a batch, so that each map depends on the others: 'occlusion'"
+        )
     taken = inspect.signature(explainer.attribute).parameters
     x = capture.images
-    given: dict[str, Any] = {"target": target.y}
+    shap = "Shap" in type(explainer).__name__  # baselines are no image's own, and DeepLiftShap asks for two at least
+    given: dict[str, Any] = {"target": target.y} if plain else {}
     if "feature_mask" in taken:
         labels = _grid(capture.size, cells).expand(len(x), -1, -1) if segments is None else segments(x)
-        given["feature_mask"] = labels.to(x.device)[:, None].expand_as(x)
+        given["feature_mask"] = labels.to(x.device)[:, None].expand_as(x).contiguous()
     if "baselines" in taken and taken["baselines"].default is inspect.Parameter.empty:
-        given["baselines"] = torch.zeros_like(x)
+        given["baselines"] = torch.zeros_like(x[:1].expand(2, -1, -1, -1) if shap else x)
     if "sliding_window_shapes" in taken:
         window = [max(2, side // 7) for side in capture.size]
         given |= {"sliding_window_shapes": (x.shape[1], *window), "strides": (x.shape[1], *(side // 2 for side in window))}
@@ -112,14 +176,15 @@ def _captum(
     if type(explainer).__name__ in ("Lime", "KernelShap"):
         given["n_samples"] = 1000  # Captum's default of 50 cannot fit a model of more segments than that
     given |= options
-    drawn = any(word in taken for word in ("n_samples", "nt_samples"))
+    # Other scores are functions of the logits of one image, in whatever number Captum repeats it.
+    alone = not plain or any(word in taken for word in ("n_samples", "nt_samples", "stdevs"))
     parts = []
-    for rows in range(len(x)) if drawn else [slice(None)]:
-        rows = slice(rows, rows + 1) if isinstance(rows, int) else rows
-        here = {k: v[rows] if isinstance(v, Tensor) and len(v) == len(x) else v for k, v in given.items()}
-        with torch.random.fork_rng(devices=[x.device] if x.is_cuda else []), warnings.catch_warnings():
+    for rows in [slice(i, i + 1) for i in range(len(x))] if alone else [slice(None)]:
+        own = {k: v for k, v in given.items() if isinstance(v, Tensor) and len(v) == len(x) and not (shap and k == "baselines")}
+        here = given | {k: v[rows] for k, v in own.items()}
+        asked.score = None if plain else _score_of(target, rows.start, x.device)
+        with _seeded(seed, x), warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            torch.manual_seed(seed)
             parts.append(explainer.attribute(x[rows].clone().requires_grad_(True), **here))
     values = torch.cat([part[0] if isinstance(part, tuple) else part for part in parts]).detach().to(x)
     if values.shape[-2:] == x.shape[-2:]:
@@ -127,8 +192,14 @@ def _captum(
     return L.to_grid(values, capture.layout(layer)).sum(1)
 
 
-def _pytorch_grad_cam(attribution: Any, capture: Capture, layer: str | None, target: Target, options: dict[str, Any]) -> Tensor:
-    explainer = _built(attribution, capture, layer)
+def _score_of(target: Target, row: int, device: torch.device) -> Callable[[Tensor], Tensor]:
+    return lambda logits: target.rows(torch.full((len(logits),), row, device=device))(logits)
+
+
+def _pytorch_grad_cam(
+    attribution: Any, capture: Capture, layer: str | None, target: Target, options: Mapping[str, Any]
+) -> Tensor:
+    explainer = _built(attribution, capture, layer, _Asked(capture.model))
 
     def score_of(row: int) -> Callable[[Tensor], Tensor]:
         alone = target.rows(torch.tensor([row], device=capture.x.device))
@@ -147,7 +218,7 @@ def _pytorch_grad_cam(attribution: Any, capture: Capture, layer: str | None, tar
     return torch.as_tensor(result).to(capture.images)
 
 
-def _built(attribution: Any, capture: Capture, layer: str | None) -> Any:
+def _built(attribution: Any, capture: Capture, layer: str | None, asked: nn.Module) -> Any:
     """The explainer for the model at hand: made of a class, or the object itself when it is for this model."""
     if not inspect.isclass(attribution):
         owner = next((v for v in (getattr(attribution, a, None) for a in ("model", "forward_func")) if v is not None), None)
@@ -175,7 +246,7 @@ def _built(attribution: Any, capture: Capture, layer: str | None) -> Any:
         p.default is p.empty for k, p in list(taken.items())[1:] if k not in options and p.kind is p.POSITIONAL_OR_KEYWORD
     ):
         raise FoveateError(f"{attribution.__name__} needs more than a model to be built: build it and give the object")
-    return build(capture.model, **options)
+    return build(asked, **options)
 
 
 def _as_lime() -> dict[str, Any]:

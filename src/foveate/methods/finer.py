@@ -47,8 +47,8 @@ def finer_cam(
     """
     if target.name != "logit" or capture.head == "binary":
         raise FoveateError(
-            f"finer_cam compares logits of several classes: a score {target.name!r} of a {capture.head} head has none to "
-            "compare; use 'grad_cam'"
+            f"finer_cam tells the logit of a class from those like it, and cannot explain a {target.name!r} of a "
+            f"{capture.head} head: use 'grad_cam'"
         )
     if weights not in ("equal", "probability"):
         raise FoveateError(f"weights {weights!r} is unknown: use 'equal' or 'probability'")

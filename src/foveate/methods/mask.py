@@ -105,11 +105,11 @@ def meaningful_perturbation(
     return _in_groups(capture, found)
 
 
-def _in_groups(capture: Capture, found: Callable[[Tensor], Tensor], copies: int = 1) -> Tensor:
+def _in_groups(capture: Capture, found: Callable[[Tensor], Tensor]) -> Tensor:
     """What ``found`` gives for groups of images, ``rows [n] -> [n,H,W]``, so that memory does not grow with the batch."""
     rows = torch.arange(len(capture.x), device=capture.x.device)
     with torch.inference_mode(False), torch.enable_grad():
-        return torch.cat([found(part) for part in rows.split(max(1, capture.chunk_size("backward") // copies))])
+        return torch.cat([found(part) for part in rows.split(capture.chunk_size("backward"))])
 
 
 def total_variation(m: Tensor, exponent: float) -> Tensor:
@@ -179,7 +179,7 @@ def extremal_perturbation(
     (:class:`SmoothMask`); an image seen through a mask is blurred where the mask is low, through a pyramid of ``blurs``
     levels. SGD with momentum .9 and dampening .9, images and masks mirrored at every other step.
 
-    All images and areas share each of ``steps`` forward and backward passes, and none depends on another.
+    Images and areas share each of ``steps`` forward and backward passes, as many as a chunk holds; none depends on another.
 
     Args:
         areas: shares of the image in (0, 1).
@@ -209,8 +209,9 @@ def extremal_perturbation(
     pixels = capture.size[0] * capture.size[1]
     inside = [pixels - math.ceil(pixels * (1 - area)) for area in areas]  # pixels of each area
 
-    def found(images: Tensor) -> Tensor:
-        rows = images.repeat_interleave(len(areas))  # image of each mask, [N]
+    def found(numbers: Tensor) -> Tensor:
+        rows = numbers // len(areas)  # image of each mask, [N]
+        within = [inside[number % len(areas)] for number in numbers.tolist()]
         pyramid = blur_pyramid(capture.images[rows], blurs, strongest)  # [L,N,3,H,W]
         p = (torch.as_tensor(start).to(pyramid) * pyramid.new_ones(len(rows), *smooth.grid)).requires_grad_(True)
         optimiser = torch.optim.SGD([p], lr, momentum=0.9, dampening=0.9)
@@ -220,16 +221,21 @@ def extremal_perturbation(
             if step % 2 == 0:
                 seen = seen.flip(-1)
             reward = target.rows(rows)(capture.differentiable(seen, cast=True))
-            miss = area_miss(m.flatten(1), inside * len(images))
+            miss = area_miss(m.flatten(1), within)
             loss = weight * growth**step * miss - reward.to(miss.dtype)
             (p.grad,) = torch.autograd.grad(loss.sum(), p)
             capture.passes.backward += len(rows)
             optimiser.step()
             with torch.no_grad():
                 p.clamp_(0, 1)
-        return smooth(p.detach()).view(len(images), len(areas), *capture.size).mean(1)
+        return smooth(p.detach())
 
-    return _in_groups(capture, found, copies=len(areas))
+    total = capture.images.new_zeros(len(capture.x), *capture.size)
+    numbers = torch.arange(len(total) * len(areas), device=total.device)  # of each image's masks
+    with torch.inference_mode(False), torch.enable_grad():
+        for part in numbers.split(capture.chunk_size("backward")):
+            total.index_add_(0, part // len(areas), found(part))
+    return total / len(areas)
 
 
 def area_miss(m: Tensor, inside: Sequence[int]) -> Tensor:

@@ -105,6 +105,8 @@ def optimise(
         FoveateError: an unknown option, steps below 1, a layer that was not captured.
     """
     _check(objective, normaliser, steps, lr, patience)
+    if not isinstance(target, Target):
+        raise FoveateError(f"the target is what capture.target({target!r}) gives, and this is {target!r}")
     layers = [layers] if isinstance(layers, str) else layers
     activations = _channels(capture, list(layers) if layers else [layer])  # [B,K,h,w]
     search = _Search(capture, activations, target, objective, normaliser, steps, lr, patience)

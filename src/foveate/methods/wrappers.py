@@ -8,7 +8,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal, get_type_hints
+from typing import Any, Literal, get_args, get_type_hints
 
 import torch
 from torch import Tensor
@@ -71,7 +71,11 @@ def smooth(
 
         return _mean_over(base, capture, layer, target, [noisy(i) for i in range(copies)], own)
 
-    return _wrapped(base, function, name, "smooth", "under noise", copies=copies, noise=noise, noise_seed=noise_seed)
+    def around(other: Method) -> Method:
+        return smooth(other, copies=copies, noise=noise, noise_seed=noise_seed)
+
+    defaults = {"copies": copies, "noise": noise, "noise_seed": noise_seed}
+    return _wrapped(base, function, name, "smooth", "under noise", around, **defaults)
 
 
 def augmented(method: str | Method, *, transforms: Sequence[Transform] = FLIP_AND_LIGHT, name: str | None = None) -> Method:
@@ -82,7 +86,10 @@ def augmented(method: str | Method, *, transforms: Sequence[Transform] = FLIP_AN
         target = contrast_of(capture, target, own.get("against")) if base.contrasts else target
         return _mean_over(base, capture, layer, target, transforms, own)
 
-    return _wrapped(base, function, name, "augmented", "augmented", transforms=transforms)
+    def around(other: Method) -> Method:
+        return augmented(other, transforms=transforms)
+
+    return _wrapped(base, function, name, "augmented", "augmented", around, transforms=transforms)
 
 
 def fused(method: str | Method, *, over: Sequence[str] | None = None, how: Fusion = "mean", name: str | None = None) -> Method:
@@ -98,6 +105,7 @@ def fused(method: str | Method, *, over: Sequence[str] | None = None, how: Fusio
     def function(
         capture: Capture, layer: str | None, target: Target, *, over: Sequence[str] | None, how: Fusion, **own: Any
     ) -> Tensor:
+        check_fusion(how)
         each = [maps.relu(base(capture, path, target, **own)) for path in (over or capture.layers)]
         height, width = (max(S.shape[i] for S in each) for i in (-2, -1))
         stack = torch.stack([maps.scale(maps.upsample(S, (height, width)), "max") for S in each])  # [L,B,h,w]
@@ -107,11 +115,32 @@ def fused(method: str | Method, *, over: Sequence[str] | None = None, how: Fusio
             return stack.amax(0)
         if how == "product":
             return stack.prod(0) ** (1 / len(each))
-        if how == "tanh_max":
-            return (2 * stack).tanh().amax(0)
-        raise FoveateError(f"fusion {how!r} is unknown: use 'mean', 'max', 'product' or 'tanh_max'")
+        return (2 * stack).tanh().amax(0)
 
-    return _wrapped(base, function, name, "fused", "over layers", over=over, how=how, signed=False)
+    def around(other: Method) -> Method:
+        return fused(other, over=over, how=how)
+
+    return _wrapped(base, function, name, "fused", "over layers", around, over=over, how=how, signed=False)
+
+
+def check_fusion(how: str) -> None:
+    """Raise a FoveateError unless there is such a fusion."""
+    if how not in get_args(Fusion):
+        raise FoveateError(f"fusion {how!r} is unknown: use {', '.join(get_args(Fusion))}")
+
+
+def over_layers(method: Method, how: Fusion) -> Method:
+    """A method as one of all captured layers: itself where it knows several; wrapped, what is inside, each copy run once."""
+    if knows_layers(method):
+        return method
+    if method.inner is None or method.around is None:
+        return fused(method, how=how)
+    return method.around(over_layers(method.inner, how))
+
+
+def knows_layers(method: Method) -> bool:
+    """Whether a method takes several layers by itself, or is a fusion of them."""
+    return method.whole or not {"layers", "over"}.isdisjoint(inspect.signature(method.function).parameters)
 
 
 def _mean_over(
@@ -135,7 +164,13 @@ def _mean_over(
 
 
 def _wrapped(
-    base: Method, function: Callable[..., Tensor], name: str | None, suffix: str, words: str, **defaults: Any
+    base: Method,
+    function: Callable[..., Tensor],
+    name: str | None,
+    suffix: str,
+    words: str,
+    around: Callable[[Method], Method],
+    **defaults: Any,
 ) -> Method:
     """The record of a wrapped method; its settings are those of the wrapper, and the method's own."""
     signed = bool(defaults.pop("signed", base.signed))
@@ -145,6 +180,8 @@ def _wrapped(
         return function(capture, layer, target, **{**defaults, **settings})
 
     parameters = list(inspect.signature(base.function).parameters.values())
+    if twice := [p.name for p in parameters if p.name in defaults]:
+        raise FoveateError(f"{base.name} has the setting {twice[0]!r} already, and cannot be wrapped by {suffix!r} again")
     own = [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=value) for name, value in defaults.items()]
     call.__signature__ = inspect.Signature(parameters + own)  # type: ignore[attr-defined]
     call.__annotations__ = {**get_type_hints(base.function), **{p.name: hints[p.name] for p in own}}
@@ -156,6 +193,8 @@ def _wrapped(
         function=call,
         signed=signed,
         complete=None,
+        inner=base,
+        around=around,
         needs=tuple(need for need in base.needs if need != "gradient"),  # of other captures than the one at hand
         aliases=(),
     )

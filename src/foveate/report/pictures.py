@@ -115,6 +115,7 @@ def side_by_side(
     title: str,
     before: float,
     after: float,
+    measure: str = "p",
     note: str = "",
 ) -> None:
     """Write a picture of four panels: the input, its map, the overlay, and what remains when the map is the mask.
@@ -124,7 +125,7 @@ def side_by_side(
     Args:
         x: ``[3,H,W]``; saliency: ``[H,W]`` in [0, 1]; raw: ``[h,w]``.
         signed: negative values mean evidence against: red and blue, also where all happen to be positive.
-        before, after: probability of the target on the image and on what remains.
+        before, after: what ``measure`` names, the probability of the target, on the image and on what remains.
     """
     from matplotlib.figure import Figure
 
@@ -176,24 +177,26 @@ def side_by_side(
         axis.set_yticks([])
         for spine in axis.spines.values():
             spine.set_visible(False)
-    axes[0].set_xlabel(f"p = {before:.3f}", fontsize=9.5, color=INK, loc="left")
+    of_two = " of the two classes" if measure == "share" else ""
+    axes[0].set_xlabel(f"{measure} = {before:.3f}{of_two}", fontsize=9.5, color=INK, loc="left")
     axes[1].set_xlabel("red: for, blue: against" if negative else "", fontsize=9.5, color=MUTED, loc="left")
     axes[2].set_xlabel(note, fontsize=9.5, color=MUTED, loc="left")
-    axes[3].set_xlabel(f"p = {after:.3f}", fontsize=9.5, color=INK, loc="left")
+    axes[3].set_xlabel(f"{measure} = {after:.3f}", fontsize=9.5, color=INK, loc="left")
     figure.savefig(path, facecolor="white", pil_kwargs=PNG, metadata=MARK)
 
 
 @dataclass(frozen=True)
 class Panel:
-    """A map ``[H,W]`` in [0, 1] on a sheet, and the probability that is left behind it."""
+    """A map ``[H,W]`` in [0, 1] on a sheet, and what is left behind it of the probability, or of what else is measured."""
 
     title: str
     saliency: Tensor
     after: float
+    measure: str = "p"
 
     def caption(self) -> str:
         more = ", brightest 1 % alike" if is_speckled(self.saliency) else "" if self.saliency.any() else ", an empty map"
-        return f"{textwrap.shorten(self.title, 38, placeholder=' …')}\np = {self.after:.3f} behind it{more}"
+        return f"{textwrap.shorten(self.title, 38, placeholder=' …')}\n{self.measure} = {self.after:.3f} left{more}"
 
 
 def sheet(path: str | Path, x: Tensor, rows: Sequence[tuple[str, float, Mapping[str, Panel]]]) -> None:
@@ -204,7 +207,8 @@ def sheet(path: str | Path, x: Tensor, rows: Sequence[tuple[str, float, Mapping[
 
     Args:
         x: ``[3,H,W]``.
-        rows: for each answer its question, the probability of its class, and for each method its panel.
+        rows: for each answer its question, the probability of its class (or what else its panels measure), and for each
+            method its panel.
     """
     from matplotlib.figure import Figure
 
@@ -230,7 +234,9 @@ def sheet(path: str | Path, x: Tensor, rows: Sequence[tuple[str, float, Mapping[
                 axis.text(0.5, 0.5, f"{titles[name]}: no answer", ha="center", va="center", fontsize=8.5, color=MUTED)
                 continue
             axis.imshow(to_image(x if panel is None else overlay(x, panel.saliency)))
-            said = f"input\np = {before:.3f}" if panel is None else panel.caption()
+            measure = next(iter(panels.values())).measure if panels else "p"
+            of_two = " of the two" if measure == "share" else ""
+            said = f"input\n{measure} = {before:.3f}{of_two}" if panel is None else panel.caption()
             axis.set_title(said, fontsize=8.5, color=MUTED, loc="left", pad=3)
     figure.savefig(path, facecolor="white", pil_kwargs=PNG, metadata=MARK)
 
