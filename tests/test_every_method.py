@@ -122,7 +122,7 @@ class Contexts:
 
 
 @pytest.mark.parametrize("context", [name for name in vars(Contexts) if not name.startswith("_")])
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [*NAMES, *WRAPPED[:3]])
 def test_models_as_people_have_them_give_the_same_map(name: str, context: str) -> None:
     x = example(seed=6).x
     expected = run(name, networks()[kind_of(name)], x)
