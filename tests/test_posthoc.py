@@ -709,7 +709,7 @@ class TestFinerCam:
         for own in ({"similar": 4}, {"similar": 0}, {"weights": "all"}, {"base": "cam"}):
             with pytest.raises(FoveateError):
                 run("finer_cam", capture, **own)
-        with pytest.raises(FoveateError, match="compares logits"):
+        with pytest.raises(FoveateError, match="tells the logit of a class"):
             METHODS.get("finer_cam")(capture, None, capture.target(1, score="probability"))
 
 

@@ -32,6 +32,13 @@ def check_precision(precision: str, what: str = "precision") -> Precision:
     return precision  # type: ignore[return-value]
 
 
+def autocast_dtype(kind: str) -> torch.dtype | None:
+    """What autocast on devices of a kind casts to here; None where it is off, or not known there."""
+    if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
+        return None
+    return torch.get_autocast_dtype(kind)
+
+
 def has_bf16(device: torch.device = CPU) -> bool | None:
     """Whether a device has instructions for bf16; None where torch does not tell: an older torch, other devices.
 

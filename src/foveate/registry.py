@@ -20,6 +20,7 @@ from typing import Any, Generic, Literal, TypeVar
 import torch
 
 from foveate.errors import FoveateError
+from foveate.precision import autocast_dtype
 
 Direction = Literal["up", "down"]
 
@@ -71,7 +72,7 @@ class Method:
         """
         capture.facts, capture.remarks = {}, []
         kind = capture.x.device.type
-        full = torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
+        full = nullcontext() if autocast_dtype(kind) is None else torch.autocast(kind, enabled=False)
         with torch.inference_mode(False), full:
             return self.function(capture, *args, **settings)
 

@@ -18,7 +18,7 @@ from foveate.feature import Passes
 from foveate.folding import folded
 from foveate.linear_head import at_least_float32
 from foveate.memo import Memo
-from foveate.precision import CPU, Precision, check_precision, warn_if_slow
+from foveate.precision import CPU, Precision, autocast_dtype, check_precision, warn_if_slow
 from foveate.targets import Target
 
 Pass = Literal["forward", "backward", "tail"]
@@ -66,8 +66,7 @@ class Runner:
         self.device: torch.device | None = None if first is None else first.device
         self.dtype: torch.dtype | None = None if first is None else first.dtype
         # Methods compute in full precision; the model runs as it did for the caller.
-        kind = (self.device or CPU).type
-        self._callers = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+        self._callers = autocast_dtype((self.device or CPU).type)
         if precision == "bf16":
             warn_if_slow(self.device or CPU)
 
