@@ -690,6 +690,7 @@ class TestRefusals:
             (torch.rand(3, 17, 23), r"shape \[3, 17, 23\]"),
             (torch.zeros(1, 3, 17, 23, dtype=torch.uint8), "divide by 255"),
             (torch.rand(0, 3, 17, 23), "no image"),
+            (torch.rand(2, 3, 0, 23), r"images of shape \[3, 0, 23\] have no pixels"),
             ("image.jpg", "this is a str"),
         ],
     )
@@ -714,6 +715,10 @@ class TestRefusals:
     def test_grey_images_are_no_colour_images(self) -> None:
         with pytest.raises(FoveateError, match=r"takes images of 3 channels, and these have 1: .*expand"):
             Capture(normalized(self.network), self.x[:, :1], "features")
+        with pytest.raises(FoveateError, match=r"images of 3 channels, and these have 4$"):
+            Capture(normalized(self.network), torch.rand(1, 4, 17, 23), "features")
+        one = normalized(nn.Conv2d(3, 2, 3).double())
+        assert one(self.x[0]).shape == (1, 2, 15, 21)  # a single image without a batch is its own business
 
     def test_options(self) -> None:
         for options, match in (

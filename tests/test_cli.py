@@ -49,6 +49,10 @@ def thousand():
     torch.manual_seed(0)
     return Net(1000).eval()
 
+def single():
+    torch.manual_seed(0)
+    return Net(1).eval()
+
 def silent():
     model = net()
     torch.nn.init.zeros_(model.classifier.weight)
@@ -342,6 +346,13 @@ class TestExplain:
         assert [item["target"] for item in document["images"]] == [2, 1, 1]
         assert [Path(failure["file"]).parent.name for failure in document["failures"]] == ["holiday"]
         assert "its folder is no class" in document["failures"][0]["reason"]
+
+    def test_a_contrast_of_one_logit_has_no_share_but_p(self, place: Path) -> None:
+        result = explain(place, "--target", "1", "--against", "0", "--method", "grad_cam", "--json", model="single")
+        values = json.loads(result.stdout)["images"][0]["maps"]["grad_cam"]
+        assert values["share_before"] is None
+        assert Path(values["picture"]).exists()
+        assert "nan" not in explain(place, "--target", "1", "--against", "0", "--method", "grad_cam", model="single").stdout
 
     def test_labels_from_folders_named_by_wordnet(self, place: Path) -> None:
         """As ImageNet's own folders are: ids that come with a list of classes, or those of its thousand classes."""

@@ -161,6 +161,20 @@ def test_autocast_is_the_models_and_not_the_methods(name: str) -> None:
         assert torch.corrcoef(torch.stack([saliency.flatten(), expected.flatten()]))[0, 1] > least
 
 
+@pytest.mark.parametrize("name", ["score_cam", "opti_cam", "full_grad", "ablation_cam", *WRAPPED[:2], *WRAPPED[3:5]])
+def test_the_model_runs_in_the_callers_autocast_whoever_runs_it(name: str) -> None:
+    if "." in name:
+        pytest.importorskip(name.split(".")[0])
+    network, x = networks()[kind_of(name)].float(), example(seed=6).x.float()
+    seen = set()
+    handle = network.classifier.register_forward_hook(lambda *_: seen.add(torch.is_autocast_enabled("cpu")))
+    with torch.autocast("cpu", torch.bfloat16):
+        saliency = run(name, network, x)
+    handle.remove()
+    assert seen == {True}
+    assert saliency.dtype == torch.float32
+
+
 class Pair(nn.Module):
     """The same network twice: signed features with an in-place ReLU behind them, or one that is not in place, or functional."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import struct
 import zlib
 from pathlib import Path
@@ -11,10 +12,12 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 
 from foveate import FoveateError, ImageError, images
 from foveate.data.folder import labels_beside, open_folder
 from foveate.images import Preprocess
+from foveate.models.load import Classifier, load
 
 RAMP = np.linspace(0, 255, 32 * 40).reshape(32, 40)
 
@@ -202,3 +205,34 @@ class TestFolders:
             open_folder(tmp_path / "none", Preprocess())
         with pytest.raises(FoveateError, match=r"neither a labels\.csv nor a folder of images"):
             open_folder(tmp_path, Preprocess())
+
+
+class TestClassNames:
+    NAMES = ("background", "n01440764 tench, Tinca tinca", "n02123045\ttabby")
+
+    def classifier(self) -> Classifier:
+        return Classifier(torch.nn.Flatten(), Preprocess(), class_names=self.NAMES)
+
+    def test_ids_in_front_are_taken_off_line_by_line_and_known(self) -> None:
+        made = self.classifier()
+        assert made.class_names == ["background", "tench, Tinca tinca", "tabby"]
+        assert made.wordnet_ids == [None, "n01440764", "n02123045"]
+        for text, index in (("tinca tinca", 1), ("n02123045", 2), ("n01440764 tench", 1), ("n02123045 anything", 2)):
+            assert made.class_index(text) == index
+        with pytest.raises(FoveateError, match="no class is called 'n00000001'"):
+            made.class_index("n00000001")
+
+    def test_other_names_have_other_ids(self) -> None:
+        made = self.classifier()
+        made.class_names = ["cat", "dog"]
+        assert made.wordnet_ids is None
+        with pytest.raises(FoveateError, match="no class is called"):
+            made.class_index("n01440764")
+
+    def test_a_trained_model_is_loaded_with_its_ids(self, tmp_path: Path) -> None:
+        record = {"outputs": 2, "class_names": ["tench", "tabby"], "wordnet_ids": ["n01440764", "n02123045"]}
+        (tmp_path / "recipe.yaml").write_text("model: foveate:small_cnn\n")
+        (tmp_path / "run.json").write_text(json.dumps(record))
+        save_file(load("foveate:small_cnn", num_classes=2).model.state_dict(), tmp_path / "model.safetensors")
+        made = load(str(tmp_path))
+        assert (made.class_names, made.class_index("n02123045")) == (["tench", "tabby"], 1)

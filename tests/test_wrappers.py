@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import random
 import warnings
 from types import SimpleNamespace
@@ -440,6 +441,28 @@ class TestAdapted:
         one = Capture(network, x[1:], "features")
         torch.testing.assert_close(method(one, None, one.target(1), **own), found[1:])
 
+    @pytest.mark.parametrize("name", ["KernelShap", "ShapleyValueSampling", "IntegratedGradients"])
+    def test_a_baseline_an_image_goes_with_its_image(self, name: str) -> None:
+        attr = pytest.importorskip("captum.attr")
+        network, x = networks()["gap"], example(count=3).x
+        own = {"n_samples": 4, "cells": 2} if "Sha" in name else {}
+        method, baselines = adapt(getattr(attr, name)), x.flip(0) / 2
+        capture = Capture(network, x, "features")
+        found = method(capture, None, capture.target(1), baselines=baselines, **own)
+        one = Capture(network, x[1:2], "features")
+        torch.testing.assert_close(
+            method(one, None, one.target(1), baselines=baselines[1:2], **own), found[1:2], rtol=1e-6, atol=1e-9
+        )
+
+    def test_maps_of_chance_are_of_a_seed(self) -> None:
+        pytest.importorskip("pytorch_grad_cam")
+        before = np.random.get_state()[1].copy()
+        first, same = run("pytorch_grad_cam.RandomCAM", "gap"), run("pytorch_grad_cam.RandomCAM", "gap")
+        other = saliency(networks()["gap"], example().x, adapt(importlib.import_module("pytorch_grad_cam").RandomCAM, seed=1))
+        assert torch.equal(first, same)
+        assert not torch.allclose(maps.prepare(first, other.shape[-2:]), other, atol=1e-3)
+        assert (np.random.get_state()[1] == before).all()
+
     def test_settings_by_name(self) -> None:
         attr = pytest.importorskip("captum.attr")
         network, x = networks()["gap"], example().x
@@ -448,7 +471,7 @@ class TestAdapted:
         same = adapt(attr.Lime, n_samples=30, cells=3, seed=5)
         torch.testing.assert_close(found, saliency(network, x, same, layer="features"))
         assert not torch.allclose(found, saliency(network, x, adapt(attr.Lime, n_samples=30, cells=3), layer="features"))
-        with pytest.raises(FoveateError, match=r"captum.Lime has no setting 'samples': it has colour, cells.* n_samples"):
+        with pytest.raises(FoveateError, match=r"captum.Lime has no setting 'samples': it has seed, colour, cells.* n_samples"):
             saliency(network, x, "captum.Lime", layer="features", settings={"captum.Lime": {"samples": 3}})
 
     def test_a_library_that_is_not_there(self, monkeypatch: pytest.MonkeyPatch) -> None:

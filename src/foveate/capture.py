@@ -48,6 +48,7 @@ class Capture:
         logits: ``[B,C]``, float32 or better, a node of the graph.
         layers: the paths of the captured layers; ``layer`` is the first.
         passes: how many images went forward and backward so far.
+        autocast: what the caller's autocast cast to when the run was made; None without one.
         facts, remarks: what the method that ran last knows of its maps beyond them: ``{name: [B]}``; a sentence an image.
 
     Raises:
@@ -78,6 +79,7 @@ class Capture:
         # Training on several processes goes through the wrapper, which averages their gradients.
         live = model if isinstance(model, nn.parallel.DistributedDataParallel) else self.model
         self._run = Runner(self.model, live, frozen, precision, chunk, self.passes)
+        self.autocast = self._run.autocast
         self._options: dict[str, Any] = {
             "frozen": frozen,
             "layout": layout,
@@ -391,7 +393,8 @@ class Capture:
     ) -> Capture:
         """The same capture of other images, layers or a changed model: options as they are or ``changed``, one count."""
         wanted, options = list(self.layers) if layers is None else layers, {**self._options, **changed}
-        other = Capture(self._run.live if model is None else model, x, wanted, head=self.head, any_range=True, **options)
+        with self._run.as_caller():
+            other = Capture(self._run.live if model is None else model, x, wanted, head=self.head, any_range=True, **options)
         self.passes.add(other.passes)
         other.passes = other._run.passes = self.passes
         return other
@@ -426,8 +429,7 @@ class Capture:
         """
         check_eval(modules_of(self.model))
         feature = self._feature(layer)
-        if rows is None:
-            rows = torch.arange(len(activations), device=activations.device)
+        rows = torch.arange(len(activations), device=activations.device) if rows is None else rows
         if len(activations) != len(rows) or (len(rows) and int(rows.max()) >= len(self.x)):
             raise FoveateError(f"{len(activations)} feature maps need as many rows, each below {len(self.x)}")
         self._make_tail(feature)

@@ -17,7 +17,8 @@ from foveate.errors import FoveateError, NotFiniteError
 Place = tuple[dict[str, Any], str, Any]  # a dictionary of a module (its parameters, say), a name in it, and what to put there
 _ABSENT = object()
 _LOCK = threading.Lock()
-_warned: weakref.WeakKeyDictionary[nn.Module, set[str]] = weakref.WeakKeyDictionary()
+_looked: weakref.WeakKeyDictionary[nn.Module, int] = weakref.WeakKeyDictionary()
+LOOK_AT = 8  # batches of a model that are looked at for their range
 _locks: weakref.WeakKeyDictionary[nn.Module, threading.RLock] = weakref.WeakKeyDictionary()
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -49,11 +50,10 @@ class Normalized(nn.Module):
         Raises:
             FoveateError: another number of channels; one would be spread over three in silence.
         """
-        if self.mean.shape[1] not in (1, x.shape[1]):
-            raise FoveateError(
-                f"this model takes images of {self.mean.shape[1]} channels, and these have {x.shape[1]}: grey ones become "
-                "three channels by x.expand(-1, 3, -1, -1)"
-            )
+        wanted, given = self.mean.shape[1], x.shape[-3]
+        if wanted not in (1, given):
+            grey = ": x.expand(-1, 3, -1, -1) makes three of one" if given == 1 else ""
+            raise FoveateError(f"this model takes images of {wanted} channels, and these have {given}{grey}")
         return (x - self.mean.to(x)) / self.std.to(x)
 
     def forward(self, x: Tensor) -> Any:
@@ -222,26 +222,27 @@ def check_logits(logits: Tensor, count: int) -> None:
 def check_images(x: Tensor, model: nn.Module | None = None) -> None:
     """Raise a FoveateError unless ``x`` is ``[B,K,H,W]``, floating point, with at least one image.
 
-    Where a model is given, a warning, once for it, of images that are not in [0, 1].
+    Where a model is given, a warning, once for it and in its first batches, of images that are not in [0, 1].
     """
     if not isinstance(x, Tensor) or x.ndim != 4:
         given = f"shape {list(x.shape)}" if isinstance(x, Tensor) else f"a {type(x).__name__}"
         raise FoveateError(f"images are a tensor of shape [B,3,H,W] with values in [0, 1], and this is {given}")
     if not x.is_floating_point():
         raise FoveateError(f"images are floating point in [0, 1], and these are {x.dtype}: divide by 255 first")
-    if len(x) == 0:
-        raise FoveateError("the batch holds no image")
+    if x.numel() == 0:
+        raise FoveateError("the batch holds no image" if len(x) == 0 else f"images of shape {list(x.shape[1:])} have no pixels")
     if model is not None:
         _warn_of_range(x, model)
 
 
 def _warn_of_range(x: Tensor, model: nn.Module) -> None:
-    known = _warned.setdefault(model, set())
-    if "range" in known:
+    looked = _looked.get(model, 0)
+    if looked == LOOK_AT:
         return
-    low, high = float(x.detach().amin()), float(x.detach().amax())
+    low, high = torch.stack(x.detach().aminmax()).tolist()
+    _looked[model] = looked + 1
     if low < -0.01 or high > 1.01:
-        known.add("range")
+        _looked[model] = LOOK_AT
         warnings.warn(
             f"images are in [0, 1], and these are in [{low:.2f}, {high:.2f}]: black is 0 wherever something is masked. Give "
             "them before normalisation, which belongs into the model (foveate.normalized, or mean and std in foveate.load)",

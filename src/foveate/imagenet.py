@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
+from functools import cache
 
 from foveate._torchvision import timm, torchvision
 
@@ -16,15 +18,14 @@ def imagenet_names() -> list[str]:
     return names
 
 
-def wordnet_ids() -> list[str]:
+@cache
+def wordnet_ids() -> tuple[str, ...]:
     """The ids of the same 1000 classes, in the same order."""
-    return list(timm().data.ImageNetInfo("imagenet-1k").label_names())
+    return tuple(timm().data.ImageNetInfo("imagenet-1k").label_names())
 
 
-def without_ids(names: list[str]) -> tuple[list[str], list[str] | None]:
-    """Names and ids of a list such as ``n01440764 tench, Tinca tinca``; None where not every name begins with an id."""
-    lines = [LINE.fullmatch(name) for name in names]
-    if not names or None in lines:
-        return names, None
-    ids, rest = zip(*(line.groups() for line in lines if line), strict=True)
-    return list(rest), list(ids)
+def without_ids(names: Sequence[str]) -> tuple[list[str], list[str | None]]:
+    """Names and ids of a list such as ``n01440764 tench, Tinca tinca``; None for a name without an id."""
+    lines = [LINE.fullmatch(name.strip()) for name in names]
+    ids = [line and line[1] for line in lines]
+    return [line[2] if line else name for line, name in zip(lines, names, strict=True)], ids

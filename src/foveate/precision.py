@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 import warnings
+from contextlib import AbstractContextManager, nullcontext
 from functools import cache
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 
@@ -37,6 +38,11 @@ def autocast_dtype(kind: str) -> torch.dtype | None:
     if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
         return None
     return torch.get_autocast_dtype(kind)
+
+
+def casting(kind: str, dtype: torch.dtype | None) -> AbstractContextManager[Any]:
+    """Autocast to a type on devices of a kind; nothing where it is None."""
+    return nullcontext() if dtype is None else torch.autocast(kind, dtype)
 
 
 def has_bf16(device: torch.device = CPU) -> bool | None:

@@ -328,7 +328,7 @@ def _typed(record: Method | Metric | Loss, name: str, value: Any) -> Any:
     try:
         return adapter.validate_python(value)
     except ValidationError as error:
-        if isinstance(value, (str, int, float)):  # a list as people write it: 0.1, or 0.1,0.2
+        if isinstance(value, (str, int, float)) and not isinstance(value, bool):  # a list as people write it: 0.1, or 0.1,0.2
             with suppress(ValidationError):
                 return adapter.validate_python(_parts(value) if isinstance(value, str) else [value])
         reasons = "; ".join(dict.fromkeys(problem["msg"][0].lower() + problem["msg"][1:] for problem in error.errors()))

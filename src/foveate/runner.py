@@ -18,7 +18,7 @@ from foveate.feature import Passes
 from foveate.folding import folded
 from foveate.linear_head import at_least_float32
 from foveate.memo import Memo
-from foveate.precision import CPU, Precision, autocast_dtype, check_precision, warn_if_slow
+from foveate.precision import CPU, Precision, autocast_dtype, casting, check_precision, warn_if_slow
 from foveate.targets import Target
 
 Pass = Literal["forward", "backward", "tail"]
@@ -66,7 +66,7 @@ class Runner:
         self.device: torch.device | None = None if first is None else first.device
         self.dtype: torch.dtype | None = None if first is None else first.dtype
         # Methods compute in full precision; the model runs as it did for the caller.
-        self._callers = autocast_dtype((self.device or CPU).type)
+        self.autocast = autocast_dtype((self.device or CPU).type)
         if precision == "bf16":
             warn_if_slow(self.device or CPU)
 
@@ -151,7 +151,7 @@ class Runner:
         for part in [images] if isinstance(images, Tensor) else images:
             with self.lock:
                 if many and self._folded is None and len(part):
-                    with eager(modules_of(self.model)):
+                    with eager(modules_of(self.model)), self.as_caller():
                         self._folded, passes = folded(self.model, self.placed(part[:1].detach()))
                     self.passes.forward += passes
                 # Swapped for the time of a part alone: between two of them the model is the caller's.
@@ -168,13 +168,11 @@ class Runner:
 
     @property
     def _in_autocast(self) -> bool:
-        return self._callers is not None or torch.is_autocast_enabled("cpu")
+        return self.autocast is not None or torch.is_autocast_enabled("cpu")
 
     def as_caller(self) -> AbstractContextManager[Any]:
         """The autocast in which the capture was made."""
-        if self._callers is None:
-            return nullcontext()
-        return torch.autocast((self.device or CPU).type, self._callers)
+        return casting((self.device or CPU).type, self.autocast)
 
     @contextmanager
     def _cast(self, images: Tensor, wanted: bool = True) -> Iterator[None]:

@@ -350,7 +350,7 @@ def train(
     run = Run(classifier, recipe, splits, module.history, seconds, folder, film, epoch)
     if folder is not None and trainer.is_global_zero:
         record = {"name": recipe.name, "seed": recipe.seed, "epoch": epoch, "seconds": run.seconds, **run.outcome}
-        record |= {"outputs": run.outputs, "class_names": classifier.class_names}
+        record |= {"outputs": run.outputs, "class_names": classifier.class_names, "wordnet_ids": classifier.wordnet_ids}
         trained.save(folder, classifier.model, recipe.model_dump(mode="json"), run.history, record)
     return run
 
@@ -425,8 +425,7 @@ def _classifier(recipe: Recipe, data: Mapping[str, Dataset[Batch]] | None) -> Cl
     if not recipe.freeze_backbone:
         for stream in (m for m in classifier.modules() if isinstance(m, CAStream)):
             stream.unfreeze()
-    if names:
-        classifier.name_classes(names)
+    classifier.class_names = names or classifier.class_names
     return classifier.train()
 
 

@@ -96,7 +96,10 @@ def explain_batch(
         warnings.simplefilter("ignore", DegenerateMapWarning)  # said of each image, by its name
         answers = _ask(classifier, x, question, labels, refused)
     missing.add(answers, refused)
-    asked = {key: Answer.of(key if len(answers) > 1 else "", answer) for key, answer in answers.items() if answer.maps}
+    capture = next(iter(answers.values())).capture  # of all of them
+    # As masked images are run: two precisions differ by more than a map may change.
+    logits = capture.score(capture.images) if capture.precision != "fp32" else capture.logits.detach()
+    asked = {key: Answer.of(key if len(answers) > 1 else "", answer, logits) for key, answer in answers.items() if answer.maps}
     if not asked:
         raise FoveateError("; ".join(dict.fromkeys(refused.values())))
     methods = sum(sum(answer.seconds.values()) for answer in answers.values())
@@ -150,16 +153,14 @@ class Answer:
     share_after: Tensor  # [methods,B]
 
     @classmethod
-    def of(cls, key: str, explanation: Explanation) -> Answer:
-        """Mask every image by every map, and run them."""
+    def of(cls, key: str, explanation: Explanation, logits: Tensor) -> Answer:
+        """Mask every image by every map, and run them; ``logits [B,C]`` are of the images as they are."""
         import torch
 
         from foveate.maps import apply_mask
         from foveate.targets import log_probability
 
         capture, y, maps = explanation.capture, explanation.target.y, explanation.maps.values()
-        # As masked images are run: two precisions differ by more than a map may change.
-        logits = capture.score(capture.images) if capture.precision != "fp32" else capture.logits.detach()
         masked = (apply_mask(capture.x.detach(), saliency) for saliency in maps)
         behind = capture.score(masked).view(len(maps), len(y), -1)  # [methods,B,C]
         before = log_probability(logits, y, capture.head).exp()
@@ -174,7 +175,7 @@ class Answer:
 
     def shown(self, row: int, i: int, contrast: bool) -> tuple[str, float, float]:
         """What a picture says of a map: the name of a number, the number before, and behind the map."""
-        if contrast:
+        if contrast and math.isfinite(self.share_before[row, i]):  # of one logit, p is the share already
             return "share", float(self.share_before[row, i]), float(self.share_after[row, i])
         return "p", float(self.before[i]), float(self.after[row, i])
 
@@ -283,15 +284,16 @@ def _write_sheet(path: Path, answered: Sequence[dict[str, Any]], answers: Sequen
     from foveate.registry import METHODS
     from foveate.report import pictures
 
-    rows, before = [], 0.0
+    rows = []
     for document, answer in zip(answered, answers, strict=True):
-        panels = {}
+        panels, before = {}, float(answer.before[i])
         for row, (name, saliency) in enumerate(answer.explanation.maps.items()):
             record, own = METHODS.get(name), document["maps"][name]
             title = f"{record.title} (control)" if record.control else record.title
             if own["against"] not in (None, document["against"]):
                 title += f", not {short(own['against_name'])}"
-            measure, before, after = answer.shown(row, i, contrast=document["against"] is not None)
+            measure, first, after = answer.shown(row, i, contrast=document["against"] is not None)
+            before = first if own["against"] == document["against"] else before
             panels[name] = pictures.Panel(title, saliency[i], after, measure)
         rows.append((why(document), before, panels))
     pictures.sheet(path, answers[0].explanation.capture.x[i].detach(), rows)

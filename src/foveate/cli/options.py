@@ -49,8 +49,11 @@ def sentences(debug: bool) -> Iterator[None]:
     """Errors as one sentence and an exit status; warnings as notes."""
 
     def note(message: Any, category: Any, *rest: Any, **more: Any) -> None:
-        err.print(f"[yellow]note:[/] {escape(str(message))}", soft_wrap=True)
+        if str(message) not in said:
+            err.print(f"[yellow]note:[/] {escape(str(message))}", soft_wrap=True)
+        said.add(str(message))
 
+    said: set[str] = set()
     shown, warnings.showwarning = warnings.showwarning, note
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

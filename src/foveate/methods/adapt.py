@@ -11,7 +11,7 @@ import random
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -22,7 +22,9 @@ from foveate._torchvision import torchvision
 from foveate.capture import Capture
 from foveate.classifier import eager, modules_of, read_logits, unwrap
 from foveate.errors import FoveateError
+from foveate.linear_head import at_least_float32
 from foveate.methods.gradient import Colour, over_colour
+from foveate.precision import casting
 from foveate.registry import METHODS, Method
 from foveate.targets import Target
 
@@ -48,7 +50,8 @@ def adapt(
     A class is built for the model that is explained, and for its layer where it asks for one; an object is used as it
     is, and must have been built for the same model. Images are in [0, 1]; masked or missing is black. What the model
     returns is read as everywhere (a tuple, ``.logits``), and any score of any head can be explained; objects for Captum
-    are asked for logits alone. All arguments but the first two are settings: ``--set captum.Lime.n_samples=2000``.
+    are asked for logits alone. What ``attribute`` or the call takes are settings, as are the arguments here:
+    ``--set captum.Lime.n_samples=2000``; for pytorch-grad-cam only ``seed`` of these has a meaning.
 
     Args:
         attribution: a class or an object of ``captum.attr`` or ``pytorch_grad_cam``.
@@ -77,19 +80,22 @@ def adapt(
             try:
                 if library == "captum":
                     return _captum(attribution, capture, layer, target, **given, options=own)
-                return _pytorch_grad_cam(attribution, capture, layer, target, own)
+                return _pytorch_grad_cam(attribution, capture, layer, target, given["seed"], own)
             except (FoveateError, torch.OutOfMemoryError):
                 raise
             except (RuntimeError, ValueError, TypeError, AttributeError, AssertionError, LookupError) as error:
                 reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
                 raise FoveateError(f"{title} cannot explain this model: {reason}") from error
 
-    ours = {"colour": colour, "cells": cells, "segments": segments, "seed": seed} if library == "captum" else {}
+    ours: dict[str, Any] = {"seed": seed}
+    if library == "captum":
+        ours |= {"colour": colour, "cells": cells, "segments": segments}
     defaults = {**ours, **options}
     settable = list(dict.fromkeys([*defaults, *_options_of(attribution)]))
     positional = list(inspect.signature(function).parameters.values())[:3]
     own = [inspect.Parameter(key, inspect.Parameter.KEYWORD_ONLY, default=defaults.get(key)) for key in settable]
     function.__signature__ = inspect.Signature(positional + own)  # type: ignore[attr-defined]
+    function.__annotations__ |= {"seed": int} | ({"colour": Colour, "cells": int} if library == "captum" else {})
     function.__doc__ = f"{kind.__name__} of {library}."
     return Method(title, title, function, f"{library}", signed=library == "captum")
 
@@ -108,13 +114,14 @@ def _options_of(attribution: Any) -> list[str]:
 class _Asked(nn.Module):
     """A model as other people's code can ask it: its logits ``[N,C]``, or the score ``[N]`` of one image in many forms."""
 
-    def __init__(self, model: nn.Module, score: Callable[[Tensor], Tensor] | None = None) -> None:
+    def __init__(self, capture: Capture, autocast: torch.dtype | None = None) -> None:
         super().__init__()
-        self.model, self.score = model, score
-        self.training = model.training
+        self.model, self.training = capture.model, capture.model.training
+        self.autocast, self.score = autocast, cast(Callable[[Tensor], Tensor] | None, None)
 
     def forward(self, x: Tensor) -> Tensor:
-        logits = read_logits(self.model(x))
+        with casting(x.device.type, self.autocast):
+            logits = at_least_float32(read_logits(self.model(x)))
         return logits if self.score is None else self.score(logits)
 
 
@@ -151,7 +158,7 @@ def _captum(
             f"an object of Captum explains one output of its model, and a {target.name!r} of a {capture.head} head is none: "
             f"give the class {type(attribution).__name__}"
         )
-    asked = _Asked(capture.model)
+    asked = _Asked(capture, capture.autocast)
     explainer = _built(attribution, capture, layer, asked)
     if type(explainer).__name__ in ("FeaturePermutation", "LayerFeaturePermutation"):
         raise FoveateError(
@@ -159,7 +166,8 @@ def _captum(
         )
     taken = inspect.signature(explainer.attribute).parameters
     x = capture.images
-    shap = "Shap" in type(explainer).__name__  # baselines are no image's own, and DeepLiftShap asks for two at least
+    # Baselines that are no image's own; DeepLiftShap asks for two at least.
+    shap = type(explainer).__name__ in ("GradientShap", "DeepLiftShap")
     given: dict[str, Any] = {"target": target.y} if plain else {}
     if "feature_mask" in taken:
         labels = _grid(capture.size, cells).expand(len(x), -1, -1) if segments is None else segments(x)
@@ -197,20 +205,21 @@ def _score_of(target: Target, row: int, device: torch.device) -> Callable[[Tenso
 
 
 def _pytorch_grad_cam(
-    attribution: Any, capture: Capture, layer: str | None, target: Target, options: Mapping[str, Any]
+    attribution: Any, capture: Capture, layer: str | None, target: Target, seed: int, options: Mapping[str, Any]
 ) -> Tensor:
-    explainer = _built(attribution, capture, layer, _Asked(capture.model))
+    explainer = _built(attribution, capture, layer, _Asked(capture))  # numpy, where it goes, has no bfloat16
 
     def score_of(row: int) -> Callable[[Tensor], Tensor]:
         alone = target.rows(torch.tensor([row], device=capture.x.device))
         return lambda output: alone(output[None] if output.ndim == 1 else output)[0]
 
     try:
-        result = explainer(
-            input_tensor=capture.images.clone().requires_grad_(True),
-            targets=[score_of(row) for row in range(len(capture.x))],
-            **options,
-        )
+        with _seeded(seed, capture.x):
+            result = explainer(
+                input_tensor=capture.images.clone().requires_grad_(True),
+                targets=[score_of(row) for row in range(len(capture.x))],
+                **options,
+            )
     finally:
         kept = getattr(getattr(explainer, "base_cam", explainer), "activations_and_grads", None)
         if inspect.isclass(attribution) and kept is not None:

@@ -234,7 +234,8 @@ def extremal_perturbation(
     numbers = torch.arange(len(total) * len(areas), device=total.device)  # of each image's masks
     with torch.inference_mode(False), torch.enable_grad():
         for part in numbers.split(capture.chunk_size("backward")):
-            total.index_add_(0, part // len(areas), found(part))
+            for number, m in zip(part.tolist(), found(part), strict=True):  # index_add_ has no fixed order on a GPU
+                total[number // len(areas)] += m
     return total / len(areas)
 
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from foveate._torchvision import timm, torchvision
 from foveate.classifier import IMAGENET_MEAN, IMAGENET_STD, Normalized
 from foveate.errors import FoveateError
-from foveate.imagenet import WORDNET_ID, imagenet_names, without_ids, wordnet_ids
+from foveate.imagenet import LINE, WORDNET_ID, imagenet_names, without_ids, wordnet_ids
 from foveate.images import Preprocess, floor_resize, read
 
 STREAM = "ca_stream:"
@@ -45,15 +45,21 @@ class Classifier(Normalized):
         super().__init__(model, preprocess.mean, preprocess.std)
         self.name = name
         self.preprocess = preprocess
-        self.name_classes(class_names)
+        self.class_names = list(class_names) if class_names is not None else None
         self.notes = list(notes)
 
-    def name_classes(self, names: Sequence[str] | None) -> None:
-        """Give the classes names, in index order; ids of WordNet in front of all of them are taken off, and understood."""
-        self.class_names: list[str] | None = None
-        self.wordnet_ids: list[str] | None = None
+    @property
+    def class_names(self) -> list[str] | None:
+        """One name a class, in index order; ids of WordNet in front of them are taken off, and kept beside them."""
+        return self._class_names
+
+    @class_names.setter
+    def class_names(self, names: list[str] | None) -> None:
+        self._class_names: list[str] | None = None
+        self.wordnet_ids: list[str | None] | None = None
         if names is not None:
-            self.class_names, self.wordnet_ids = without_ids(list(names))
+            self._class_names, ids = without_ids(names)
+            self.wordnet_ids = ids if any(ids) else None
 
     def read(self, *paths: str | Path) -> Tensor:
         """Image files as this classifier takes them, ``[B,3,H,W]`` in [0, 1]."""
@@ -83,13 +89,14 @@ class Classifier(Normalized):
 
     def classes_called(self, name: str) -> list[int]:
         """The classes that have exactly this name, this synonym or this WordNet id; none where names are not known."""
-        wanted = _plain(name)
+        line = LINE.fullmatch(name.strip())
+        wanted = _plain(name if line is None else line[1])  # an id is surer than the name behind it
         parts = [(known.lower(), *map(str.strip, known.lower().split(","))) for known in self.class_names or ()]
         found = [index for index, synonyms in enumerate(parts) if wanted in synonyms]
         if found or not WORDNET_ID.fullmatch(wanted):
             return found
-        ids = self.wordnet_ids or (wordnet_ids() if self.class_names == imagenet_names() else [])
-        return [index for index, known in enumerate(ids) if known == wanted]
+        ids = self.wordnet_ids or (wordnet_ids() if self.class_names == imagenet_names() else ())
+        return [ids.index(wanted)] if wanted in ids else []
 
     def class_name(self, index: int) -> str:
         """The name of a class, or ``class 7`` where names are not known."""
@@ -208,7 +215,7 @@ def _from_run(folder: Path, weights: Path) -> Classifier:
         model = ca_stream(model, None if stages is True else stages)
     load_weights(model.model, weights)
     if record["class_names"]:
-        model.name_classes(record["class_names"])
+        model.class_names, model.wordnet_ids = record["class_names"], record.get("wordnet_ids")
     model.name, model.notes = str(folder), [note for note in model.notes if "random" not in note]
     return model.eval()
 
