@@ -340,10 +340,10 @@ class Capture:
             return (head if classes is None else head.of(columns)).maps(activations)
         feature = self._feature(layer)
         self._check_graph(feature)
+        options: dict[str, Any] = {"retain_graph": True, "create_graph": not self.frozen, "allow_unused": True}
         maps = []
         for column in columns:
             with torch.inference_mode(False), torch.enable_grad():
-                options: dict[str, Any] = {"retain_graph": True, "create_graph": not self.frozen, "allow_unused": True}
                 (gradient,) = torch.autograd.grad(self.logits[:, column].sum(), feature.raw, **options)
             self.passes.backward += len(self.x)
             maps.append((self._grid(feature, gradient) * activations).sum(1))

@@ -163,16 +163,16 @@ def explain_each(
     records, own, optional = chosen_methods(methods, settings)
     capture = _captured(records, model, x, layer, head=head, precision=precision)
     answers = {}
-    for target in targets:
+    for name, target in zip(names, targets, strict=True):
         aim = capture.target(target, labels=labels)
-        answers[_name(target)] = _answer(capture, records, aim, own, optional, fuse, refused, _name(target))
+        answers[name] = _answer(capture, records, aim, own, optional, fuse, refused, name)
     answered = {name for answer in answers.values() for name in answer.maps}  # these may pass over contrasts
-    first = capture.target(targets[0], labels=labels).y
-    for target in targets[1:] if contrasts else ():
-        other = capture.target(target, labels=labels).y
+    first = answers[names[0]].target.y
+    for name in names[1:] if contrasts else ():
+        other = answers[name].target.y
         other = torch.where(other == first, strongest_other(capture.logits, first, capture.head), other)
         contrast = capture.target(first, against=other)
-        key = f"{_name(targets[0])}-{_name(target)}"
+        key = f"{names[0]}-{name}"
         answers[key] = _answer(capture, records, contrast, own, optional | answered, fuse, refused, key)
     return answers
 

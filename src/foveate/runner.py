@@ -81,7 +81,8 @@ class Runner:
         """
         floats = [tensor for tensor in (*self.model.parameters(), *features) if tensor.is_floating_point()]
         whole = all(tensor.dtype in (torch.float32, torch.float64) for tensor in floats)
-        return whole and self._on_cpu and self.precision == "fp32" and not self._in_autocast
+        cast = self.autocast is not None or torch.is_autocast_enabled("cpu")
+        return whole and self._on_cpu and self.precision == "fp32" and not cast
 
     def chunk_size(self, size: tuple[int, int], kind: Pass = "forward") -> int:
         """How many images of a size run at once: memory depends on this, and results no more than by rounding."""
@@ -165,10 +166,6 @@ class Runner:
             logits = at_least_float32(read_logits(self.laid_out(self.model, images)))
         self.passes.forward += len(images)
         return logits.clone()  # a clone made outside of inference mode can take part in a graph
-
-    @property
-    def _in_autocast(self) -> bool:
-        return self.autocast is not None or torch.is_autocast_enabled("cpu")
 
     def as_caller(self) -> AbstractContextManager[Any]:
         """The autocast in which the capture was made."""

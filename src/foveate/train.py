@@ -425,7 +425,8 @@ def _classifier(recipe: Recipe, data: Mapping[str, Dataset[Batch]] | None) -> Cl
     if not recipe.freeze_backbone:
         for stream in (m for m in classifier.modules() if isinstance(m, CAStream)):
             stream.unfreeze()
-    classifier.class_names = names or classifier.class_names
+    if names:  # its own names again would come without their ids
+        classifier.class_names = names
     return classifier.train()
 
 

@@ -226,10 +226,11 @@ def _print_answer(console: Console, answer: dict[str, Any], item: dict[str, Any]
     if own:
         table.add_column("and not", no_wrap=True)
     shared = any(values["share_before"] is not None for values in found)
-    for column, least in (("p before → after", 13), *([("share before → after", 13)] if shared else [])):
-        table.add_column(column, justify="right", min_width=least)
-    for column in (*(["completeness error"] if promised else []), "ms"):
-        table.add_column(column, justify="right", min_width=7 if column != "ms" else None)
+    columns = {"p before → after": (True, 13), "share before → after": (shared, 13), "completeness error": (promised, 7)}
+    for column, (wanted, least) in columns.items():
+        if wanted:
+            table.add_column(column, justify="right", min_width=least)
+    table.add_column("ms", justify="right")
     for name, values in answer["maps"].items():
         error = values["completeness_error"]
         cells = [escape(short(values["against_name"] or ""))] if own else []
@@ -243,13 +244,8 @@ def _print_answer(console: Console, answer: dict[str, Any], item: dict[str, Any]
     if shared:
         console.print("[dim]share: p of the class by p of the two that are told apart[/]", soft_wrap=True)
     for name, values in answer["maps"].items():
-        if values["degenerate"] and is_control(name):
-            console.print(f"[yellow]{escape(name)}:[/] the map is constant", soft_wrap=True)
-        elif values["degenerate"]:
-            console.print(
-                f"[yellow]{escape(name)}:[/] the map is constant, nothing here speaks for the class: try another target, layer "
-                "or method",
-                soft_wrap=True,
-            )
+        if values["degenerate"]:
+            advice = ", nothing here speaks for the class: try another target, layer or method" if not is_control(name) else ""
+            console.print(f"[yellow]{escape(name)}:[/] the map is constant{advice}", soft_wrap=True)
         if values["remark"]:
             console.print(f"[dim]{escape(name)}: {escape(values['remark'])}[/]", soft_wrap=True)

@@ -11,7 +11,7 @@ import random
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
@@ -117,7 +117,8 @@ class _Asked(nn.Module):
     def __init__(self, capture: Capture, autocast: torch.dtype | None = None) -> None:
         super().__init__()
         self.model, self.training = capture.model, capture.model.training
-        self.autocast, self.score = autocast, cast(Callable[[Tensor], Tensor] | None, None)
+        self.autocast = autocast
+        self.score: Callable[[Tensor], Tensor] | None = None
 
     def forward(self, x: Tensor) -> Tensor:
         with casting(x.device.type, self.autocast):
@@ -162,7 +163,7 @@ def _captum(
     explainer = _built(attribution, capture, layer, asked)
     if type(explainer).__name__ in ("FeaturePermutation", "LayerFeaturePermutation"):
         raise FoveateError(
-            "permuting features mixes the images of a batch, so that each map depends on the others: 'occlusion'"
+            "permuting features mixes the images of a batch, so that each map depends on the others: use 'occlusion'"
         )
     taken = inspect.signature(explainer.attribute).parameters
     x = capture.images
@@ -201,6 +202,7 @@ def _captum(
 
 
 def _score_of(target: Target, row: int, device: torch.device) -> Callable[[Tensor], Tensor]:
+    """The score of one image of the batch, ``logits [N,C] -> [N]``, for any number of copies of it."""
     return lambda logits: target.rows(torch.full((len(logits),), row, device=device))(logits)
 
 
@@ -210,8 +212,8 @@ def _pytorch_grad_cam(
     explainer = _built(attribution, capture, layer, _Asked(capture))  # numpy, where it goes, has no bfloat16
 
     def score_of(row: int) -> Callable[[Tensor], Tensor]:
-        alone = target.rows(torch.tensor([row], device=capture.x.device))
-        return lambda output: alone(output[None] if output.ndim == 1 else output)[0]
+        score = _score_of(target, row, capture.x.device)
+        return lambda output: score(output[None] if output.ndim == 1 else output)[0]
 
     try:
         with _seeded(seed, capture.x):

@@ -85,11 +85,7 @@ def _missed_by(capture: Capture) -> float:
     """
     known, key = _missed.of(capture.model), (capture.x.dtype, capture.autocast)
     if key not in known:
-        draws = generator(0)
-        fine, coarse = (
-            torch.rand(2, *capture.x.shape[1:], generator=draws),
-            torch.rand(2, *capture.x.shape[1:], generator=draws),
-        )
+        fine, coarse = torch.rand(2, 2, *capture.x.shape[1:], generator=generator(0))
         coarse = maps.upsample(F.adaptive_avg_pool2d(coarse, 8).flatten(0, 1), capture.size).view_as(coarse)
         images = torch.cat([fine, coarse]).to(capture.x)
         probes = capture.again(images, capture.layer, frozen=True, guided=False, from_image=False)

@@ -223,6 +223,8 @@ def sheet(path: str | Path, x: Tensor, rows: Sequence[tuple[str, float, Mapping[
     figure = Figure(figsize=(wide, tall), dpi=110)
     for row, (question, before, panels) in enumerate(rows):
         top = row * block + 0.1
+        measure = next(iter(panels.values())).measure if panels else "p"
+        of_two = " of the two" if measure == "share" else ""
         figure.text(gap / wide, 1 - top / tall, question, va="top", fontsize=11.5, color=INK, weight="bold")
         for place, name in enumerate(["input", *names]):
             line, column = divmod(place, columns)
@@ -234,8 +236,6 @@ def sheet(path: str | Path, x: Tensor, rows: Sequence[tuple[str, float, Mapping[
                 axis.text(0.5, 0.5, f"{titles[name]}: no answer", ha="center", va="center", fontsize=8.5, color=MUTED)
                 continue
             axis.imshow(to_image(x if panel is None else overlay(x, panel.saliency)))
-            measure = next(iter(panels.values())).measure if panels else "p"
-            of_two = " of the two" if measure == "share" else ""
             said = f"input\n{measure} = {before:.3f}{of_two}" if panel is None else panel.caption()
             axis.set_title(said, fontsize=8.5, color=MUTED, loc="left", pad=3)
     figure.savefig(path, facecolor="white", pil_kwargs=PNG, metadata=MARK)
