@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -16,7 +18,7 @@ from foveate.metrics.recognition import average_drop, average_gain, average_incr
 from foveate.registry import METRICS
 from foveate.statistics import interval
 from foveate.targets import apart
-from foveate.testing import SHAPE, check_metric, example, measured, networks
+from foveate.testing import SHAPE, check_metric, example, measured, measured_on, networks
 
 LOG_P = st.floats(-30, -1e-9)
 
@@ -41,6 +43,23 @@ def test_equals_its_replica(name: str, kind: str) -> None:
         assert set(METRICS.get(name).columns) <= set(expected)
         for column, value in expected.items():
             assert values[column][i].tolist() == pytest.approx(value, rel=1e-7, abs=1e-9, nan_ok=True), column
+
+
+@pytest.mark.parametrize("name", list(METRICS.all()))
+def test_autocast_is_the_models_and_not_the_metrics(name: str) -> None:
+    """The model runs as it did for the capture, and what is computed around it in full precision, wherever it is asked."""
+    network, batch = networks()["inplace"].float(), example(seed=9, count=3)
+    batch = replace(batch, x=batch.x.float())
+    M = torch.rand(3, *SHAPE[2:], generator=torch.Generator().manual_seed(0))
+    for made in (False, True):
+        found = []
+        for called in (False, True):
+            with torch.autocast("cpu", torch.bfloat16, enabled=made):
+                capture = Capture(network, batch.x, "features")
+            with torch.autocast("cpu", torch.bfloat16, enabled=called):
+                found.append(measured_on(capture, METRICS.get(name), M, batch))
+        for column, values in found[0].items():
+            assert torch.equal(values.nan_to_num(-1), found[1][column].nan_to_num(-1)), (column, made)
 
 
 def test_a_map_of_ones_changes_nothing() -> None:

@@ -13,7 +13,7 @@ import pkgutil
 import threading
 import typing
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext, suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass, field
 from typing import Any, Generic, Literal, TypeVar
 
@@ -71,9 +71,7 @@ class Method:
         Also under the caller's inference mode, and in full precision under the caller's autocast, which the model keeps.
         """
         capture.facts, capture.remarks = {}, []
-        kind = capture.x.device.type
-        full = nullcontext() if autocast_dtype(kind) is None else torch.autocast(kind, enabled=False)
-        with torch.inference_mode(False), full:
+        with torch.inference_mode(False), _uncast(capture):
             return self.function(capture, *args, **settings)
 
 
@@ -143,9 +141,13 @@ class Metric:
     statistic: Literal["mean", "median"] = "mean"
     aliases: tuple[str, ...] = ()
 
-    def __call__(self, *args: Any, **settings: Any) -> Any:
-        """The values: ``(capture, M [B,H,W], batch, **own settings) -> {column: [B]}``."""
-        return self.function(*args, **settings)
+    def __call__(self, capture: Any, *args: Any, **settings: Any) -> Any:
+        """The values: ``(capture, M [B,H,W], batch, **own settings) -> {column: [B]}``.
+
+        In full precision under the caller's autocast, which the model keeps.
+        """
+        with _uncast(capture):
+            return self.function(capture, *args, **settings)
 
 
 @dataclass(frozen=True)
@@ -171,6 +173,12 @@ class Loss:
     def __call__(self, *args: Any, **settings: Any) -> Any:
         """The loss of each image: ``(capture, batch, **own settings) -> [B]``."""
         return self.function(*args, **settings)
+
+
+def _uncast(capture: Any) -> AbstractContextManager[Any]:
+    """No autocast for what is computed around the model of a capture."""
+    kind = capture.x.device.type
+    return nullcontext() if autocast_dtype(kind) is None else torch.autocast(kind, enabled=False)
 
 
 Record = TypeVar("Record", Method, Metric, Loss)

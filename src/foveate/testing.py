@@ -254,7 +254,11 @@ def _check_gradient(record: Method, where: str, network: nn.Module, batch: Batch
 
 def measured(record: Metric, network: nn.Module, M: Tensor, batch: Batch, **settings: Any) -> dict[str, Tensor]:
     """A metric on a network with the layer ``features``; one that asks where the map came from is told of HiResCAM."""
-    capture = Capture(network, batch.x, "features")
+    return measured_on(Capture(network, batch.x, "features"), record, M, batch, **settings)
+
+
+def measured_on(capture: Capture, record: Metric, M: Tensor, batch: Batch, **settings: Any) -> dict[str, Tensor]:
+    """The same on a capture that is there."""
     if "explained" in inspect.signature(record.function).parameters:
         method, target = METHODS.get("hires_cam"), capture.target("label", labels=batch.y)
         raw = method(capture, None, target).detach()
