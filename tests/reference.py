@@ -416,10 +416,13 @@ def extremal_perturbation(
     strongest: float,
     blurs: int,
     start: Tensor,
+    baseline: float | None = None,
 ) -> Tensor:
     H, W = x.shape[1:]
     h, w, radius = math.ceil(H / stride), math.ceil(W / stride), 1 + math.ceil(sigma / stride)
     levels = [gauss(x, (1 - level / (blurs - 1)) * strongest) for level in range(blurs)]
+    if baseline is not None:  # fading is linear, however many levels
+        levels = [x * level / (blurs - 1) + baseline * (1 - level / (blurs - 1)) for level in range(blurs)]
 
     def mask(p: Tensor) -> Tensor:
         pixels = []

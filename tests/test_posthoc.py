@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import sys
 from typing import ClassVar
@@ -377,6 +378,21 @@ class TestPerturbation:
         one, two = (run("extremal_perturbation", capture, areas=[a], **own) for a in (0.1, 0.4))
         torch.testing.assert_close(run("extremal_perturbation", capture, areas=[0.1, 0.4], **own), (one + two) / 2)
 
+    def test_extremal_perturbation_on_another_baseline(self) -> None:
+        network, x = networks()["gap"], example(count=2, seed=3).x
+        capture, own = Capture(network, x, "features"), reference.SETTINGS["extremal_perturbation"]
+        target = capture.target(1)
+        black, grey, images, blurred = (
+            METHODS.get("extremal_perturbation")(capture, None, target, **own, baseline=baseline)
+            for baseline in (0.0, 0.4, torch.full_like(x, 0.4), "blur")
+        )
+        for i, value in itertools.product(range(2), (0.0, 0.4)):
+            expected = reference.extremal_perturbation(network, x[i], 1, **own, baseline=value)
+            torch.testing.assert_close((grey if value else black)[i], expected, rtol=1e-6, atol=1e-8)
+        assert torch.equal(grey, images)
+        assert not torch.allclose(black, grey)
+        assert not torch.allclose(black, blurred)
+
     def test_levels_of_blur(self) -> None:
         x = example().x
         pyramid = blur_pyramid(x, 4, 6.0)
@@ -410,6 +426,7 @@ class TestPerturbation:
             ("extremal_perturbation", {"areas": [0.0]}),
             ("extremal_perturbation", {"areas": []}),
             ("extremal_perturbation", {"steps": 0}),
+            ("extremal_perturbation", {"baseline": "noise"}),
             ("meaningful_perturbation", {"init": "square"}),
             ("occlusion", {"baseline": "noise"}),
             ("occlusion", {"baseline": 5}),

@@ -172,12 +172,14 @@ def extremal_perturbation(
     weight: float = 300.0,
     growth: float = 1.0035,
     start: float | Tensor = 1.0,
+    baseline: float | Literal["blur"] | Tensor = "blur",
 ) -> Tensor:
     """The mean over ``areas`` a of ``m_a = argmax_m score(x through m) - weight ||sort(m) - r_a||^2 / N``, ``[B,H,W]``.
 
     ``r_a`` has its ``a N`` largest entries at 1 and the others at 0. Masks are smooth by construction
     (:class:`SmoothMask`); an image seen through a mask is blurred where the mask is low, through a pyramid of ``blurs``
-    levels. SGD with momentum .9 and dampening .9, images and masks mirrored at every other step.
+    levels, or fades into another ``baseline``. SGD with momentum .9 and dampening .9, images and masks mirrored at every
+    other step.
 
     Images and areas share each of ``steps`` forward and backward passes, as many as a chunk holds; none depends on another.
 
@@ -188,6 +190,7 @@ def extremal_perturbation(
         strongest: the largest standard deviation of the blur, in pixels; 20 of 224 by default.
         weight, growth: of the area term, which is multiplied by ``growth`` at every step.
         start: of the mask's parameters: a number, or ``[h,w]`` at every ``stride`` pixels.
+        baseline: what is seen where the mask is 0: ``blur``, a grey value (0: black, as AD and AG show what is masked), images.
 
     Deviation: TorchRay runs one image at a time; nothing in the method asks for it.
 
@@ -206,13 +209,15 @@ def extremal_perturbation(
             f"above 0, strongest {strongest} is not below"
         )
     smooth = SmoothMask(capture.size, stride, sigma, capture.images)
+    hidden = None if isinstance(baseline, str) and baseline == "blur" else baseline_of(capture, baseline)
     pixels = capture.size[0] * capture.size[1]
     inside = [pixels - math.ceil(pixels * (1 - area)) for area in areas]  # pixels of each area
 
     def found(numbers: Tensor) -> Tensor:
         rows = numbers // len(areas)  # image of each mask, [N]
         within = [inside[number % len(areas)] for number in numbers.tolist()]
-        pyramid = blur_pyramid(capture.images[rows], blurs, strongest)  # [L,N,3,H,W]
+        x = capture.images[rows]
+        pyramid = blur_pyramid(x, blurs, strongest) if hidden is None else torch.stack([hidden[rows], x])  # [L,N,3,H,W]
         p = (torch.as_tensor(start).to(pyramid) * pyramid.new_ones(len(rows), *smooth.grid)).requires_grad_(True)
         optimiser = torch.optim.SGD([p], lr, momentum=0.9, dampening=0.9)
         for step in range(steps):
