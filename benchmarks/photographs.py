@@ -21,11 +21,12 @@ import torch
 
 import foveate
 from foveate import maps
+from foveate.cli.options import own_settings
 from foveate.data.folder import open_folder
 from foveate.evaluate import batches
 from foveate.metrics.recognition import recognition
 from foveate.models.load import Classifier
-from foveate.registry import METHODS
+from foveate.registry import METHODS, check_settings
 from foveate.statistics import interval
 
 BATCH = 8
@@ -47,7 +48,7 @@ def measure(model: Classifier, name: str, data: Path, file: Path, limit: int, pr
     base, _, variant = name.partition("@")
     record, settings = METHODS.get(base), dict(SETTINGS.get(base, {}))
     if variant:
-        settings[variant.partition("=")[0]] = variant.partition("=")[2]
+        settings |= check_settings(record, own_settings([f"{base}.{variant}"])[base])
     source = open_folder(data / "imagenet", model.preprocess)
     count = min(limit, len(source))
     done = {row["id"] for row in csv.DictReader(file.open())} if file.exists() else set()
