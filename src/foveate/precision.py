@@ -45,6 +45,11 @@ def casting(kind: str, dtype: torch.dtype | None) -> AbstractContextManager[Any]
     return nullcontext() if dtype is None else torch.autocast(kind, dtype)
 
 
+def uncast(kind: str) -> AbstractContextManager[Any]:
+    """No autocast on devices of a kind, for what is computed around a model."""
+    return nullcontext() if autocast_dtype(kind) is None else torch.autocast(kind, enabled=False)
+
+
 def has_bf16(device: torch.device = CPU) -> bool | None:
     """Whether a device has instructions for bf16; None where torch does not tell: an older torch, other devices.
 

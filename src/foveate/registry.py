@@ -13,14 +13,14 @@ import pkgutil
 import threading
 import typing
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext, suppress
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, Generic, Literal, TypeVar
 
 import torch
 
 from foveate.errors import FoveateError
-from foveate.precision import autocast_dtype
+from foveate.precision import uncast
 
 Direction = Literal["up", "down"]
 
@@ -71,7 +71,7 @@ class Method:
         Also under the caller's inference mode, and in full precision under the caller's autocast, which the model keeps.
         """
         capture.facts, capture.remarks = {}, []
-        with torch.inference_mode(False), _uncast(capture):
+        with torch.inference_mode(False), uncast(capture.x.device.type):
             return self.function(capture, *args, **settings)
 
 
@@ -146,7 +146,7 @@ class Metric:
 
         In full precision under the caller's autocast, which the model keeps.
         """
-        with _uncast(capture):
+        with uncast(capture.x.device.type):
             return self.function(capture, *args, **settings)
 
 
@@ -173,12 +173,6 @@ class Loss:
     def __call__(self, *args: Any, **settings: Any) -> Any:
         """The loss of each image: ``(capture, batch, **own settings) -> [B]``."""
         return self.function(*args, **settings)
-
-
-def _uncast(capture: Any) -> AbstractContextManager[Any]:
-    """No autocast for what is computed around the model of a capture."""
-    kind = capture.x.device.type
-    return nullcontext() if autocast_dtype(kind) is None else torch.autocast(kind, enabled=False)
 
 
 Record = TypeVar("Record", Method, Metric, Loss)

@@ -31,7 +31,7 @@ from foveate.losses.contrastive import required_head
 from foveate.models.castream import CAStream, ca_stream
 from foveate.models.load import Classifier, load
 from foveate.models.surgery import contrastive_architecture
-from foveate.precision import warn_if_slow
+from foveate.precision import uncast, warn_if_slow
 from foveate.recipe import Data, LossTerm, Recipe
 from foveate.registry import LOSSES
 from foveate.splits import Augmented, EpochSampler, Kept, augmenter, film_images, labels_of, open_splits, processes, seed_of
@@ -101,7 +101,7 @@ class Training(L.LightningModule):
             logits, head = capture.logits, capture.head
         plain = _cross_entropy(logits, batch.y, head)
         share, total = 1.0, plain.new_zeros(())
-        with torch.autocast(batch.x.device.type, enabled=False):  # sums over thousands of cells
+        with uncast(batch.x.device.type):  # sums over thousands of cells
             for record, term, schedule in self.terms:
                 value = record(capture, batch, **term.settings).mean()
                 weights = schedule(progress, self._together(value) if term.schedule == "inverse_fit" else 0.0)
