@@ -159,7 +159,8 @@ def picture(rows: list[Outcome], path: Path) -> None:
     axes.set_ylim(-0.7, len(shown) - 0.3)
     handles = [plt.Line2D([], [], marker="o", linestyle="", color=c, label=name) for name, c in colours.items()]
     handles.append(plt.Line2D([], [], marker="o", linestyle="", color="#7f7f7f", label="after the paper, or foveate otherwise"))
-    handles.append(plt.Line2D([], [], marker="o", linestyle="", color="#7f7f7f", markerfacecolor="white", label="in fp32"))
+    if any(" in fp32" in who["name"] for one in shown for who in one["contestants"][1:]):
+        handles.append(plt.Line2D([], [], marker="o", linestyle="", color="#7f7f7f", markerfacecolor="white", label="in fp32"))
     axes.legend(handles=handles, fontsize=7.5, ncols=6, loc="lower center", bbox_to_anchor=(0.3, 1.0), frameon=False)
     for side in ("top", "right", "left"):
         axes.spines[side].set_visible(False)
