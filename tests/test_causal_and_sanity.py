@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,6 +16,7 @@ from foveate import Batch, Capture, FoveateError, measure, normalized
 from foveate.metrics.causal import insertion_deletion, rise_kernel
 from foveate.metrics.sanity import similarity, spearman
 from foveate.randomize import randomized, stages_of
+from foveate.registry import METRICS
 from foveate.testing import SHAPE, assert_untouched, example, fingerprint, networks
 
 
@@ -89,6 +92,8 @@ class TestInsertionDeletion:
             ({"steps": 1}, "too few"),
             ({"start": "noise"}, "'noise' is unknown"),
             ({"ties": "x"}, "ties 'x'"),
+            ({"columns": ["I", "X"]}, "use 'I', 'D' or both"),
+            ({"columns": []}, "use 'I', 'D' or both"),
         ):
             with pytest.raises(FoveateError, match=match):
                 both(network, batch, self.M, **settings)
@@ -102,6 +107,33 @@ class TestInsertionDeletion:
         insertion_deletion(capture, 1 - self.M, batch, steps=10)
         assert capture.passes.forward - before - first == 2 * 2 * 9
         assert first == 2 * 2 * 9 + 2 + 2 + 1  # the images, their blur, and one empty image for all
+
+    @pytest.mark.parametrize(("column", "ends"), [("I", 2), ("D", 1)])  # the blur of each image, one empty image for all
+    def test_one_of_the_two_is_the_same_in_half_of_the_passes(self, column: str, ends: int) -> None:
+        network, batch = networks()["gap"], example()
+        expected = both(network, batch, self.M, steps=10)
+        capture = Capture(network, batch.x, "features")
+        before = capture.passes.forward
+        found = insertion_deletion(capture, self.M, batch, steps=10, columns=(column,))
+        assert found.keys() == {column, f"{column}_curve"}
+        torch.testing.assert_close(found[column], expected[column])
+        torch.testing.assert_close(found[f"{column}_curve"], expected[f"{column}_curve"])
+        assert capture.passes.forward - before == 2 * 9 + 2 + ends  # the images themselves, which are known afterwards
+
+    def test_a_table_of_one_of_the_two_computes_that_alone(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        network, batch = networks()["gap"], example()
+        wanted = []
+        record = METRICS.get("insertion_deletion")
+
+        def spy(*args: Any, columns: list[str], **settings: Any) -> dict[str, torch.Tensor]:
+            wanted.append(list(columns))
+            return insertion_deletion(*args, columns=columns, **settings)
+
+        monkeypatch.setitem(METRICS._records, record.name, dataclasses.replace(record, function=spy))
+        found = measure(network, [batch], ["random"], ["D"], layer="features").frame()["column"]
+        assert wanted == [["D"]]
+        assert "D" in set(found)
+        assert "I" not in set(found)
 
 
 class TestRandomisation:

@@ -306,6 +306,7 @@ class Plan:
                 continue
             filled: dict[str, Any] = {"target": self.protocol.target} if "target" in asked else {}
             filled |= {"explained": explained} if "explained" in asked else {}
+            filled |= {"columns": columns} if "columns" in asked else {}
             own = self.protocol.metrics.get(metric.name, {})
             values |= _arrays(metric(capture, M, batch, **filled, **own), columns)
         return values

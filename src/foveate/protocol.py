@@ -13,7 +13,7 @@ from foveate.errors import FoveateError
 from foveate.registry import METRICS, Metric, check_settings
 
 Target = Literal["label", "pred", "second"]
-FILLED_IN = ("target", "explained")
+FILLED_IN = ("target", "explained", "columns")
 FORM = 1  # goes up when a metric changes what it computes: numbers of different forms are never compared in silence
 
 

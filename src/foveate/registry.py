@@ -117,7 +117,8 @@ class Metric:
 
     Attributes:
         function: ``(capture, M [B,H,W], batch, **own settings) -> {column: [B]}``; what else it gives as ``[B,k]`` are curves,
-            kept beside the columns. Parameters called ``target`` and ``explained`` are filled in.
+            kept beside the columns. Parameters called ``target``, ``explained`` and ``columns`` (the wanted
+            ones) are filled in.
         columns: each column with the direction that is better.
         needs: what the batch must have: of ``labels``, ``mask`` and ``region`` (boxes or masks).
         pooled: columns that belong to the whole data and not to one image: the function gives ``{column: [B,k]}``, and this

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Literal
 
 import numpy as np
@@ -34,6 +34,7 @@ def insertion_deletion(
     batch: Batch,
     *,
     target: str = "label",
+    columns: Sequence[str] = ("I", "D"),
     steps: int = 28,
     kernel: int = 11,
     sigma: float = 5.0,
@@ -49,10 +50,11 @@ def insertion_deletion(
     equal spacing (the last step may be smaller, as in the authors' code). Only the order of the pixels counts.
 
     The ends are shared: the whole image is known, the blurred and the empty image run once for all methods. That leaves
-    ``2 (n - 1)`` forward passes an image.
+    ``2 (n - 1)`` forward passes an image, and ``n - 1`` where one of the two is wanted.
 
     Args:
         target: whose probability: ``label``, ``pred`` (RISE's own) or ``second``.
+        columns: ``I``, ``D`` or both; the other is not computed.
         steps: 28 changes 1792 pixels of 224 x 224 at a time (RISE on data sets), 224 changes 224 (its demonstration).
         kernel: side of the blur: 11 (RISE, the Opti-CAM tables) or 5 (the CA-Stream tables). See :func:`rise_kernel`.
         start, end: what is seen where nothing is shown: ``mean`` is the mean of the model's normalisation, the zero of RISE.
@@ -60,13 +62,15 @@ def insertion_deletion(
             else.
 
     Raises:
-        FoveateError: an unknown option, fewer than 2 steps, labels missing.
+        FoveateError: an unknown option or column, fewer than 2 steps, labels missing.
     """
     for value, words in ((start, ("blur", "mean", "black")), (end, ("mean", "black", "blur"))):
         if value not in words:
             raise FoveateError(f"{value!r} is unknown: pixels come from {', '.join(map(repr, words))}")
     if ties not in ("raster", "random"):
         raise FoveateError(f"ties {ties!r} is unknown: use 'raster' or 'random'")
+    if not columns or set(columns) - {"I", "D"}:
+        raise FoveateError(f"columns {list(columns)} are unknown: use 'I', 'D' or both")
     if steps < 2:
         raise FoveateError(f"steps {steps} is too few for a curve: use 2 or more")
     y = classes(target, capture.logits, batch.y, capture.head)
@@ -76,8 +80,10 @@ def insertion_deletion(
     count = -(-pixels // step)
     whole = capture.log_probability(y)  # [B]
     together = max(1, capture.chunk_size() // len(M))  # steps that fill what runs at once
-    columns: dict[str, Tensor] = {}
+    found: dict[str, Tensor] = {}
     for column, name, shows in (("I", start, True), ("D", end, False)):
+        if column not in columns:
+            continue
         other, known = _end(capture, name, kernel, sigma)
 
         def parts(other: Tensor = other, shows: bool = shows) -> Iterator[Tensor]:
@@ -89,9 +95,9 @@ def insertion_deletion(
         inner_p = log_probability(inner, y.repeat(count - 1), capture.head).view(count - 1, len(y)).T  # [B,n-1]
         ends = [log_probability(known, y, capture.head)[:, None], whole[:, None]]
         curve = torch.cat([ends[0], inner_p, ends[1]] if shows else [ends[1], inner_p, ends[0]], 1).exp()
-        columns[column] = 100 * (curve[:, 1:] + curve[:, :-1]).mean(1) / 2
-        columns[f"{column}_curve"] = curve
-    return columns
+        found[column] = 100 * (curve[:, 1:] + curve[:, :-1]).mean(1) / 2
+        found[f"{column}_curve"] = curve
+    return found
 
 
 def rise_kernel(side: int, sigma: float = 5.0) -> Tensor:
