@@ -44,7 +44,7 @@ $(BENCH)/done: pyproject.toml constraints.txt benchmarks/requirements.txt
 
 # ROWS=cams,score for some of them, ARGS=--give-back or another of its options. Stopped and started again, it goes on where it stopped.
 bench: $(BENCH)/done
-	$(BENCH)/bin/python -m benchmarks.peers $(DATA) --rows "$(or $(ROWS),all)" --out bench $(ARGS)
+	$(BENCH)/bin/python -m benchmarks.peers $(if $(DATA),"$(DATA)") --rows "$(or $(ROWS),all)" --out bench $(ARGS)
 
 format: $(VENV)/dev
 	$(BIN)/ruff check --fix .

@@ -150,7 +150,8 @@ def picture(rows: list[Outcome], path: Path) -> None:
             colour = next((c for name, c in colours.items() if who["name"].startswith(name)), "#7f7f7f")
             axes.plot([who["low"], who["high"]], [y, y], color=colour, linewidth=2, alpha=0.5)
             fill = "white" if " in fp32" in who["name"] else colour
-            axes.plot(who["ratio"], y, "o", color=colour, markerfacecolor=fill, markersize=4.5)
+            mark = "s" if who["name"].endswith(" at once") else "o"
+            axes.plot(who["ratio"], y, mark, color=colour, markerfacecolor=fill, markersize=4.5)
     axes.axvline(1, color="black", linewidth=1)
     axes.set_xscale("log")
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
@@ -159,8 +160,11 @@ def picture(rows: list[Outcome], path: Path) -> None:
     axes.set_ylim(-0.7, len(shown) - 0.3)
     handles = [plt.Line2D([], [], marker="o", linestyle="", color=c, label=name) for name, c in colours.items()]
     handles.append(plt.Line2D([], [], marker="o", linestyle="", color="#7f7f7f", label="after the paper, or foveate otherwise"))
-    if any(" in fp32" in who["name"] for one in shown for who in one["contestants"][1:]):
+    names = [who["name"] for one in shown for who in one["contestants"][1:]]
+    if any(" in fp32" in name for name in names):
         handles.append(plt.Line2D([], [], marker="o", linestyle="", color="#7f7f7f", markerfacecolor="white", label="in fp32"))
+    if any(name.endswith(" at once") for name in names):
+        handles.append(plt.Line2D([], [], marker="s", linestyle="", color="#7f7f7f", label="told to run few at once"))
     axes.legend(handles=handles, fontsize=7.5, ncols=6, loc="lower center", bbox_to_anchor=(0.3, 1.0), frameon=False)
     for side in ("top", "right", "left"):
         axes.spines[side].set_visible(False)

@@ -75,14 +75,15 @@ def rise(networks: dict[str, Network], masks: int = 500) -> Iterator[Row]:
     for network in networks.values():
         x, y = network.x[:1], int(network.y[0])
         for precision, kind in PRECISIONS if halves(network) else PRECISIONS[:1]:
+            ours, theirs = (", in bf16", ", in fp32") if precision == "bf16" else ("", "")
             yield Row(
                 "rise",
-                f"RISE, {network.name}, one image, {masks} masks" + (", bf16 beside fp32" if precision == "bf16" else ""),
+                f"RISE, {network.name}, one image, {masks} masks{ours}",
                 of_foveate(network, ["rise"], 1, settings={"rise": {"masks": masks}}, precision=precision),
-                {"after the paper": lambda x=x, y=y, model=network.model: plain.rise(model, x, y, masks)[None]},
+                {f"after the paper{theirs}": lambda x=x, y=y, model=network.model: plain.rise(model, x, y, masks)[None]},
                 network.model,
                 network.passes.limit(kind, masks),
-                f"{masks} forward, batch norms folded",
+                f"{masks} forward in {precision}, batch norms folded",
                 ranks_agree,
                 "none of the four has RISE; each draws its own masks, of which this is the noise",
             )
