@@ -165,7 +165,7 @@ def picture(rows: list[Outcome], path: Path) -> None:
         handles.append(plt.Line2D([], [], marker="o", linestyle="", color="#7f7f7f", markerfacecolor="white", label="in fp32"))
     if any(name.endswith(" at once") for name in names):
         handles.append(plt.Line2D([], [], marker="s", linestyle="", color="#7f7f7f", label="told to run few at once"))
-    axes.legend(handles=handles, fontsize=7.5, ncols=6, loc="lower center", bbox_to_anchor=(0.3, 1.0), frameon=False)
+    figure.legend(handles=handles, fontsize=7.5, ncols=4, loc="outside upper center", frameon=False)
     for side in ("top", "right", "left"):
         axes.spines[side].set_visible(False)
     axes.tick_params(axis="y", length=0)
