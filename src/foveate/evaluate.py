@@ -304,9 +304,8 @@ class Plan:
             if "explained" not in asked and set(columns) <= set(known):
                 values |= {name: known[name] for name in known if name.removesuffix("_curve") in columns}
                 continue
-            filled: dict[str, Any] = {"target": self.protocol.target} if "target" in asked else {}
-            filled |= {"explained": explained} if "explained" in asked else {}
-            filled |= {"columns": columns} if "columns" in asked else {}
+            offered = {"target": self.protocol.target, "explained": explained, "columns": columns}
+            filled = {name: value for name, value in offered.items() if name in asked}
             own = self.protocol.metrics.get(metric.name, {})
             values |= _arrays(metric(capture, M, batch, **filled, **own), columns)
         return values
