@@ -24,10 +24,10 @@ from foveate import maps
 from foveate.cli.options import own_settings
 from foveate.data.folder import open_folder
 from foveate.evaluate import batches
+from foveate.intervals import interval
 from foveate.metrics.recognition import recognition
 from foveate.models.load import Classifier
 from foveate.registry import METHODS, check_settings
-from foveate.statistics import interval
 
 BATCH = 8
 SETTINGS: dict[str, dict[str, object]] = {"rise": {"masks": 1000}}
@@ -93,7 +93,7 @@ def main() -> None:
         rows = pd.read_csv(file)
         cells = []
         for column in ("AD", "AG", "AI"):
-            low, high = interval(rows[column].to_numpy())
+            low, high = interval(rows[column].to_numpy(), (0, 100))
             cells.append(f"{rows[column].mean():.1f} [{low:.1f}, {high:.1f}]")
         seconds = statistics.median(rows["seconds"])
         lines.append([name, *cells, f"{seconds:.3f}", str(len(rows)), str(int(rows["constant"].sum()))])

@@ -14,12 +14,13 @@ from pathlib import Path
 import pandas as pd
 
 import foveate
+from foveate.intervals import interval
 from foveate.models.castream import CAStream
 from foveate.models.load import Classifier, load_weights
 from foveate.recipe import read_recipe
 from foveate.results import MODEL
 from foveate.splits import Part
-from foveate.statistics import interval
+from foveate.statistics import range_of
 from foveate.train import prepared
 
 COLUMNS = ["accuracy", "AD", "AG", "AI", "I", "D"]
@@ -65,7 +66,7 @@ def main() -> None:
     for (method, column), part in table.groupby(["method", "column"]):
         cells = []
         for name, values in part.groupby("pooling")["value"]:
-            low, high = interval(values.to_numpy())
+            low, high = interval(values.to_numpy(), range_of(column))
             cells.append(f"{name} {values.mean():.2f} [{low:.2f}, {high:.2f}]")
         print(f"{method:12s} {column:12s} {'   '.join(cells)}")
 

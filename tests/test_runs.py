@@ -25,7 +25,7 @@ from foveate.cli import app
 from foveate.compare import Limit, compare
 from foveate.evaluate import Plan
 from foveate.results import Results, joined, read, write
-from foveate.statistics import bootstrap, disagreement, findings, interval, table
+from foveate.statistics import disagreement, findings, table
 from foveate.testing import example, networks
 
 NET = """
@@ -281,16 +281,8 @@ class TestStatistics:
     rng = np.random.default_rng(0)
     noise = rng.normal(size=300)
 
-    def test_the_bootstrap_agrees_with_theory(self) -> None:
-        draws = bootstrap(self.noise[:, None], 4000)[:, 0]
-        assert draws.std() == pytest.approx(self.noise.std() / 300**0.5, rel=0.05)
-        assert draws.mean() == pytest.approx(self.noise.mean(), abs=0.005)
-        holes = np.where(np.arange(300) % 2, self.noise, np.nan)
-        assert bootstrap(holes[:, None], 4000).std() == pytest.approx(self.noise[1::2].std() / 150**0.5, rel=0.06)
-        assert np.isnan(interval(np.array([np.nan])))[0]
-
     def test_differences_are_paired(self) -> None:
-        """Two methods that differ by .1 in every image: their intervals overlap, that of the difference is a point."""
+        """Two methods that differ by .1 in every image: their intervals overlap, and one of them is better."""
         results = made(grad_cam={"AG": self.noise}, layer_cam={"AG": self.noise + 0.1})
         frame = table(results)
         line = frame.loc[("layer_cam", "AG")]
@@ -298,11 +290,13 @@ class TestStatistics:
         assert line["difference"] == pytest.approx(0.1)
         assert (line["difference_low"], line["difference_high"]) == pytest.approx((0.1, 0.1))
         assert np.isnan(frame.loc[("grad_cam", "AG"), "difference"])
-        assert (line["rank"], line["rank_last"]) == (1, 2)
+        assert (line["rank"], line["rank_last"]) == (1, 1)
+        assert line["low"] < frame.loc[("grad_cam", "AG"), "high"]
 
     def test_ranks_go_the_way_of_the_column(self) -> None:
         columns = {
-            name: {"AG": self.noise + shift, "AD": self.noise + shift} for name, shift in (("a", 0), ("b", 5), ("c", 5.01))
+            name: {"AG": 50 + self.noise + shift, "AD": 50 + self.noise + shift}
+            for name, shift in (("a", 0), ("b", 5), ("c", 5 + 0.01 * self.rng.normal(size=300)))
         }
         frame = table(made(**columns), "b")
         assert [frame.loc[(name, "AG"), "rank"] for name in "abc"] == [3, 1, 1]
@@ -595,7 +589,8 @@ class TestWhatAReviewerFound:
     def test_differences_are_paired_where_values_are_missing(self) -> None:
         results = made(grad_cam={"AG": np.array([10, 20, 30, np.nan])}, layer_cam={"AG": np.array([10, 20, 30, 90.0])})
         line = table(results).loc[("layer_cam", "AG")]
-        assert (line["difference"], line["difference_low"], line["difference_high"]) == (0, 0, 0)
+        assert line["difference"] == 0
+        assert np.isnan([line["difference_low"], line["difference_high"]]).all()  # of three images
 
     def test_a_baseline_is_looked_up_before_the_work(self, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(Plan, "run", lambda *a: pytest.fail("measured"))
@@ -633,7 +628,7 @@ class TestWhatAReviewerFound:
         results = made(grad_cam={"EP": np.array([0, 0, 0, 90, 80, 70.0])})
         results.values["grad_cam", MAP] = maps
         said = prevalence(lambda: [results], ["grad_cam"], "grad_cam")["grad_cam"].sentence()
-        assert said.startswith("20 % [1")
+        assert said.startswith("20 % [0, 84]")
 
     def test_a_copied_metric_shares_the_model(self) -> None:
         from foveate.torchmetrics import SaliencyMetric

@@ -12,9 +12,10 @@ import numpy as np
 
 from foveate import runs
 from foveate.errors import FoveateError
+from foveate.intervals import Paired, holm, pseudo_values
 from foveate.registry import is_control
 from foveate.results import Key, Results
-from foveate.statistics import LEVEL, bootstrap, metric_of
+from foveate.statistics import metric_of
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -27,7 +28,8 @@ class Comparison:
     Attributes:
         names: one a run, its folder's.
         frame: index ``method, column``; for run k the columns ``mean k`` and, after the first, ``difference k``, ``low k``,
-            ``high k`` of the difference to the first, paired by image; ``n k`` images that both have.
+            ``high k`` of the difference to the first, paired by image; ``p k``, by flipping the signs of the differences and
+            corrected for the methods of the column (Holm); ``n k`` images that both have.
         notes: what cannot be compared, and why, in sentences.
     """
 
@@ -108,7 +110,7 @@ class Limit:
         return change < self.change if self.up else change > self.change
 
 
-def compare(folders: Sequence[str | Path], *, samples: int = 2000, seed: int = 0) -> Comparison:
+def compare(folders: Sequence[str | Path], *, seed: int = 0) -> Comparison:
     """Compare finished runs of ``foveate evaluate`` with the first of them.
 
     A column measured by another protocol is left out, with a note; so are images and methods that not both have.
@@ -144,8 +146,12 @@ def compare(folders: Sequence[str | Path], *, samples: int = 2000, seed: int = 0
             line[f"mean {k}"] = _point(loaded[k], key, rows[:, 1]) if key in loaded[k].values else np.nan
             if len(paths) == 2:  # of more runs, each has its own images in common with the first
                 line["mean 0"] = _point(loaded[0], key, rows[:, 0])
-            change = _change(loaded[0], loaded[k], key, rows, samples, seed) if comparable else (np.nan, np.nan, np.nan, 0)
-            line |= dict(zip((f"difference {k}", f"low {k}", f"high {k}", f"n {k}"), change, strict=True))
+            change = _change(loaded[0], loaded[k], key, rows, seed) if comparable else (*[np.nan] * 4, 0)
+            line |= dict(zip((f"difference {k}", f"low {k}", f"high {k}", f"p {k}", f"n {k}"), change, strict=True))
+        for column in {column for _, column in lines}:
+            tested = [line for (_, c), line in lines.items() if c == column and np.isfinite(line[f"p {k}"])]
+            for line, p in zip(tested, holm(np.array([line[f"p {k}"] for line in tested])), strict=True):
+                line[f"p {k}"] = float(p)
         notes += [
             f"{metric} was measured by another protocol in {names[k]} ({a} and {b}): its columns are not compared."
             for metric, (a, b) in other_protocol.items()
@@ -169,27 +175,21 @@ def _point(results: Results, key: Key, rows: np.ndarray) -> float:
     return float(known.mean() if pool is None else pool(known.mean(0)))
 
 
-def _change(
-    first: Results, other: Results, key: Key, rows: np.ndarray, samples: int, seed: int
-) -> tuple[float, float, float, int]:
+def _change(first: Results, other: Results, key: Key, rows: np.ndarray, seed: int) -> tuple[float, float, float, float, int]:
     record = metric_of(key[1])
     assert record is not None
     a, b = first.values[key][rows[:, 0]], other.values[key][rows[:, 1]]
     known = np.isfinite((a + b) if a.ndim == 1 else (a + b).sum(1))
     a, b = a[known], b[known]
     if not len(a):
-        return np.nan, np.nan, np.nan, 0
+        return np.nan, np.nan, np.nan, np.nan, 0
     if record.statistic == "median":
-        return float(np.median(b) - np.median(a)), np.nan, np.nan, len(a)
-    pool = record.pooled.get(key[1])
-    if pool is None:
-        draws = bootstrap((b - a)[:, None], samples, seed)[:, 0]
-        point = float((b - a).mean())
-    else:
-        draws = np.asarray(pool(bootstrap(b, samples, seed)) - pool(bootstrap(a, samples, seed)))
-        point = float(pool(b.mean(0)) - pool(a.mean(0)))
-    low, high = np.quantile(draws, LEVEL)
-    return point, float(low), float(high), len(a)
+        return float(np.median(b) - np.median(a)), np.nan, np.nan, np.nan, len(a)
+    if (pool := record.pooled.get(key[1])) is not None:
+        a, b = pseudo_values(a, pool), pseudo_values(b, pool)
+    paired = Paired(np.stack([b, a], 1), seed)
+    point, low, high = paired.difference(0, 1)
+    return point, *((low, high) if np.isfinite([low, high]).all() else (np.nan, np.nan)), paired.p(0, 1), len(a)
 
 
 def _other_protocol(first: dict[str, Any], other: dict[str, Any]) -> dict[str, tuple[str, str]]:

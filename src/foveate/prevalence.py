@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from foveate.errors import FoveateError
+from foveate.intervals import interval
 from foveate.results import MAP, Results
-from foveate.statistics import interval
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -59,7 +59,7 @@ class Prevalence:
         )
         if not np.isfinite(self.background).any():
             return text + " How much of it is background is not known: that takes EP or mass_inside, from boxes or masks."
-        low, high = interval(100 * self.background[self.seen])
+        low, high = interval(100 * self.background[self.seen], (0, 100))
         return (
             f"{100 * whole['background']:.0f} % [{low:.0f}, {high:.0f}] of the map lies on the background; on "
             f"{100 * whole['mostly_background']:.0f} % of the images it is more than half. {text}"

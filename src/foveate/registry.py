@@ -123,6 +123,7 @@ class Metric:
         needs: what the batch must have: of ``labels``, ``mask`` and ``region`` (boxes or masks).
         pooled: columns that belong to the whole data and not to one image: the function gives ``{column: [B,k]}``, and this
             makes the column of the mean over images, ``[...,k] -> [...]``, such as the best of k thresholds.
+        ranges: the least and the largest value of each column, on which its intervals rest; what is not here has no bounds.
         statistic: of the images that makes the table: ``mean``, or ``median`` with the range instead of an interval.
         of_model: it says something about the model and takes no map (``M`` is None): one row a table.
         costly: it runs the method again, on other networks or for other classes: left out of ``all``.
@@ -141,6 +142,7 @@ class Metric:
     digits: int = 1
     statistic: Literal["mean", "median"] = "mean"
     aliases: tuple[str, ...] = ()
+    ranges: Mapping[str, tuple[float, float]] = field(default_factory=dict)
 
     def __call__(self, capture: Any, *args: Any, **settings: Any) -> Any:
         """The values: ``(capture, M [B,H,W], batch, **own settings) -> {column: [B]}``.
@@ -408,12 +410,15 @@ def metric(
     digits: int = 1,
     statistic: Literal["mean", "median"] = "mean",
     aliases: tuple[str, ...] = (),
+    ranges: Mapping[str, tuple[float, float]] | None = None,
 ) -> Callable[[Function], Function]:
     """Register ``(capture, M [B,H,W], batch, **own settings) -> {column: [B]}`` as a metric."""
 
     def add(function: Function) -> Function:
         names, rest = (*columns, *aliases), (of_model, costly, digits, statistic)
-        METRICS.add(Metric(name, title, function, paper, dict(columns), needs, dict(pooled or {}), *rest, names))
+        METRICS.add(
+            Metric(name, title, function, paper, dict(columns), needs, dict(pooled or {}), *rest, names, dict(ranges or {}))
+        )
         return function
 
     return add

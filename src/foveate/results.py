@@ -48,7 +48,7 @@ class Results:
     left_out: dict[str, str] = field(default_factory=dict)
     same: dict[str, str] = field(default_factory=dict)
     protocol: dict[str, Any] = field(default_factory=dict)
-    resampled: Any = field(default=None, repr=False, compare=False)  # kept by foveate.statistics
+    judged: Any = field(default=None, repr=False, compare=False)  # kept by foveate.statistics
 
     def __len__(self) -> int:
         return len(self.ids)

@@ -1,14 +1,15 @@
-"""Statistics: intervals, paired differences, ranks with ties, agreement of columns, and what to say about them."""
+"""Statistics: the table with its intervals and ranks, how far columns agree, and what to say about them."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from foveate.errors import FoveateError
+from foveate.intervals import LEVEL, Paired, holm, intervals, pseudo_values
 from foveate.registry import METHODS, METRICS, Metric, is_control, title_of
 from foveate.results import MODEL, Key, Results
 
@@ -19,35 +20,7 @@ if TYPE_CHECKING:
 ORDER = ("AD", "AG", "AI", "I", "D", "OM", "LE", "F1", "BA", "SP", "EP", "SM", "mass_inside", "sparsity", "gini")
 LAST = ("T", "forwards", "backwards", "memory")
 UNJUDGED = ("sparsity",)  # it describes a map: nobody wins it
-LEVEL = (0.025, 0.975)
-BLOCK = 1_000_000  # numbers of resampling weights at a time
-
-
-def interval(values: np.ndarray, samples: int = 2000, seed: int = 0) -> tuple[float, float]:
-    """95 % percentile bootstrap interval of the mean; not a number where there are no values."""
-    values = np.asarray(values, float)
-    values = values[np.isfinite(values)]
-    if len(values) == 0:
-        return float("nan"), float("nan")
-    low, high = np.quantile(bootstrap(values[:, None], samples, seed)[:, 0], LEVEL)
-    return float(low), float(high)
-
-
-def bootstrap(values: np.ndarray, samples: int = 2000, seed: int = 0) -> np.ndarray:
-    """Means of ``[N,k]`` over images drawn with replacement, ``[samples,k]``; what is not a number is not drawn.
-
-    The same draws for every array with the same N and seed, so that differences of two are paired.
-    """
-    known = np.isfinite(values)
-    filled = np.where(known, values, 0.0)
-    rng = np.random.default_rng(seed)
-    means = []
-    step = max(1, BLOCK // max(1, len(values)))
-    for start in range(0, samples, step):
-        draws = rng.multinomial(len(values), np.full(len(values), 1 / len(values)), min(step, samples - start)).astype(float)
-        with np.errstate(invalid="ignore", divide="ignore"):
-            means.append(draws @ filled / (draws @ known.astype(float)))
-    return np.concatenate(means)
+SMALL = 20  # images, below which it is said first that they are few
 
 
 def metric_of(column: str) -> Metric | None:
@@ -66,68 +39,99 @@ def _columns(results: Results) -> Iterator[tuple[Key, Metric, np.ndarray, Callab
 
 
 @dataclass
-class Resampled:
-    """What the bootstrap gives: the value of each method and column, and its value in every resample.
+class Judged:
+    """What is known of each method and column of a table.
 
     Attributes:
         points: ``(value, low, high, images)``.
-        drawn: ``[samples]``; costs have none.
+        paired: of each column the methods, and their values side by side; costs have none.
     """
 
     points: dict[Key, tuple[float, float, float, int]]
-    drawn: dict[Key, np.ndarray]
-    values: dict[Key, np.ndarray]
+    paired: dict[str, tuple[list[str], Paired]]
     samples: int
     seed: int
+    _adjusted: dict[str, np.ndarray] = field(default_factory=dict)
 
     def difference(self, key: Key, other: Key) -> tuple[float, float, float]:
-        """Of two methods in a column, with its interval: paired, over the images that both have; not a number without any."""
-        if key == other or key not in self.drawn or other not in self.drawn:
+        """Of two methods in a column, paired by image, with its interval; NaN where there is none."""
+        names, paired = self.paired.get(key[1], ([], None))
+        if paired is None or key == other or key[0] not in names or other[0] not in names:
             return (float("nan"),) * 3
-        a, b = self.values[key], self.values[other]
-        if a.ndim == 1 and not np.array_equal(np.isfinite(a), np.isfinite(b)):
-            both = (a - b)[np.isfinite(a - b)]
-            return (float(both.mean()), *interval(both, self.samples, self.seed)) if len(both) else (float("nan"),) * 3
-        low, high = np.nanquantile(self.drawn[key] - self.drawn[other], LEVEL)
-        return self.points[key][0] - self.points[other][0], float(low), float(high)
+        mean, low, high = paired.difference(names.index(key[0]), names.index(other[0]))
+        return mean, *((low, high) if np.isfinite([low, high]).all() else (float("nan"),) * 2)
+
+    def better(self, name: str, other: str, column: str) -> bool:
+        """Whether a method is better than another, corrected for the number of methods in the column: see :class:`Paired`."""
+        names, paired = self.paired[column]
+        if column not in self._adjusted:
+            self._adjusted[column] = paired.adjusted(range(len(names)))
+        i, j = names.index(name), names.index(other)
+        return bool(self._adjusted[column][i, j] <= LEVEL) and sign_of(column) * paired.difference(i, j)[0] > 0
+
+    def rank(self, key: Key) -> tuple[int, int]:
+        """The first and the last place that a method can have; (0, 0) for what has none."""
+        names = self.paired.get(key[1], ([], None))[0]
+        if key[0] not in names:
+            return 0, 0
+        others = [name for name in names if name != key[0]]
+        ahead = sum(self.better(name, key[0], key[1]) for name in others)
+        return 1 + ahead, 1 + len(others) - sum(self.better(key[0], name, key[1]) for name in others)
 
 
-def resampled(results: Results, samples: int = 2000, seed: int = 0) -> Resampled:
-    """The bootstrap of every column; done once for the same results."""
-    known = results.resampled
-    if isinstance(known, Resampled) and (known.samples, known.seed) == (samples, seed):
+def range_of(column: str) -> tuple[float, float] | None:
+    """The least and the largest value that a column can have; None where it has no bounds."""
+    record = metric_of(column)
+    return None if record is None else record.ranges.get(column)
+
+
+def sign_of(column: str) -> int:
+    """1 where more is better, -1 where less is."""
+    record = metric_of(column)
+    return -1 if record is not None and record.columns[column] == "down" else 1
+
+
+def judged(results: Results, samples: int = 2000, seed: int = 0) -> Judged:
+    """The values of every column with their intervals, and the methods side by side; done once for the same results."""
+    known = results.judged
+    if isinstance(known, Judged) and (known.samples, known.seed) == (samples, seed):
         return known
     points: dict[Key, tuple[float, float, float, int]] = {}
-    drawn: dict[Key, np.ndarray] = {}
-    columns = list(_columns(results))
-    plain = [(key, values) for key, record, values, pool in columns if pool is None and record.statistic == "mean"]
-    if plain and len(results):
-        means = bootstrap(np.stack([values for _, values in plain], 1), samples, seed)
-        drawn = {key: means[:, i] for i, (key, _) in enumerate(plain)}
-    for key, record, values, pool in columns:
-        finite = values[np.isfinite(values if values.ndim == 1 else values.sum(1))]
-        if record.statistic == "median" or not len(finite):
+    values: dict[Key, np.ndarray] = {}
+    within: dict[Key, tuple[float, float] | None] = {}
+    for key, record, array, pool in _columns(results):
+        if record.statistic == "median":
+            finite = array[np.isfinite(array)]
             ends = (np.median(finite), finite.min(), finite.max()) if len(finite) else (np.nan,) * 3
             points[key] = (float(ends[0]), float(ends[1]), float(ends[2]), len(finite))
-            drawn.pop(key, None)
             continue
-        if pool is not None:
-            drawn[key] = np.asarray(pool(bootstrap(values, samples, seed)), float)
-        centre = float(finite.mean() if pool is None else pool(finite.mean(0)))
-        low, high = np.nanquantile(drawn[key], LEVEL)
-        points[key] = (centre, float(low), float(high), len(finite))
-    results.resampled = Resampled(points, drawn, {key: results.values[key] for key in points}, samples, seed)
-    return results.resampled
+        values[key] = array if pool is None else pseudo_values(array, pool)
+        points[key] = (np.nan, np.nan, np.nan, 0)  # in the order of the results
+        within[key] = record.ranges.get(key[1])
+    if values and len(results):
+        low, high = intervals(np.stack(list(values.values()), 1), list(within.values()), samples, seed)
+        for i, (key, array) in enumerate(values.items()):
+            finite = array[np.isfinite(array)]
+            if len(finite):
+                points[key] = (float(finite.mean()), float(low[i]), float(high[i]), len(finite))
+    beside: dict[str, list[str]] = {}
+    for method, column in values:
+        if method != MODEL and points[method, column][3]:
+            beside.setdefault(column, []).append(method)
+    paired = {c: (names, Paired(np.stack([values[n, c] for n in names], 1), seed)) for c, names in beside.items()}
+    results.judged = Judged(points, paired, samples, seed)
+    return results.judged
 
 
 def table(results: Results, baseline: str | None = None, *, samples: int = 2000, seed: int = 0) -> pd.DataFrame:
     """The table: index ``method, column``, one line each.
 
-    Columns: ``mean``, ``low`` and ``high`` of its 95 % bootstrap interval over images, ``n`` images that count;
-    ``difference`` to the baseline with ``difference_low`` and ``difference_high``, paired by image (not a number for the
-    baseline itself); ``rank`` and ``rank_last``: 1 and more, from the number of methods whose intervals lie wholly better,
-    to that of all that do not lie wholly worse. What the whole data decides (BA) is decided anew in each resample. Costs
-    have the median over batches with the range, and no rank.
+    Columns: ``mean``, ``low`` and ``high`` of its 95 % interval over images (:func:`foveate.intervals.intervals`), ``n`` images
+    that count; ``difference`` to the baseline with ``difference_low`` and ``difference_high``, paired by image
+    (:class:`foveate.intervals.Paired`; NaN for the baseline itself); ``rank`` and ``rank_last``: 1 and more, from the number
+    of methods that are better by their paired differences to that of all that are not worse, corrected for the number of
+    methods. What the whole data decides (BA) enters with the pseudo-values of the jackknife. Costs have the median over
+    batches with the range, and no rank.
 
     Args:
         baseline: a method of the table; ``grad_cam`` where it is there and none is named, else the first that is no control.
@@ -138,12 +142,11 @@ def table(results: Results, baseline: str | None = None, *, samples: int = 2000,
     import pandas as pd
 
     baseline = baseline_of(results.methods, baseline)
-    found = resampled(results, samples, seed)
+    found = judged(results, samples, seed)
     lines = []
     for (method, column), (mean, low, high, n) in found.points.items():
         difference = found.difference((method, column), (baseline, column))
-        rank = _rank(found.points, (method, column)) if (method, column) in found.drawn and method != MODEL else (0, 0)
-        lines.append((method, column, mean, low, high, n, *difference, *rank))
+        lines.append((method, column, mean, low, high, n, *difference, *found.rank((method, column))))
     names = ["mean", "low", "high", "n", "difference", "difference_low", "difference_high", "rank", "rank_last"]
     frame = pd.DataFrame(lines, columns=["method", "column", *names]).set_index(["method", "column"])
     frame.attrs["baseline"] = baseline
@@ -166,16 +169,6 @@ def baseline_of(methods: Sequence[str], baseline: str | None) -> str:
     return "grad_cam" if "grad_cam" in methods else (real or list(methods) or [""])[0]
 
 
-def _rank(points: dict[Key, tuple[float, float, float, int]], key: Key) -> tuple[int, int]:
-    record = metric_of(key[1])
-    up = record is not None and record.columns[key[1]] == "up"
-    _, low, high, _ = points[key]
-    others = [point for (m, c), point in points.items() if c == key[1] and m not in (key[0], MODEL) and np.isfinite(point[0])]
-    better = sum(point[1] > high if up else point[2] < low for point in others)
-    worse = sum(point[2] < low if up else point[1] > high for point in others)
-    return 1 + better, 1 + len(others) - worse
-
-
 def disagreement(frame: pd.DataFrame) -> pd.DataFrame:
     """Spearman's rank correlation between columns over methods, each turned so that more is better: ``[columns,columns]``.
 
@@ -196,13 +189,19 @@ def disagreement(frame: pd.DataFrame) -> pd.DataFrame:
 
 
 def findings(frame: pd.DataFrame, results: Results) -> list[str]:
-    """What has to be said about a table: controls that win, methods that are one, maps that say nothing.
+    """What has to be said about a table: too few images, controls that win, methods that are one, maps that say nothing.
 
-    A control wins a column where it is better than every other method, and the paired difference to the best of them has an
-    interval without 0; where that interval has 0 in it, the best cannot be told apart from the control.
+    A control wins a column where the best control is better than the best other method, by a paired test that takes the best
+    control under each pattern of signs (:meth:`foveate.intervals.Paired.beaten_by_any`; 2.5 %, one-sided). Where no method is
+    better than every control, corrected for the number of methods, the best cannot be told apart from one.
     """
-    found = resampled(results)
+    found = judged(results)
     sentences = []
+    if 0 < len(results) < SMALL:
+        sentences.append(
+            f"{len(results)} images are few: below {SMALL}, hardly any difference between methods can be shown, and most of "
+            "what is seen is chance."
+        )
     controls = [name for name in results.methods if is_control(name)]
     real = [name for name in results.methods if name not in controls and name not in results.same]
     if not controls:
@@ -211,27 +210,14 @@ def findings(frame: pd.DataFrame, results: Results) -> list[str]:
         record = metric_of(column)
         if record is None or record.of_model or record.statistic == "median" or record.name in UNJUDGED:
             continue
-        sign = 1 if record.columns[column] == "up" else -1
-        scores = {m: sign * found.points[m, column][0] for m in (*real, *controls) if (m, column) in found.drawn}
-        rivals = [name for name in real if name in scores]
-        if not rivals or not any(name in scores for name in controls):
-            continue
-        control = max((name for name in controls if name in scores), key=lambda name: scores[name])
-        best = max(rivals, key=lambda name: scores[name])
-        low, high = _margin(found, control, best, column, sign)
-        title, value = title_of(control), number(found.points[control, column][0], column)
-        rival = f"{title_of(best)} ({number(found.points[best, column][0], column)})"
-        beaten = [name for name in rivals if _margin(found, control, name, column, sign)[0] > 0]
-        if low > 0:
-            sentences.append(f"{column} is won by {title} ({value}): on this data it does not measure the explanation.")
-        elif high >= 0:
-            sentences.append(
-                f"{column}: the best, {rival}, cannot be told apart from {title} ({value}), which ignores the model."
-            )
-        elif 2 * len(beaten) >= len(rivals) and len(rivals) > 1:
-            sentences.append(
-                f"{column}: {title} ({value}), which ignores the model, beats {len(beaten)} of {len(rivals)} methods."
-            )
+        there = found.paired.get(column, ([], None))[0]
+        rivals, ignorant = ([name for name in names if name in there] for names in (real, controls))
+        if rivals and ignorant:
+            sentences += _against_controls(found, column, rivals, ignorant)
+    points = [(key, point) for key, point in found.points.items() if np.isfinite(point[0]) and point[3] > 1]
+    flat = [f"{c} of {m}" if m != MODEL else c for (m, c), p in points if p[1] == p[2] and (m, c) in frame.index and _judges(c)]
+    if flat:
+        sentences.append(f"All values are equal, which leaves no interval: {', '.join(flat)}.")
     groups: dict[str, list[str]] = {}
     for name, other in results.same.items():
         groups.setdefault(other, []).append(name)
@@ -242,10 +228,29 @@ def findings(frame: pd.DataFrame, results: Results) -> list[str]:
     return sentences
 
 
-def _margin(found: Resampled, name: str, other: str, column: str, sign: int) -> tuple[float, float]:
-    """The interval of how much better one method is than another, turned so that more is better."""
-    _, low, high = found.difference((name, column), (other, column))
-    return (low, high) if sign > 0 else (-high, -low)
+def _judges(column: str) -> bool:
+    record = metric_of(column)
+    return record is not None and record.statistic == "mean" and not (record.of_model and record.costly)
+
+
+def _against_controls(found: Judged, column: str, rivals: list[str], controls: list[str]) -> list[str]:
+    """One sentence where a column does not tell methods from controls, or none."""
+    names, paired = found.paired[column]
+    sign = sign_of(column)
+    turned = paired if sign > 0 else Paired(-paired.values, paired.seed)
+    score = lambda name: sign * found.points[name, column][0]  # noqa: E731
+    control, best = max(controls, key=score), max(rivals, key=score)
+    title, value = title_of(control), number(found.points[control, column][0], column)
+    rival = f"{title_of(best)} ({number(found.points[best, column][0], column)})"
+    if turned.beaten_by_any(names.index(best), [names.index(name) for name in controls]) <= LEVEL / 2:
+        return [f"{column} is won by {title} ({value}): on this data it does not measure the explanation."]
+    above = [max(turned.above(names.index(r), names.index(c)) for c in controls) for r in rivals]
+    if holm(np.array(above)).min() > LEVEL / 2:
+        return [f"{column}: the best, {rival}, cannot be told apart from {title} ({value}), which ignores the model."]
+    beaten = [name for name in rivals if found.better(control, name, column)]
+    if 2 * len(beaten) >= len(rivals) and len(rivals) > 1:
+        return [f"{column}: {title} ({value}), which ignores the model, beats {len(beaten)} of {len(rivals)} methods."]
+    return []
 
 
 def ordered(columns: Iterable[str]) -> list[str]:

@@ -13,6 +13,7 @@ import numpy as np
 from scipy import stats
 
 from foveate.errors import FoveateError
+from foveate.intervals import holm
 from foveate.recipe import Recipe
 from foveate.trained import Trained, read
 
@@ -33,7 +34,8 @@ class Trainings:
         runs: the runs of each line, in the order given.
         frame: index ``recipe, column``: ``mean``, ``low``, ``high`` (95 %, Student's t over runs, within the range that a
             column can have; not a number for one run),
-            ``n`` runs, and ``difference``, ``difference_low``, ``difference_high`` to the first line, paired by seed and fold.
+            ``n`` runs, and ``difference``, ``difference_low``, ``difference_high`` to the first line, paired by seed and fold,
+            with ``p`` of Student's t, corrected for the recipes that are compared (Holm).
         notes: what a reader should know.
     """
 
@@ -89,9 +91,18 @@ def compare(folders: Sequence[str | Path]) -> Trainings:
             both = [own[place] - base[place] for place in own if place in base]
             if runs is not first and both:
                 cell |= dict(zip(("difference", "difference_low", "difference_high"), interval(both), strict=True))
+                if np.isfinite(cell["difference_low"]):
+                    cell["p"] = float(stats.ttest_1samp(both, 0).pvalue)
             cells[name, column] = cell
+    for column in {column for _, column in cells}:
+        tested = [cell for (_, c), cell in cells.items() if c == column and "p" in cell]
+        for cell, p in zip(tested, holm(np.array([cell["p"] for cell in tested])), strict=True):
+            cell["p"] = float(p)
+    alike = [f"{c.replace('_', ' ')} of {name}" for (name, c), cell in cells.items() if cell["n"] > 1 and np.isnan(cell["low"])]
+    if alike:
+        notes.append(f"All runs gave the same value, which leaves no interval: {', '.join(alike)}.")
     frame = pd.DataFrame.from_dict(cells, orient="index")
-    for key in ("difference", "difference_low", "difference_high"):
+    for key in ("difference", "difference_low", "difference_high", "p"):
         if key not in frame:
             frame[key] = np.nan
     frame.index = pd.MultiIndex.from_tuples(list(cells), names=["recipe", "column"])
@@ -112,10 +123,10 @@ def figures(run: Trained) -> dict[str, float]:
 
 
 def interval(values: Sequence[float]) -> tuple[float, float, float]:
-    """Mean and 95 % interval of Student's t over runs; no interval for a single one."""
+    """Mean and 95 % interval of Student's t over runs; none for a single one, or where all are equal."""
     known = np.asarray(values, float)
     mean = float(known.mean())
-    if len(known) < 2:
+    if len(known) < 2 or np.ptp(known) <= 1e-12 * abs(mean):
         return mean, float("nan"), float("nan")
     half = float(stats.t.ppf(0.975, len(known) - 1) * known.std(ddof=1) / np.sqrt(len(known)))
     return mean, mean - half, mean + half

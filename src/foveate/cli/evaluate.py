@@ -221,7 +221,7 @@ class measuring:
 
 
 def print_table(written: Any) -> None:
-    """The table on the terminal, some columns beside each other, means above their intervals, the best in bold."""
+    """The table on the terminal, some columns beside each other, means above their intervals; bold: no other is better."""
     from foveate.registry import is_control
     from foveate.report import tables
 

@@ -27,6 +27,7 @@ _ends: weakref.WeakKeyDictionary[Capture, dict[object, End]] = weakref.WeakKeyDi
     title="Insertion, Deletion",
     paper="Petsiuk et al., BMVC 2018, algorithm 1",
     columns={"I": "up", "D": "down"},
+    ranges={"I": (0, 100), "D": (0, 100)},
 )
 def insertion_deletion(
     capture: Capture,

@@ -28,6 +28,7 @@ LEAST_AREA = 0.05
     title="Mass inside the mask",
     paper="Wang et al., CVPR workshops 2020 (energy-based pointing game), on masks",
     columns={"mass_inside": "up"},
+    ranges={"mass_inside": (0, 1)},
     needs=("mask",),
     digits=3,
 )
@@ -61,6 +62,7 @@ def best_threshold(mean: Any) -> Any:
     paper="Zhang et al., CVIU 2024 (table); Russakovsky et al., IJCV 2015 (OM, LE); Choe et al., CVPR 2020 (BA); "
     "Zhang et al., ECCV 2016 (SP); Wang et al., CVPR workshops 2020 (EP); Dabkowski and Gal, NeurIPS 2017 (SM)",
     columns={"OM": "down", "LE": "down", "F1": "up", "BA": "up", "SP": "up", "EP": "up", "SM": "down"},
+    ranges=dict.fromkeys(("OM", "LE", "F1", "BA", "SP", "EP"), (0, 100)),
     needs=("region",),
     pooled={"BA": best_threshold},
 )

@@ -20,6 +20,7 @@ from foveate.targets import log_probability
     title="Accuracy",
     paper="Russakovsky et al., IJCV 2015 (top-1)",
     columns={"accuracy": "up"},
+    ranges={"accuracy": (0, 100)},
     needs=("labels",),
     of_model=True,
 )
@@ -60,6 +61,7 @@ def size(capture: Capture, M: None, batch: Batch) -> dict[str, Tensor]:
     title="Foreground share of contrastive maps",
     paper="Setpal, contrastive optimization (2025): 1 - context ratio",
     columns={"foreground_share": "up"},
+    ranges={"foreground_share": (0, 1)},
     needs=("mask", "labels"),
     of_model=True,
     digits=3,

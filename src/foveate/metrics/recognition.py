@@ -50,6 +50,7 @@ def average_increase(log_p: Tensor, log_o: Tensor) -> Tensor:
     title="Average Drop, Gain, Increase",
     paper="Chattopadhay et al., WACV 2018 (AD, AI); Zhang et al., CVIU 2024 (AG)",
     columns={"AD": "down", "AG": "up", "AI": "up"},
+    ranges=dict.fromkeys(("AD", "AG", "AI"), (0, 100)),
 )
 def recognition(
     capture: Capture, M: Tensor, batch: Batch, *, target: str = "label", baseline: float = 0.0

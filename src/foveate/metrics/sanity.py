@@ -46,6 +46,7 @@ def completeness_error(capture: Capture, M: Tensor, batch: Batch, *, explained: 
     title="Class sensitivity",
     paper="after Sixt et al., ICML 2020, and Khakzar et al., CVPR 2022",
     columns={"class_sensitivity": "up"},
+    ranges={"class_sensitivity": (0, 2)},
     costly=True,
     digits=3,
 )
@@ -64,6 +65,7 @@ def class_sensitivity(capture: Capture, M: Tensor, batch: Batch, *, explained: E
     title="Model-parameter randomisation",
     paper="Adebayo et al., NeurIPS 2018",
     columns={"randomisation": "down", "randomisation_ssim": "down"},
+    ranges={"randomisation": (-1, 1), "randomisation_ssim": (-1, 1)},
     costly=True,
     digits=3,
 )

@@ -15,6 +15,7 @@ from foveate.registry import Explained, metric
     title="Share of exact zeros (of the map, and of what was solved for), Gini index",
     paper="Singla et al., ICML 2019 (eta); Chalasani et al., ICML 2020 (Gini)",
     columns={"sparsity": "up", "eta": "up", "gini": "up"},
+    ranges=dict.fromkeys(("sparsity", "eta", "gini"), (0, 1)),
     digits=3,
 )
 def sparsity(capture: Capture, M: Tensor, batch: Batch, *, explained: Explained | None = None) -> dict[str, Tensor]:

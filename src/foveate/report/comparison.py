@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from foveate.compare import Comparison
+from foveate.intervals import LEVEL
 from foveate.report import tables
 from foveate.report.page import render
 from foveate.results import MODEL
@@ -19,7 +20,7 @@ Cell = tuple[str, str, int]
 def lines(comparison: Comparison) -> dict[str, list[tuple[str, list[Cell]]]]:
     """For each column the methods with a cell a run: mean, change with its interval, and 1 better, -1 worse, 0 neither.
 
-    Better and worse: the interval of the paired difference does not hold 0.
+    Better and worse: by the paired differences, corrected for the methods of the column.
     """
     frame = comparison.frame
     found: dict[str, list[tuple[str, list[Cell]]]] = {}
@@ -34,8 +35,8 @@ def lines(comparison: Comparison) -> dict[str, list[tuple[str, list[Cell]]]]:
             for k in range(1, len(comparison.names)):
                 change, low, high = (float(line[f"{part} {k}"]) for part in ("difference", "low", "high"))
                 way = 0
-                if np.isfinite(low) and (low > 0 or high < 0):
-                    way = 1 if (low > 0) == up else -1
+                if line[f"p {k}"] <= LEVEL:
+                    way = 1 if (change > 0) == up else -1
                 text = "not comparable"
                 if np.isfinite(change):
                     sign = "" if number(change, column).startswith("-") else "+"

@@ -54,7 +54,7 @@ class Written:
         protocol = self.plan.protocol
         parts = [f"{name} {protocol.digest(record)}" for name, record in records.items()]
         return (
-            f"protocol {protocol.name}, class {protocol.target}, 95 % bootstrap intervals over {len(self.results)} images; "
+            f"protocol {protocol.name}, class {protocol.target}, 95 % intervals over {len(self.results)} images; "
             + ", ".join(parts)
         )
 

@@ -53,12 +53,12 @@ def cell(frame: pd.DataFrame, method: str, column: str) -> tuple[str, str, str]:
 
 
 def is_best(frame: pd.DataFrame, method: str, column: str) -> bool:
-    """Whether nothing in the column has an interval that lies wholly better."""
+    """Whether no other method is better in the column, by paired differences corrected for the number of methods."""
     return (method, column) in frame.index and int(frame.loc[(method, column)]["rank"]) == 1
 
 
 def markdown(frame: pd.DataFrame, findings: Sequence[str] = ()) -> str:
-    """The table with intervals, methods down and columns across; the best in bold, with all that are tied with it.
+    """The table with intervals, methods down and columns across; bold are those than which no other is better.
 
     Then the differences to the baseline with the ranks, what has to be said, and how far the columns agree.
     """

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 import foveate
+from foveate.intervals import LEVEL
 from foveate.maps import upsample
 from foveate.report import pictures
 from foveate.report.film import picture
@@ -34,9 +35,8 @@ def cell(line: Any, column: str) -> Cell:
     if np.isfinite(line["difference"]):
         value = number(line["difference"], column)
         change = value if value.startswith("-") else f"+{value}"
-        low, high = line["difference_low"], line["difference_high"]
-        if np.isfinite(low) and (low > 0 or high < 0):
-            way = 1 if (low > 0) == (better(column) > 0) else -1
+        if line["p"] <= LEVEL:
+            way = 1 if (line["difference"] > 0) == (better(column) > 0) else -1
     return text, change, way
 
 
