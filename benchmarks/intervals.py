@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -117,6 +118,11 @@ DRAWN: dict[str, tuple[Sampler, float]] = {
 }
 
 
+def resample(share: np.ndarray, repeats: int, n: int) -> np.ndarray:
+    """Samples of a run's images."""
+    return np.asarray(rng.choice(share, (repeats, n)))
+
+
 def of_run(folder: Path) -> dict[str, tuple[Sampler, float]]:
     """The columns of a run in [0, 1] as populations."""
     found: dict[str, tuple[Sampler, float]] = {}
@@ -124,8 +130,7 @@ def of_run(folder: Path) -> dict[str, tuple[Sampler, float]]:
         limits = range_of(column)
         if values.ndim == 1 and limits is not None:
             share = (values[np.isfinite(values)] - limits[0]) / (limits[1] - limits[0])
-            sampler: Sampler = lambda r, n, share=share: rng.choice(share, (r, n))  # type: ignore[misc]
-            found[f"{column} of {method}"] = sampler, float(share.mean())
+            found[f"{column} of {method}"] = partial(resample, share), float(share.mean())
     return found
 
 

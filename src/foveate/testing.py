@@ -21,6 +21,7 @@ from foveate.registry import METHODS, METRICS, Explained, Method, Metric, Spent
 
 SHAPE = (2, 3, 17, 23)  # odd on purpose: height and width are not to be mixed up
 CLASSES = 4
+ROUNDING = 1e-9  # by which a value may leave the range that its metric promises
 
 
 class _GapNet(nn.Module):
@@ -267,7 +268,7 @@ def measured_on(capture: Capture, record: Metric, M: Tensor, batch: Batch, **set
 
 
 def check_metric(metric: str | Metric, **settings: Any) -> None:
-    """Hold a metric against the contract: its columns, one finite value an image, batches like single images, no traces.
+    """Hold a metric against the contract: its columns and ranges, one finite value an image, batches like singles, no traces.
 
     Raises:
         AssertionError: it says what is broken.
@@ -286,6 +287,9 @@ def check_metric(metric: str | Metric, **settings: Any) -> None:
         assert values.ndim == 1 + curve, f"{record.name}: {column} has shape {list(values.shape)}, one value an image is due"
         assert len(values) == 3, f"{record.name}: {column} has shape {list(values.shape)}, and there are 3 images"
         assert curve or torch.isfinite(values).all(), f"{record.name}: {column} holds NaN or infinity"
+        least, most = record.ranges.get(column, (float("-inf"), float("inf")))
+        outside = (values < least - ROUNDING) | (values > most + ROUNDING)
+        assert not outside.any(), f"{record.name}: {column} promises [{least}, {most}] and gives {float(values[outside][0])}"
     for i in range(3):
         rows = slice(i, i + 1)
         one = Batch(batch.x[rows], batch.y[rows], batch.mask[rows], id=batch.id[rows])

@@ -100,9 +100,7 @@ def _trainings(run: list[str], out: str | None, fail_under: list[str] | None, as
             for name, runs in result.runs.items():
                 table.add_row(f"{name.replace('_', ' ')} ({len(runs)})", *[_mean(result.frame, name, c) for c in part])
             console.print(table)
-        console.print(
-            "[dim]mean ± half of the 95 % interval over runs; in colour where the difference to the first is sure, corrected for the recipes[/]"
-        )
+        console.print("[dim]mean ± half of the 95 % interval over runs; in colour where the difference to the first is sure[/]")
         if out is not None:
             err.print(f"written to [bold]{escape(out)}[/]")
     for note in result.notes:
