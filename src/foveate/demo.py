@@ -247,14 +247,7 @@ def _findings(measured: dict[str, Measured]) -> list[str]:
         own, prior = (float(table[(name, "mass_inside")]) for name in (METHOD, "centre"))
         if own < prior:
             sentences.append(f"{title}: less of its map lies on the animal than of a blob in the middle that knows nothing.")
-        for column, way in METRICS.get("recognition").columns.items():
-            sign = -1 if way == "down" else 1
-            best = max(METHOD_NAMES, key=lambda name: sign * float(table[(name, column)]))
-            if METHODS.get(best).control:
-                sentences.append(
-                    f"{title}: {column} is won by {METHODS.get(best).title}, a control: on this data it "
-                    "does not measure the explanation."
-                )
+        sentences += [f"{title}: {sentence}" for sentence in one.table.attrs["findings"]]
         share, name = one.masked
         if share > 0.9:
             sentences.append(
