@@ -50,7 +50,7 @@ FLOORS = [
     {"results", "protocol", "statistics"},
     {"prevalence", "evaluate", "testing", "recipe", "film", "groups"},
     {"runs", "torchmetrics", "confidence", "splits", "trained"},
-    {"outcome", "feature_cache"},
+    {"outcome", "feature_cache", "checkpoints"},
     {"compare", "trainings"},
     {"train"},
     {"report"},
