@@ -146,7 +146,7 @@ class Film:
             for number, epoch in enumerate(known.get("epoch", ())):
                 film.frames.append(Frame(int(epoch), *(known[name][number] for name in columns)))
         except (OSError, EOFError, KeyError, ValueError, TypeError, IndexError, zipfile.BadZipFile, zlib.error) as error:
-            raise FoveateError(f"{str(path)!r} is not a film, or a damaged one: {error}") from None
+            raise FoveateError(f"{str(path)!r} is not a film: {error}") from None
         return film
 
 

@@ -268,7 +268,7 @@ def _from_timm(name: str, pretrained: bool, num_classes: int | None) -> Built:
     try:
         with only_tensors():
             model = library.create_model(name, pretrained=pretrained, num_classes=num_classes)
-    except (OSError, RuntimeError, ValueError) as error:
+    except (OSError, RuntimeError, ValueError, pickle.UnpicklingError) as error:
         raise _not_downloaded(name, error) if pretrained else FoveateError(f"timm could not build {name!r}: {error}") from None
     config = library.data.resolve_model_data_config(model)
     crop = config["input_size"][-2:]
@@ -295,7 +295,7 @@ def _from_torchvision(name: str, pretrained: bool, num_classes: int | None) -> B
     try:
         with only_tensors():
             model = models.get_model(name, weights=weights if pretrained else None, **settings)
-    except (OSError, RuntimeError, ValueError) as error:
+    except (OSError, RuntimeError, ValueError, pickle.UnpicklingError) as error:
         raise (
             _not_downloaded(name, error) if pretrained else FoveateError(f"torchvision could not build {name!r}: {error}")
         ) from None
