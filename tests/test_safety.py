@@ -20,6 +20,7 @@ import foveate
 from foveate import FoveateError, trained
 from foveate.cli import app
 from foveate.data import scenes
+from foveate.data.benchmarks import open_benchmark
 from foveate.models.load import load, read_weights
 from foveate.models.small import small_cnn
 from foveate.recipe import Recipe, read_recipe
@@ -165,6 +166,11 @@ def test_what_a_library_has_downloaded_is_not_unpickled(tmp_path: Path, mark: Pa
     with pytest.raises(FoveateError, match="the pretrained weights of 'resnet18' could not be downloaded"):
         load("torchvision:resnet18", pretrained=True)
     assert not mark.exists()
+
+
+def test_a_data_set_with_pickles_is_refused() -> None:
+    with pytest.raises(FoveateError, match="torchvision keeps an index of LSUN as a pickle"):
+        open_benchmark("torchvision:LSUN:somewhere", load("foveate:small_cnn").preprocess)
 
 
 def test_every_read_says_that_it_runs_no_code() -> None:
