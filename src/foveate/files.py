@@ -9,7 +9,7 @@ import os
 import re
 import stat
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
@@ -157,12 +157,14 @@ def clear_waiting(*folders: str | Path) -> None:
 def locked(folder: str | Path) -> Iterator[None]:
     """Hold a folder until the block ends, or this process does: two runs in one would take each other's files away.
 
-    Of several processes of one run, the first holds it.
+    Of several processes of one run, the first holds it. A folder that was made for it, and has nothing in it then, goes again.
 
     Raises:
         FoveateError: another process holds it, or it cannot be written to.
     """
-    folder = make_folder(folder)
+    folder = Path(folder)
+    made = [place for place in (folder, *folder.parents) if not place.exists()]
+    make_folder(folder)
     try:
         import fcntl
     except ImportError:  # no such locks on Windows
@@ -194,6 +196,9 @@ def locked(folder: str | Path) -> Iterator[None]:
         path.unlink(missing_ok=True)
         _HELD.discard(held)
         held.close()
+        with suppress(OSError):  # not empty
+            for place in made:
+                place.rmdir()
 
 
 def _let_go() -> None:
