@@ -50,7 +50,7 @@ FLOORS = [
     {"results", "protocol", "statistics"},
     {"prevalence", "evaluate", "testing", "recipe", "film", "groups"},
     {"runs", "torchmetrics", "confidence", "splits", "trained"},
-    {"outcome", "feature_cache"},
+    {"outcome", "feature_cache", "checkpoints"},
     {"compare", "trainings"},
     {"train"},
     {"report"},
@@ -87,6 +87,84 @@ def test_a_file_says_what_lives_there(path: Path) -> None:
     text = path.read_text(encoding="utf-8")
     assert ast.get_docstring(ast.parse(text)), "no docstring"
     assert len(text.splitlines()) <= 500, "too long: look for the second thing it does"
+
+
+WRITERS = {
+    "to_csv",
+    "to_parquet",
+    "to_json",
+    "savez",
+    "savez_compressed",
+    "save_file",
+    "savefig",
+    "write_table",
+    "dump",
+    "save",
+}
+TAKERS = {"unlink", "rename", "rmdir", "rmtree", "removedirs", "renames", "symlink_to", "hardlink_to", "truncate"}
+OF_MODULES = {"os.replace", "os.remove", "shutil.move", "shutil.copy", "shutil.copyfile", "shutil.copytree"}
+OWN = {"film.save", "trained.save"}  # which keep to it themselves
+ELSEWHERE = {"files.py": "what all others use", "memory.py": "a switch of the kernel", "runs.py": "", "results.py": ""}
+
+
+def writes(text: str) -> list[str]:
+    """The lines of a file's text that write, rename or delete without ``foveate.files``."""
+    tree, safe = ast.parse(text), set()
+    for node in ast.walk(tree):
+        pairs: list[tuple[ast.expr, ast.expr]] = []
+        if isinstance(node, ast.With):
+            pairs = [(item.context_expr, item.optional_vars) for item in node.items if item.optional_vars is not None]
+        elif isinstance(node, ast.Assign):
+            pairs = [(node.value, target) for target in node.targets]
+        for value, target in pairs:
+            made = ast.unparse(value)
+            if "replacing(" in made or "saving(" in made or made in ("io.BytesIO()", "io.StringIO()"):
+                safe |= {name.id for name in ast.walk(target) if isinstance(name, ast.Name)}
+    for node in ast.walk(tree):
+        for item in node.items if isinstance(node, ast.With) else ():
+            opened = ast.unparse(item.context_expr).partition(".open(")
+            if opened[1] and opened[0] in safe and item.optional_vars is not None:
+                safe.add(ast.unparse(item.optional_vars))
+    found = []
+    for node in (node for node in ast.walk(tree) if isinstance(node, ast.Call)):
+        name = ast.unparse(node.func)
+        owner, _, last = name.rpartition(".")
+        given = {argument.id for argument in node.args if isinstance(argument, ast.Name)}
+        constants = [a.value for a in (*node.args, *(k.value for k in node.keywords)) if isinstance(a, ast.Constant)]
+        mode = next((c for c in constants if isinstance(c, str) and c and set(c) <= set("rwaxbt+")), "r")
+        bad = (
+            (bool(owner) and last in TAKERS)
+            or name in OF_MODULES
+            or (bool(owner) and last == "replace" and len(node.args) == 1 and not node.keywords)  # of a path; text takes two
+            or (last in WRITERS and bool(owner) and name not in OWN and not given & safe)
+            or (last in ("write_text", "write_bytes", "touch") and owner not in ("", "files", *safe))
+            or (last == "open" and set(mode) & set("wax+") and owner not in safe and not given & safe)
+        )
+        if bad:
+            found.append(f"{node.lineno}: {ast.unparse(node)}")
+    return found
+
+
+@pytest.mark.parametrize("path", [path for path in FILES if path.name not in ELSEWHERE], ids=lambda path: path.name)
+def test_files_are_written_and_deleted_in_one_place(path: Path) -> None:
+    """Beside their target, then replaced, and nothing of the user's deleted: through ``foveate.files``."""
+    assert not writes(path.read_text(encoding="utf-8")), "write through foveate.files.replacing, delete through files.delete"
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "Path(a).write_text(b)", "frame.to_csv(folder / 'x.csv')", "open(path, 'w')", "path.open('ab')", "path.open(mode='w')",
+        "np.savez(path, a=a)", "torch.save(a, path)", "image.save(path)", "shutil.rmtree(folder)", "path.unlink()",
+        "a.rename(b)", "os.replace(a, b)", "part.replace(path)", "figure.savefig(path)", "st.save_file(a, path)",
+        "json.dump(a, file)", "with replacing(p) as q:\n    other.write_text('')",
+    ],
+)  # fmt: skip
+def test_writing_elsewhere_is_seen(line: str) -> None:
+    assert len(writes(line)) == 1
+    assert not writes(
+        "with files.replacing(p) as q, q.open('wb') as f:\n    np.savez(f, a=a)\n    x.to_csv(q)\nt.replace('a', 'b')"
+    )
 
 
 def test_public_names_are_explicit_sorted_and_there() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import warnings
 from collections.abc import Sequence
@@ -30,7 +31,8 @@ def made_loggers(names: Sequence[str], folder: Path | None) -> list[Any]:
         from lightning.pytorch import loggers
 
         if name == "csv":
-            made.append(loggers.CSVLogger(folder, name="logs", version=""))
+            part = "" if not (folder / "logs" / "metrics.csv").exists() else _free(folder / "logs")
+            made.append(loggers.CSVLogger(folder, name="logs", version=part))
         elif name == "tensorboard":
             try:
                 made.append(loggers.TensorBoardLogger(folder, name="logs", version=""))
@@ -39,6 +41,11 @@ def made_loggers(names: Sequence[str], folder: Path | None) -> list[Any]:
         else:
             raise FoveateError(f"logger {name!r} is unknown: use 'csv' or 'tensorboard'")
     return made
+
+
+def _free(logs: Path) -> str:
+    """A folder for the figures of a run that goes on: Lightning deletes a ``metrics.csv`` that is there."""
+    return next(name for name in (f"part_{number}" for number in itertools.count(2)) if not (logs / name).exists())
 
 
 class quiet:

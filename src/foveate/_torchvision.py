@@ -7,7 +7,10 @@ when the import fails in this way, and the import is tried again.
 
 from __future__ import annotations
 
+import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import ModuleType
 
 import torch
@@ -42,3 +45,16 @@ def timm() -> ModuleType:
     import timm as module
 
     return module
+
+
+@contextmanager
+def only_tensors() -> Iterator[None]:
+    """Within, ``torch.load`` runs no code also where a library asks it to, as torchvision does with what it downloads."""
+    force, never = "TORCH_FORCE_WEIGHTS_ONLY_LOAD", "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"
+    before = {name: os.environ.pop(name) for name in (force, never) if name in os.environ}
+    os.environ[force] = "1"
+    try:
+        yield
+    finally:
+        del os.environ[force]
+        os.environ.update(before)

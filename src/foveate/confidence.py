@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import io
+import json
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
 from torch import nn
 
+from foveate import files
 from foveate.capture import Capture
 from foveate.errors import FoveateError
 from foveate.evaluate import batches
@@ -18,6 +22,11 @@ from foveate.methods.caso import SAME, Unit, path
 
 TIE = 1e-9  # of 1 - cosine: below it is the rounding of float32 images
 ENOUGH = 20  # images, for a sentence about a trend
+SHARED = ("data", "eta", "unit")  # of the studies in one folder, which share a figure
+COLUMNS = (
+    *("id", "confidence", "cosine", "cosine_dense", "distance", "eta", "largest", "second", "predicted", "factored"),
+    *("classes", "products", "error", "seconds", "ratio"),
+)
 
 
 @dataclass(frozen=True)
@@ -72,7 +81,7 @@ def study(
     batch_size: int = 4,
     tick: Callable[[int], None] | None = None,
 ) -> pd.DataFrame:
-    """One row an image, appended to ``file`` as they come; images that have a row there already are not run again.
+    """One row an image, in ``file`` as they come; images that have a row there already are not run again.
 
     Columns: ``id``; ``confidence``, p of the predicted class q; ``cosine`` and ``distance`` (of the directions) between CASO
     and CAFO with the share ``eta`` of zeros; ``cosine_dense`` with ``lambda_1 = 0``; the eigenvalues ``largest`` and
@@ -80,8 +89,12 @@ def study(
     ``error`` (the bound of the solver) and ``seconds`` of the method, an image.
 
     Source: Singla et al., ICML 2019, section on confidence; the ratio for uniform residual mass is exact.
+
+    Raises:
+        FoveateError: ``file`` is there and is not such a table; the network has no softmax head.
     """
-    done = set(pd.read_csv(file, dtype={"id": str})["id"]) if file.exists() else set()
+    known_rows = read_rows(file)
+    done = set(known_rows["id"])
     for batch in batches(data, batch_size):
         if set(batch.id) <= done:
             if tick is not None:
@@ -115,11 +128,31 @@ def study(
         )
         rows["ratio"] = rows["largest"] / rows["second"].where(rows["second"] > 0)
         rows = rows[~rows["id"].isin(done)]
-        rows.to_csv(file, mode="a", header=not file.exists(), index=False)
+        known_rows = pd.concat([known_rows, rows], ignore_index=True) if len(known_rows) else rows
+        with files.replacing(file) as waiting:  # some 150 bytes an image: nothing beside its eigenvalues
+            known_rows.to_csv(waiting, index=False)
         done |= set(batch.id)
         if tick is not None:
             tick(len(batch))
-    return pd.read_csv(file, dtype={"id": str})
+    return read_rows(file)
+
+
+def read_rows(file: Path) -> pd.DataFrame:
+    """The rows of :func:`study` in a file, none where it is not there; a last line that was cut short is left out.
+
+    Raises:
+        FoveateError: it is another table, or damaged.
+    """
+    try:
+        text = file.read_text(encoding="utf-8") if file.exists() else ""
+        whole = io.StringIO(text[: text.rfind("\n") + 1] or ",".join(COLUMNS))
+        rows = pd.read_csv(whole, dtype={"id": str}, float_precision="round_trip")
+        numbers = [name for name in COLUMNS[1:] if name in rows and (rows[name].dtype.kind in "if" or rows.empty)]
+        if list(rows.columns) != ["id", *numbers] or len(numbers) < len(COLUMNS) - 1:
+            raise ValueError("its columns are others")
+    except (OSError, ValueError) as error:
+        raise FoveateError(f"{str(file)!r} is no table of foveate confidence: {error}; name another --out") from None
+    return rows
 
 
 def trend(rows: pd.DataFrame) -> Trend:
@@ -158,7 +191,17 @@ def _spearman(x: np.ndarray, y: np.ndarray, samples: int = 1000) -> tuple[float,
     return of(x, y), float(low), float(high)
 
 
+def read_call(file: Path) -> dict[str, Any] | None:
+    """What a network was studied with, from the JSON beside its rows; None where the file is of something else."""
+    try:
+        call = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return call if isinstance(call, dict) and {*SHARED} <= call.keys() else None
+
+
 def known(folder: Path) -> dict[str, pd.DataFrame]:
     """The rows of every network that has been studied into a folder, by its name: those whose call lies beside them."""
-    calls = [file for file in sorted(folder.glob("*.json")) if file.with_suffix(".csv").is_file()]
-    return {file.stem: pd.read_csv(file.with_suffix(".csv"), dtype={"id": str}) for file in calls}
+    pairs = [file for file in sorted(folder.glob("*.json")) if file.with_suffix(".csv").is_file()]
+    calls = [file for file in pairs if read_call(file) is not None]
+    return {file.stem: read_rows(file.with_suffix(".csv")) for file in calls}

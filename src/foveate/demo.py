@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,12 +16,15 @@ import foveate
 from foveate import maps, train
 from foveate.batch import Batch
 from foveate.data import scenes
+from foveate.errors import FoveateError
 from foveate.evaluate import evaluate
 from foveate.explain import Explanation, explain
-from foveate.recipe import read_recipe
+from foveate.files import locked
+from foveate.recipe import Recipe, read_recipe
 from foveate.registry import METHODS, METRICS
 from foveate.report import pictures
 from foveate.report.page import Look, render
+from foveate.trained import is_trained, name_of
 
 METHOD = "contrastive_cam"
 METHOD_NAMES = (METHOD, "grad_cam", "layer_cam", "fake_cam", "random", "centre")
@@ -66,10 +69,33 @@ def demo(
 
     Returns:
         The document of ``foveate demo --json``.
+
+    Raises:
+        FoveateError: another process writes there, or the folder holds runs that are not the demo's.
     """
     out = Path(out)
-    say("drawing the scenes")
     recipes = {key: read_recipe(source, {"seed": seed, "measure.images": 0}) for key, (source, *_) in RUNS.items()}
+    with locked(out):
+        _check_own(out, recipes)
+        return _demo(out, seed, recipes, say, callbacks, tick)
+
+
+def _check_own(out: Path, recipes: Mapping[str, Recipe]) -> None:
+    """The demo replaces its own runs without a question, and no others."""
+    for key, recipe in recipes.items():
+        if is_trained(out / key) and (name := name_of(out / key)) not in (None, recipe.name):
+            raise FoveateError(f"{str(out / key)!r} holds the run {name!r}, which is not the demo's: name another --out")
+
+
+def _demo(
+    out: Path,
+    seed: int,
+    recipes: Mapping[str, Recipe],
+    say: Callable[[str], None],
+    callbacks: Callable[[str], list[Any]],
+    tick: Callable[[], object],
+) -> dict[str, Any]:
+    say("drawing the scenes")
     size = recipes["plain"].size or 96
     data: dict[str, scenes.Scenes] = {split: scenes.make(split, seed, size, tick) for split in scenes.SPLITS}
     measured: dict[str, Measured] = {}

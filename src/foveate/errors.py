@@ -19,6 +19,10 @@ class ImageError(FoveateError):
         self.path = str(path)
 
 
+class WriteError(FoveateError):
+    """A file cannot be written: the disk is full, or the folder is not writable; what was there before is as it was."""
+
+
 class DegenerateMapWarning(UserWarning):
     """A saliency map is constant or zero: it carries no information, and is scaled to 0."""
 

@@ -3,26 +3,32 @@
 from __future__ import annotations
 
 import hashlib
+import re
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from foveate import files
 from foveate.errors import FoveateError
 
 SPARE = 0.8  # share of the free disk that features may take
+MARKER, KIND = "foveate-features.json", "features"
+NAMING = re.compile(r"[0-9a-f]{24}\.safetensors")
 
 
 class FeatureCache:
     """Features of images by their pixels, one file an image, in float32.
 
-    What another model made is never read: its features lie in a folder of their own, named by a digest of its weights.
+    What another model made is never read: its features lie in a folder of their own, named by a digest of its weights, and
+    are deleted to make room. Nothing else in ``folder`` is touched: see :func:`foveate.files.delete_marked`.
 
     Args:
-        folder: where they are kept.
+        folder: where they are kept; one process holds it.
         compute: from images ``[B,3,H,W]`` to a list of features, ``[B,...]`` each; called once an image.
         model: what they depend on: its weights and structure.
     """
@@ -34,11 +40,12 @@ class FeatureCache:
             digest.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
         self.folder = Path(folder) / digest.hexdigest()
         self.compute = compute
-        if Path(folder).is_dir():
-            for other in Path(folder).iterdir():
-                if other != self.folder:
-                    shutil.rmtree(other)
-        self.folder.mkdir(parents=True, exist_ok=True)
+        for marker in Path(folder).glob(f"*/{MARKER}"):
+            if marker.parent.name != self.folder.name:
+                files.delete_marked(marker, KIND, NAMING)
+        files.make_folder(self.folder)
+        if not (self.folder / MARKER).exists():
+            files.mark(self.folder / MARKER, KIND, self.folder.name)
 
     def check_room(self, x: Tensor, count: int) -> None:
         """Refuse what the disk cannot hold.
@@ -62,14 +69,22 @@ class FeatureCache:
         """The features of a batch; those that are not known yet are computed together and kept."""
         pixels = x.detach().cpu().contiguous()
         names = [hashlib.blake2b(image.numpy().tobytes(), digest_size=12).hexdigest() for image in pixels]
-        files = [self.folder / f"{name}.safetensors" for name in names]
-        missing = [i for i, file in enumerate(files) if not file.is_file()]
+        places = [self.folder / f"{name}.safetensors" for name in names]
+        known = [_read(place) for place in places]
+        missing = [i for i, one in enumerate(known) if one is None]
         if missing:
             with torch.no_grad():
                 found = self.compute(x[missing])
             for row, i in enumerate(missing):
-                part = files[i].with_suffix(".part")  # a run that is killed here leaves no half a file
-                save_file({str(k): F_l[row].float().cpu().contiguous() for k, F_l in enumerate(found)}, part)
-                part.rename(files[i])
-        known = [load_file(file) for file in files]
-        return [torch.stack([one[str(k)] for one in known]).to(x.device) for k in range(len(known[0]))]
+                known[i] = {str(k): F_l[row].float().cpu().contiguous() for k, F_l in enumerate(found)}
+                files.write_tensors(places[i], known[i] or {}, flush=False)  # a damaged one is computed again
+        rows = [one for one in known if one is not None]
+        return [torch.stack([one[str(k)] for one in rows]).to(x.device) for k in range(len(rows[0]))]
+
+
+def _read(place: Path) -> dict[str, Tensor] | None:
+    """The features of an image; None where they are not there, or damaged."""
+    try:
+        return load_file(place) if files.is_regular(place) else None
+    except (OSError, SafetensorError):
+        return None

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import zipfile
+import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,7 +13,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from foveate import maps
+from foveate import files, maps
 from foveate._lightning import ready
 from foveate.batch import Batch
 from foveate.capture import Capture
@@ -107,24 +109,24 @@ class Film:
         ]
 
     def save(self, path: str | Path) -> None:
-        """Write images and frames to a ``.npz`` file that numpy can open."""
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        """Write images and frames to a ``.npz`` file that numpy can open, whole or not at all."""
         columns = ("epoch", "maps", "predicted", "probability", "inside")
         frames: dict[str, Any] = {
             name: np.stack([getattr(frame, name) for frame in self.frames]) for name in columns if self.frames
         }
         assert self.batch.y is not None  # likewise
         mask: dict[str, Any] = {} if self.batch.mask is None else {"mask": self.batch.mask.cpu().numpy()}
-        np.savez_compressed(
-            path,
-            images=(255 * self.batch.x).round().byte().cpu().numpy(),
-            labels=self.batch.y.cpu().numpy(),
-            ids=np.array(self.batch.id, dtype=str),
-            names=np.array(self.class_names or (), dtype=str),
-            method=np.array(self.method),
-            **mask,
-            **frames,
-        )
+        with files.replacing(path) as waiting, waiting.open("wb") as file:  # by its name, numpy would add an ending
+            np.savez_compressed(
+                file,
+                images=(255 * self.batch.x).round().byte().cpu().numpy(),
+                labels=self.batch.y.cpu().numpy(),
+                ids=np.array(self.batch.id, dtype=str),
+                names=np.array(self.class_names or (), dtype=str),
+                method=np.array(self.method),
+                **mask,
+                **frames,
+            )
 
     @staticmethod
     def load(path: str | Path) -> Film:
@@ -143,7 +145,7 @@ class Film:
             columns = ("maps", "predicted", "probability", "inside")
             for number, epoch in enumerate(known.get("epoch", ())):
                 film.frames.append(Frame(int(epoch), *(known[name][number] for name in columns)))
-        except (OSError, KeyError, ValueError) as error:
+        except (OSError, EOFError, KeyError, ValueError, TypeError, IndexError, zipfile.BadZipFile, zlib.error) as error:
             raise FoveateError(f"{str(path)!r} is not a film: {error}") from None
         return film
 

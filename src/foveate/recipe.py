@@ -11,6 +11,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from foveate.errors import FoveateError
+from foveate.models.load import refuse_code
 from foveate.registry import LOSSES, METHODS, check_settings
 
 RECIPES = Path(__file__).parent / "recipes"
@@ -145,14 +146,20 @@ class Recipe(_Strict):
         return 0.0 if any(LOSSES.get(term.name).replaces for term in self.losses) else 1.0
 
 
-def read_recipe(source: str | Path, changes: Mapping[str, Any] | None = None, *, small: bool = False) -> Recipe:
+def read_recipe(
+    source: str | Path, changes: Mapping[str, Any] | None = None, *, small: bool = False, trust_code: bool = False
+) -> Recipe:
     """A recipe from a YAML file, or one of foveate's own by name; ``changes`` replace values (``augment.flip``: True).
 
     ``extends: NAME`` in a file takes everything from another recipe first; ``small:`` holds changes for a machine without
     a GPU, which count where ``small`` is asked for.
 
+    Args:
+        trust_code: take a model that the file, and not ``changes``, says is made by a Python file: training runs that file.
+
     Raises:
-        FoveateError: no such recipe, broken YAML, an unknown key or a value out of range; each with its place.
+        FoveateError: no such recipe, broken YAML, an unknown key or a value out of range, each with its place; a Python
+            file that is not trusted.
     """
     content, reduced = _content(source, ())
     if small and not reduced:
@@ -160,7 +167,10 @@ def read_recipe(source: str | Path, changes: Mapping[str, Any] | None = None, *,
     for key, value in {**(reduced if small else {}), **(changes or {})}.items():
         _put(content, key, value, str(source))
     content.setdefault("name", Path(source).stem)
-    return _validated(content, f"recipe {str(source)!r}")
+    recipe = _validated(content, f"recipe {str(source)!r}")
+    if "model" not in (changes or {}):
+        refuse_code(recipe.model, f"recipe {str(source)!r}", trust_code)
+    return recipe
 
 
 def _content(source: str | Path, seen: tuple[str, ...]) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -6,6 +6,7 @@ import math
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -20,6 +21,7 @@ from foveate import outcome, schedules, trained
 from foveate._lightning import made_loggers, quiet, ready
 from foveate.batch import Batch
 from foveate.capture import Capture
+from foveate.checkpoints import CheckpointIO, RunFolder, held
 from foveate.classifier import evaluating, read_logits
 from foveate.data import scenes
 from foveate.errors import FoveateError, NotFiniteError
@@ -43,7 +45,6 @@ from lightning.pytorch.callbacks import Callback, EarlyStopping, ModelCheckpoint
 
 PRECISION = {"fp32": "32-true", "bf16": "bf16-mixed", "fp16": "16-mixed"}
 Logger = Literal["csv", "tensorboard"]
-UNCHECKED = ("name", "measure", "film")  # of a recipe: what a run that goes on may have otherwise
 
 
 class Training(L.LightningModule):
@@ -187,6 +188,9 @@ class Training(L.LightningModule):
         checkpoint["recipe"] = self.recipe.model_dump(mode="json")
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        before = {name: value.shape for name, value in checkpoint["state_dict"].items()}
+        if before != {name: value.shape for name, value in self.state_dict().items()}:
+            raise FoveateError("the checkpoint is of another model than the recipe and its data make now: start another run")
         self.history = list(checkpoint["history"])
         self.best = checkpoint.get("best")
 
@@ -288,36 +292,61 @@ def train(
     loggers: Sequence[Logger] = (),
     workers: int = 0,
     compiled: bool = False,
+    trust_code: bool = False,
 ) -> Run:
     """Train a recipe; on CPUs the same recipe gives the same weights.
+
+    A run can be killed at any moment: ``resume`` goes on from its last finished epoch to the same weights.
 
     Args:
         out: folder for weights, curves, film and checkpoints; nothing is written where it is None.
         data: the splits, where they are at hand already.
         callbacks: Lightning's, such as a progress bar.
         resume: go on from the last finished epoch in ``out``, with the recipe that it was started with.
-        overwrite: replace a run that ``out`` holds.
+        overwrite: replace a run that ``out`` holds, once the first epoch of this one is on the disk.
         devices: GPUs, or processes on CPUs; a batch is divided among them.
         loggers: ``csv`` and ``tensorboard``, into ``out/logs``.
         workers: processes that read images.
         compiled: ``torch.compile`` for what no loss looks into.
+        trust_code: where the model is the folder of a run whose recipe names a Python file, run it.
 
     Raises:
         KeyboardInterrupt: with a message that says how to go on.
-        FoveateError: ``out`` holds a run, or one of another recipe where it is to be resumed; there is nothing to resume;
-            the model, the data and the losses do not fit; the loss became NaN.
+        WriteError: a file cannot be written; the last checkpoint is kept.
+        FoveateError: ``out`` holds a run, or one of another recipe where it is to be resumed; another process writes there;
+            there is nothing to resume; the model, the data and the losses do not fit; the loss became NaN.
     """
     folder = Path(out) if out is not None else None
-    checkpoint = _checkpoint(recipe, folder, resume, overwrite)
+    if folder is None and resume:
+        raise FoveateError("there is no run to resume without a folder: name the one where it is")
+    with held(folder):
+        place = RunFolder(folder, recipe, resume, overwrite) if folder is not None else None
+        options: dict[str, Any] = {"devices": devices, "loggers": loggers, "workers": workers, "compiled": compiled}
+        return _train(recipe, place, data, callbacks, trust_code=trust_code, **options)
+
+
+def _train(
+    recipe: Recipe,
+    place: RunFolder | None,
+    data: Mapping[str, Dataset[Batch]] | None,
+    callbacks: Sequence[Callback],
+    *,
+    devices: int,
+    loggers: Sequence[Logger],
+    workers: int,
+    compiled: bool,
+    trust_code: bool,
+) -> Run:
+    folder, checkpoint = (None, None) if place is None else (place.folder, place.checkpoint)
     L.seed_everything(recipe.seed, verbose=False)
-    classifier, splits = prepared(recipe, data)
+    classifier, splits = prepared(recipe, data, trust_code)
     module = Training(classifier, recipe, compiled)
     if recipe.cache_features:
         stream: CAStream = classifier.model  # type: ignore[assignment]
         kept = tempfile.TemporaryDirectory(prefix="foveate-")  # gone with the run, where it has no folder
-        place = Path(kept.name) if folder is None else folder / "features"
+        where = Path(kept.name) if folder is None else folder / "features"
         compute = torch.no_grad()(lambda x: stream.features(classifier.normalise(x)))
-        module.cache = FeatureCache(place, compute, stream.backbone)
+        module.cache = FeatureCache(where, compute, stream.backbone)
         module.cache.check_room(splits["train"][0].x, len(splits["train"]) + len(splits["val"]))  # type: ignore[arg-type]
     film = None
     extra: list[Callback] = [EarlyStopping("val_accuracy", patience=recipe.early_stop, mode="max")] if recipe.early_stop else []
@@ -329,17 +358,21 @@ def train(
     if checkpoint is not None:
         options: dict[str, Any] = {"save_top_k": 1, "enable_version_counter": False, "save_on_train_epoch_end": True}
         extra.append(ModelCheckpoint(checkpoint.parent, filename="last", **options))
-    with quiet():
-        trainer = _trainer(recipe, devices, made_loggers(loggers, folder), [*extra, *callbacks])
+    with quiet(), place.running() if place is not None else nullcontext():
+        plugins = [CheckpointIO(place)] if place is not None else []
+        trainer = _trainer(recipe, devices, made_loggers(loggers, folder), [*extra, *callbacks], plugins)
         loaders = _loaders(recipe, splits, devices, workers)
+        if place is not None:
+            place.begin()
         try:
-            trainer.fit(module, *loaders, ckpt_path=str(checkpoint) if resume else None, weights_only=True)
+            resumed = str(checkpoint) if place is not None and place.resumed else None
+            trainer.fit(module, *loaders, ckpt_path=resumed, weights_only=True)
         except SystemExit:  # Lightning's answer to Ctrl-C
             if not trainer.interrupted:
                 raise
     if trainer.interrupted:
         done = len(module.history)
-        go_on = "; go on with --resume" if checkpoint is not None and checkpoint.is_file() else ""
+        go_on = "; go on with --resume" if done and checkpoint is not None and checkpoint.is_file() else ""
         raise KeyboardInterrupt(f"interrupted after {done} of {recipe.epochs} epochs{go_on}")
     epoch = len(module.history)
     if module.best is not None:
@@ -348,34 +381,23 @@ def train(
     classifier.cpu().eval()
     seconds = sum(line["seconds"] for line in module.history)  # also those before it was interrupted
     run = Run(classifier, recipe, splits, module.history, seconds, folder, film, epoch)
-    if folder is not None and trainer.is_global_zero:
+    if place is not None and trainer.is_global_zero:
         record = {"name": recipe.name, "seed": recipe.seed, "epoch": epoch, "seconds": run.seconds, **run.outcome}
         record |= {"outputs": run.outputs, "class_names": classifier.class_names, "wordnet_ids": classifier.wordnet_ids}
-        trained.save(folder, classifier.model, recipe.model_dump(mode="json"), run.history, record)
+        with place.running():
+            trained.save(place.folder, classifier.model, place.settings, run.history, record)
     return run
 
 
-def _checkpoint(recipe: Recipe, folder: Path | None, resume: bool, overwrite: bool) -> Path | None:
-    """Where the run keeps its last epoch; the folder is as the call wants it."""
-    checkpoint = folder / "checkpoints" / "last.ckpt" if folder is not None else None
-    if resume and (checkpoint is None or not checkpoint.is_file()):
-        raise FoveateError(f"there is no run to resume in {str(folder)!r}: start one without --resume")
-    if resume and checkpoint is not None:
-        _check_same(recipe, checkpoint)
-    elif checkpoint is not None and checkpoint.is_file() and not overwrite and processes()[1] == 1:
-        raise FoveateError(f"{str(folder)!r} holds a run already: name another folder, or ask to resume or to overwrite it")
-    elif checkpoint is not None:
-        checkpoint.unlink(missing_ok=True)
-    return checkpoint
-
-
-def prepared(recipe: Recipe, data: Mapping[str, Dataset[Batch]] | None = None) -> tuple[Classifier, dict[str, Dataset[Batch]]]:
+def prepared(
+    recipe: Recipe, data: Mapping[str, Dataset[Batch]] | None = None, trust_code: bool = False
+) -> tuple[Classifier, dict[str, Dataset[Batch]]]:
     """The model of a recipe, in training mode, and its splits; what does not fit together is refused before training.
 
     Raises:
         FoveateError: fewer outputs than classes; a loss needs masks that the data has not.
     """
-    classifier = _classifier(recipe, data)
+    classifier = _classifier(recipe, data, trust_code)
     splits = dict(data) if data is not None else open_splits(recipe, classifier.preprocess)
     if missing := [split for split in ("train", "val") if split not in splits]:
         raise FoveateError(f"training needs the splits train and val, and {missing[0]} is missing")
@@ -397,7 +419,7 @@ def prepared(recipe: Recipe, data: Mapping[str, Dataset[Batch]] | None = None) -
     return classifier, splits
 
 
-def _classifier(recipe: Recipe, data: Mapping[str, Dataset[Batch]] | None) -> Classifier:
+def _classifier(recipe: Recipe, data: Mapping[str, Dataset[Batch]] | None, trust_code: bool) -> Classifier:
     count, names = None, list(scenes.CLASSES) if recipe.data == "scenes" else None
     if not recipe.model.rpartition(":")[0].endswith(".py"):
         if names is not None:
@@ -417,6 +439,7 @@ def _classifier(recipe: Recipe, data: Mapping[str, Dataset[Batch]] | None) -> Cl
                 raise FoveateError(f"a binary head has two classes, and the data has {count}")
             count = 1
     options: dict[str, Any] = {"size": recipe.size, "mean": recipe.mean, "std": recipe.std, "num_classes": count}
+    options["trust_code"] = trust_code
     classifier = load(recipe.model, weights=recipe.weights, pretrained=recipe.pretrained, **options)
     if recipe.contrastive_architecture:
         classifier = contrastive_architecture(classifier)
@@ -445,7 +468,7 @@ def _loaders(
     return train_loader, DataLoader(val_data, 128, **options)
 
 
-def _trainer(recipe: Recipe, devices: int, loggers: list[Any], callbacks: list[Callback]) -> L.Trainer:
+def _trainer(recipe: Recipe, devices: int, loggers: list[Any], callbacks: list[Callback], plugins: list[Any]) -> L.Trainer:
     accelerator = "cuda" if torch.cuda.is_available() else "cpu"
     if recipe.precision == "bf16":
         warn_if_slow(torch.device(accelerator))
@@ -466,18 +489,7 @@ def _trainer(recipe: Recipe, devices: int, loggers: list[Any], callbacks: list[C
             num_sanity_val_steps=0,
             use_distributed_sampler=False,
             callbacks=callbacks,
+            plugins=plugins,
         )
     except (RuntimeError, ValueError) as error:
         raise FoveateError(f"{devices} device(s) cannot be used here: {str(error).splitlines()[0]}") from None
-
-
-def _check_same(recipe: Recipe, checkpoint: Path) -> None:
-    """Another recipe, or another number of epochs, which the learning rate follows, would be a run of neither."""
-    before = torch.load(checkpoint, map_location="cpu", weights_only=True).get("recipe", {})
-    now = recipe.model_dump(mode="json")
-    for key in now:
-        if key not in UNCHECKED and before.get(key) != now[key]:
-            raise FoveateError(
-                f"the run in {str(checkpoint.parents[1])!r} was started with {key} {before.get(key)!r}, and now it is "
-                f"{now[key]!r}: resume it with the same recipe, or start another run"
-            )

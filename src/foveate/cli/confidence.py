@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
@@ -11,6 +13,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
+from foveate import files
 from foveate.cli.evaluate import Data, measuring, open_data
 from foveate.cli.options import (
     Classes,
@@ -24,6 +27,7 @@ from foveate.cli.options import (
     Pretrained,
     Size,
     Std,
+    TrustCode,
     Weights,
     open_model,
     out_folder,
@@ -52,11 +56,12 @@ def confidence(
     std: Std = None,
     device: Device = "auto",
     classes: Classes = None,
+    trust_code: TrustCode = False,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
     """CASO against CAFO by confidence: run it once for each network with the same --out, and they share one figure."""
-    with sentences(debug):
+    with sentences(debug), ExitStack() as stack:
         from foveate import confidence as studies
         from foveate.report.confidence import draw
 
@@ -65,22 +70,14 @@ def confidence(
         called = name or Path(model.split(":")[-1]).name
         if not called.replace("-", "").replace("_", "").replace(".", "").isalnum():
             raise FoveateError(f"--name {called!r} becomes a file's name: use letters, digits, - and _")
-        classifier = open_model(model, weights, pretrained, num_classes, size, mean, std, classes, device)
+        classifier = open_model(model, weights, pretrained, num_classes, size, mean, std, classes, device, trust_code)
         source = open_data(data, classifier, False, limit)
         folder = out_folder(out)
-        shared = {"data": data, "eta": eta, "unit": unit}
-        call = {**shared, "model": model, "weights": weights, "mean": mean, "std": std}
+        call = {"data": data, "eta": eta, "unit": unit, "model": model, "weights": weights, "mean": mean, "std": std}
         call |= {"pretrained": pretrained, "size": size, "num_classes": num_classes}
-        record = folder / f"{called}.json"
-        for other in folder.glob("*.json"):
-            before = json.loads(other.read_text(encoding="utf-8"))
-            if other == record and before != call:
-                raise FoveateError(f"{str(record)!r} is of another call: give another --name or --out")
-            if any(before.get(key) != value for key, value in shared.items()):
-                raise FoveateError(
-                    f"{str(other)!r} has other data, eta or unit, and one figure cannot show both: give another --out"
-                )
-        record.write_text(json.dumps(call, indent=2) + "\n", encoding="utf-8")
+        stack.enter_context(files.locked(folder))
+        files.clear_waiting(folder)
+        _claim(folder, called, call)
         print_notes(classifier)
         options: dict[str, Any] = {"eta": eta, "unit": unit, "batch_size": batch_size}
         with measuring(len(source), as_json) as tick:
@@ -97,3 +94,32 @@ def confidence(
         for key, value in trends.items():
             console.print(f"• {escape(value.sentence(key))}")
         console.print(f"written to [bold]{escape(out)}[/]: {called}.csv, and the figure [bold]confidence.png[/]")
+
+
+def _claim(folder: Path, called: str, call: Mapping[str, Any]) -> None:
+    """Write down which call a name is of; the other studies of the folder must fit into one figure with it.
+
+    Raises:
+        FoveateError: they do not, or a file of that name is of something else.
+    """
+    from foveate.confidence import SHARED, read_call
+
+    record, known = folder / f"{called}.json", False
+    for other in folder.glob("*.json"):
+        before = read_call(other)
+        if before is None:
+            if other == record:
+                raise FoveateError(f"{str(record)!r} is not of foveate confidence: give another --name or --out")
+            continue
+        known = True
+        if other == record and before != call:
+            raise FoveateError(f"{str(record)!r} is of another call: give another --name or --out")
+        if any(before[key] != call[key] for key in SHARED):
+            raise FoveateError(
+                f"{str(other)!r} has other data, eta or unit, and one figure cannot show both: give another --out"
+            )
+    written = [f"{called}.csv"] * (not record.exists()) + ["confidence.png"] * (not known)
+    for name in written:
+        if (folder / name).exists():
+            raise FoveateError(f"{str(folder / name)!r} is there already, and not of foveate confidence: give another --out")
+    files.write_json(record, call)

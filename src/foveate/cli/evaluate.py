@@ -29,6 +29,7 @@ from foveate.cli.options import (
     Setting,
     Size,
     Std,
+    TrustCode,
     Weights,
     err,
     listed,
@@ -92,6 +93,7 @@ def evaluate(
     std: Std = None,
     device: Device = "auto",
     classes: Classes = None,
+    trust_code: TrustCode = False,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
@@ -121,7 +123,7 @@ def evaluate(
             keep_maps=True,
         )
         statistics.baseline_of([record.name for record in plan.records], baseline)
-        classifier = open_model(model, weights, pretrained, num_classes, size, mean, std, classes, device)
+        classifier = open_model(model, weights, pretrained, num_classes, size, mean, std, classes, device, trust_code)
         unclipped = plan.protocol.metrics.get("localization", {}).get("clip", True) is False
         source = open_data(data, classifier, unclipped, limit)
         folder = out_folder(out)

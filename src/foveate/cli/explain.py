@@ -32,6 +32,7 @@ from foveate.cli.options import (
     Setting,
     Size,
     Std,
+    TrustCode,
     Weights,
     class_index,
     err,
@@ -96,6 +97,7 @@ def explain(
     std: Std = None,
     device: Device = "auto",
     classes: Classes = None,
+    trust_code: TrustCode = False,
     pictures: Annotated[
         str, typer.Option(help="all: overlays, four panels and sheets; overlay; sheet: one picture an image; or none.")
     ] = "all",
@@ -115,7 +117,7 @@ def explain(
         ungrouped(names)  # an unknown name stops here, before the model is built
         if not names:
             raise FoveateError(f"--method {given!r} names none: see 'foveate list methods'")
-        classifier = open_model(model, weights, pretrained, num_classes, size, mean, std, classes, device)
+        classifier = open_model(model, weights, pretrained, num_classes, size, mean, std, classes, device, trust_code)
         question = Question(
             methods=names,
             layer=several(layer),

@@ -41,6 +41,9 @@ Setting = Annotated[
 ]
 Out = Annotated[str, typer.Option("--out", "-o", help="Folder for what is written.")]
 Json = Annotated[bool, typer.Option("--json", help="One JSON document on standard output, nothing else there.")]
+TrustCode = Annotated[
+    bool, typer.Option("--trust-code", help="Run the Python file that a recipe, or a run's folder, names as its model.")
+]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 
 
@@ -88,6 +91,7 @@ def open_model(
     std: str | None,
     classes: str | None,
     device: str,
+    trust_code: bool = False,
 ) -> Classifier:
     from foveate.models.load import load
 
@@ -106,6 +110,7 @@ def open_model(
         mean=_numbers("mean", mean),
         std=_numbers("std", std),
         class_names=names,
+        trust_code=trust_code,
     )
     return _moved(loaded, device)
 

@@ -16,6 +16,7 @@ from foveate.cli.options import (
     Debug,
     Json,
     Out,
+    TrustCode,
     err,
     out_folder,
     sentences,
@@ -65,6 +66,7 @@ def train(
     logger: Annotated[list[str] | None, typer.Option(help="csv or tensorboard, into OUT/logs. Repeat.")] = None,
     workers: Annotated[int, typer.Option(min=0, help="Processes that read images.")] = 0,
     compiled: Annotated[bool, typer.Option("--compile", help="torch.compile where no loss looks inside.")] = False,
+    trust_code: TrustCode = False,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
@@ -86,11 +88,12 @@ def train(
             changes[key] = yaml.safe_load(value)
         if data is not None:
             changes = {"data.train" if data != "scenes" else "data": data, **changes}
-        settings = read_recipe(recipe, changes, small=small)
+        settings = read_recipe(recipe, changes, small=small, trust_code=trust_code)
         out_folder(out)
         first = int(os.environ.get("LOCAL_RANK", "0")) == 0  # of several processes, which all run this
         bars = [] if as_json or not first else [_epoch_bar(settings.name)]
         options: dict[str, Any] = {"devices": devices, "loggers": logger or [], "workers": workers, "compiled": compiled}
+        options["trust_code"] = trust_code
         result = run(settings, out, overwrite=overwrite, callbacks=bars, resume=resume, **options)
         if not first:
             return

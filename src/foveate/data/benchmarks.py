@@ -173,6 +173,10 @@ def open_torchvision(where: str, preprocess: Preprocess, train: bool = False) ->
     if name not in kinds.__all__:
         known = ", ".join(n for n in ("CIFAR10", "CIFAR100", "Flowers102", "Food101", "ImageNet", "OxfordIIITPet", "STL10"))
         raise FoveateError(f"torchvision has no data set {name!r}: it has {known}, and others")
+    if name.startswith("LSUN"):
+        raise FoveateError(
+            f"torchvision keeps an index of {name} as a pickle, and code in it is not run: use a folder of images"
+        )
     kind = getattr(kinds, name)
     parameters = inspect.signature(kind).parameters
     options: dict[str, Any] = {"train": train} if "train" in parameters else {}

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from foveate._torchvision import timm, torchvision
+from foveate._torchvision import only_tensors, timm, torchvision
 from foveate.classifier import IMAGENET_MEAN, IMAGENET_STD, Normalized
 from foveate.errors import FoveateError
 from foveate.imagenet import LINE, WORDNET_ID, imagenet_names, without_ids, wordnet_ids
@@ -122,6 +122,7 @@ def load(
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
     class_names: Sequence[str] | None = None,
+    trust_code: bool = False,
 ) -> Classifier:
     """A classifier by name, in evaluation mode, with its own preprocessing and its normalisation inside.
 
@@ -136,18 +137,20 @@ def load(
         size: input size other than the model's own.
         mean, std: normalisation, where the model does not say.
         class_names: where they are not ImageNet's.
+        trust_code: run the Python file that the recipe of a run's folder names. A file that ``spec`` itself names is run
+            without it.
 
     Raises:
         FoveateError: an unknown source, model or factory; weights that cannot be read, do not fit or hold NaN; a
-            factory that returns a model in training mode.
+            factory that returns a model in training mode; code that was not asked for.
     """
     if (Path(spec) / "recipe.yaml").is_file():
-        return _from_run(Path(spec), Path(weights) if weights is not None else Path(spec) / "model.safetensors")
+        return _from_run(Path(spec), Path(weights) if weights is not None else Path(spec) / "model.safetensors", trust_code)
     if spec.startswith(STREAM):
         from foveate.models.castream import ca_stream
 
         options: dict[str, Any] = {"pretrained": pretrained, "num_classes": num_classes, "size": size}
-        options |= {"mean": mean, "std": std, "class_names": class_names}
+        options |= {"mean": mean, "std": std, "class_names": class_names, "trust_code": trust_code}
         made: Classifier = ca_stream(load(spec.removeprefix(STREAM), **options))
         if weights is not None:
             load_weights(made.model, weights)
@@ -190,7 +193,28 @@ def load(
     return Classifier(model, preprocess, spec, class_names if class_names is not None else names, notes)
 
 
-def _from_run(folder: Path, weights: Path) -> Classifier:
+def code_of(spec: str) -> str | None:
+    """The Python file that a model's name says to run, or None: ``net.py`` of ``ca_stream:net.py:factory``."""
+    while spec.startswith(STREAM):
+        spec = spec.removeprefix(STREAM)
+    kind = spec.rpartition(":")[0]
+    return kind if kind.endswith(".py") else None
+
+
+def refuse_code(spec: str, where: str, trust_code: bool) -> None:
+    """Code that a file names is run where that is asked for.
+
+    Raises:
+        FoveateError: it is not.
+    """
+    if (code := code_of(spec)) is not None and not trust_code:
+        raise FoveateError(
+            f"{where} names the Python file {code!r} as its model, and it is not run unasked: read it, then allow it with "
+            "--trust-code (trust_code=True)"
+        )
+
+
+def _from_run(folder: Path, weights: Path, trust_code: bool) -> Classifier:
     """What a recipe has trained, with its weights, class names and input size."""
     import json
 
@@ -202,10 +226,13 @@ def _from_run(folder: Path, weights: Path) -> Classifier:
     try:
         recipe = yaml.safe_load((folder / "recipe.yaml").read_text(encoding="utf-8"))
         record = json.loads((folder / "run.json").read_text(encoding="utf-8"))
-        own = recipe["model"].removeprefix(STREAM).rpartition(":")[0].endswith(".py")
-        options = {"size": recipe.get("size"), "mean": recipe.get("mean"), "std": recipe.get("std")}
+        if not record.get("finished", True):
+            raise ValueError("--resume ends it")
+        refuse_code(recipe["model"], repr(str(folder / "recipe.yaml")), trust_code)
+        options = {"size": recipe.get("size"), "mean": recipe.get("mean"), "std": recipe.get("std"), "trust_code": trust_code}
+        own = code_of(recipe["model"]) is not None
         model = load(recipe["model"], num_classes=None if own else record["outputs"], **options)
-    except (OSError, KeyError, TypeError, ValueError, yaml.YAMLError) as error:
+    except (OSError, AttributeError, KeyError, TypeError, ValueError, RecursionError, yaml.YAMLError) as error:
         if isinstance(error, FoveateError):
             raise
         raise FoveateError(f"{str(folder)!r} holds no finished training run: {error}") from None
@@ -239,8 +266,9 @@ def _from_timm(name: str, pretrained: bool, num_classes: int | None) -> Built:
     if not library.is_model(base):
         raise _unknown("timm", name, library.list_models())
     try:
-        model = library.create_model(name, pretrained=pretrained, num_classes=num_classes)
-    except (OSError, RuntimeError, ValueError) as error:
+        with only_tensors():
+            model = library.create_model(name, pretrained=pretrained, num_classes=num_classes)
+    except (OSError, RuntimeError, ValueError, pickle.UnpicklingError) as error:
         raise _not_downloaded(name, error) if pretrained else FoveateError(f"timm could not build {name!r}: {error}") from None
     config = library.data.resolve_model_data_config(model)
     crop = config["input_size"][-2:]
@@ -265,8 +293,9 @@ def _from_torchvision(name: str, pretrained: bool, num_classes: int | None) -> B
         # torchvision sets both only together with its own weights, and those, from a file, need the first as well.
         settings.update(transform_input=True, init_weights=False)
     try:
-        model = models.get_model(name, weights=weights if pretrained else None, **settings)
-    except (OSError, RuntimeError, ValueError) as error:
+        with only_tensors():
+            model = models.get_model(name, weights=weights if pretrained else None, **settings)
+    except (OSError, RuntimeError, ValueError, pickle.UnpicklingError) as error:
         raise (
             _not_downloaded(name, error) if pretrained else FoveateError(f"torchvision could not build {name!r}: {error}")
         ) from None

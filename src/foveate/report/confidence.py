@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 
 from foveate.confidence import TIE, Trend
+from foveate.files import replacing
 from foveate.report.pictures import ACCENT, INK, MUTED, WRONG
 
 COLOURS = (ACCENT, WRONG, "#7048e8", "#5c940d")
@@ -55,4 +56,5 @@ def draw(rows: Mapping[str, pd.DataFrame], trends: Mapping[str, Trend], path: Pa
         for side in ("top", "right"):
             axis.spines[side].set_visible(False)
         axis.legend(fontsize=7, frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.16))
-    figure.savefig(path, facecolor="white")
+    with replacing(path) as waiting:
+        figure.savefig(waiting, format=path.suffix[1:] or "png", facecolor="white")

@@ -18,6 +18,7 @@ from foveate import runs
 from foveate._version import __version__
 from foveate.errors import DegenerateMapWarning, ImageError
 from foveate.evaluate import Plan
+from foveate.files import replacing, write_text
 from foveate.images import to_image
 from foveate.prevalence import EVERY, Prevalence, prevalence
 from foveate.registry import is_control, title_of
@@ -105,8 +106,9 @@ def write(
     written = Written(frame, results, plan, said)
     digests = [metric_of(column) for column in frame.index.get_level_values("column")]
     stored = frame.assign(protocol=[plan.protocol.digest(record) if record else "" for record in digests])
-    stored.to_csv(folder / "table.csv")
-    (folder / "table.md").write_text(tables.markdown(frame, said), encoding="utf-8")
+    with replacing(folder / "table.csv") as waiting:
+        stored.to_csv(waiting)
+    write_text(folder / "table.md", tables.markdown(frame, said))
     main = frame.attrs["baseline"]
     files = sorted((folder / runs.ROWS).glob("*.parquet"))
     whole = prevalence(lambda: map(read, files), results.methods, main) if plan.keep_maps else {}
@@ -114,7 +116,8 @@ def write(
         import pandas as pd
 
         joined = pd.concat({name: one.table for name, one in whole.items()}, names=["method", "class"])
-        joined.to_csv(folder / "prevalence.csv")
+        with replacing(folder / "prevalence.csv") as waiting:
+            joined.to_csv(waiting)
     wanted = {*_gallery(len(results), len(results.methods)), *(whole[main].farthest() if main in whole else ())}
     small = _small_maps(files, wanted)
     page = _content(results, written, source, classifier, whole.get(main), small, arguments)

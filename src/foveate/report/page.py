@@ -9,6 +9,8 @@ from typing import Any
 
 import jinja2
 
+from foveate.files import write_text
+
 TEMPLATES = Path(__file__).parent / "templates"
 
 
@@ -30,7 +32,5 @@ def render(template: str, path: str | Path, content: Mapping[str, Any]) -> Path:
         loader=jinja2.FileSystemLoader(TEMPLATES), autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True
     )
     environment.filters["percent"] = lambda value: f"{100 * value:.1f}"
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(environment.get_template(template).render(content), encoding="utf-8")
-    return path
+    write_text(path, environment.get_template(template).render(content))
+    return Path(path)

@@ -6,7 +6,8 @@ import base64
 import io
 import math
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,8 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
+from foveate.errors import FoveateError
+from foveate.files import replacing
 from foveate.images import to_image
 from foveate.maps import apply_mask, scale, upsample
 
@@ -72,7 +75,22 @@ def write(image: Image.Image, path: str | Path) -> None:
     marks = PngInfo()
     for key, value in MARK.items():
         marks.add_text(key, value)
-    image.save(path, "PNG", pnginfo=marks, **PNG)
+    with saving(path) as waiting:
+        image.save(waiting, "PNG", pnginfo=marks, **PNG)
+
+
+@contextmanager
+def saving(path: str | Path) -> Iterator[Path]:
+    """A picture to write instead of ``path``: see :func:`foveate.files.replacing`.
+
+    Raises:
+        FoveateError: a picture that foveate did not write is there.
+    """
+    path = Path(path)
+    if path.is_file() and not is_written(path):
+        raise FoveateError(f"{str(path)!r} is there, and foveate did not write it: move it, or name another --out")
+    with replacing(path) as waiting:
+        yield waiting
 
 
 def is_written(path: Path) -> bool:
@@ -182,7 +200,8 @@ def side_by_side(
     axes[1].set_xlabel("red: for, blue: against" if negative else "", fontsize=9.5, color=MUTED, loc="left")
     axes[2].set_xlabel(note, fontsize=9.5, color=MUTED, loc="left")
     axes[3].set_xlabel(f"{measure} = {after:.3f}", fontsize=9.5, color=INK, loc="left")
-    figure.savefig(path, facecolor="white", pil_kwargs=PNG, metadata=MARK)
+    with saving(path) as waiting:
+        figure.savefig(waiting, format="png", facecolor="white", pil_kwargs=PNG, metadata=MARK)
 
 
 @dataclass(frozen=True)
@@ -238,7 +257,8 @@ def sheet(path: str | Path, x: Tensor, rows: Sequence[tuple[str, float, Mapping[
             axis.imshow(to_image(x if panel is None else overlay(x, panel.saliency)))
             said = f"input\n{measure} = {before:.3f}{of_two}" if panel is None else panel.caption()
             axis.set_title(said, fontsize=8.5, color=MUTED, loc="left", pad=3)
-    figure.savefig(path, facecolor="white", pil_kwargs=PNG, metadata=MARK)
+    with saving(path) as waiting:
+        figure.savefig(waiting, format="png", facecolor="white", pil_kwargs=PNG, metadata=MARK)
 
 
 def curves(runs: Mapping[str, Sequence[Mapping[str, float]]], panels: Sequence[tuple[str, str]]) -> str:
