@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
 from torch import nn
+from torch.utils.data import Dataset
 
 from foveate.capture import Capture
-from foveate.errors import FoveateError
-from foveate.evaluate import batches
+from foveate.errors import FoveateError, NotFiniteError
+from foveate.evaluate import NOT_FINITE, batches, readable
+from foveate.files import replacing
 from foveate.methods.caso import SAME, Unit, path
 
 TIE = 1e-9  # of 1 - cosine: below it is the rounding of float32 images
@@ -71,8 +75,11 @@ def study(
     unit: Unit = "network",
     batch_size: int = 4,
     tick: Callable[[int], None] | None = None,
+    failures: list[tuple[str, str]] | None = None,
 ) -> pd.DataFrame:
-    """One row an image, appended to ``file`` as they come; images that have a row there already are not run again.
+    """One row an image, added to ``file`` as they come; images that have a row there already are not run again.
+
+    An image that cannot be read, or on which the model gives NaN, has no row, and is in ``failures`` with the reason.
 
     Columns: ``id``; ``confidence``, p of the predicted class q; ``cosine`` and ``distance`` (of the directions) between CASO
     and CAFO with the share ``eta`` of zeros; ``cosine_dense`` with ``lambda_1 = 0``; the eigenvalues ``largest`` and
@@ -81,13 +88,24 @@ def study(
 
     Source: Singla et al., ICML 2019, section on confidence; the ratio for uniform residual mass is exact.
     """
-    done = set(pd.read_csv(file, dtype={"id": str})["id"]) if file.exists() else set()
+    known = pd.read_csv(file, dtype={"id": str}, float_precision="round_trip") if file.exists() else None
+    done = set() if known is None else set(known["id"])
+    failures = [] if failures is None else failures
+    if isinstance(data, Dataset) and hasattr(data, "__len__"):
+        data = readable(data, range(len(data)), failures)
     for batch in batches(data, batch_size):
         if set(batch.id) <= done:
             if tick is not None:
                 tick(len(batch))
             continue
-        capture = Capture(model, batch.x)
+        try:
+            capture = Capture(model, batch.x)
+        except NotFiniteError as error:
+            failures += [(batch.id[i], f"{batch.id[i]}: {NOT_FINITE}") for i in error.rows]
+            batch = batch.only([i for i in range(len(batch)) if i not in error.rows])
+            if not len(batch):
+                continue
+            capture = Capture(model, batch.x)
         if capture.head != "softmax":
             raise FoveateError(f"the study is about softmax networks, and this one has a {capture.head!r} head")
         target = capture.target(None)
@@ -115,11 +133,30 @@ def study(
         )
         rows["ratio"] = rows["largest"] / rows["second"].where(rows["second"] > 0)
         rows = rows[~rows["id"].isin(done)]
-        rows.to_csv(file, mode="a", header=not file.exists(), index=False)
+        known = rows if known is None else pd.concat([known, rows], ignore_index=True)
+        with replacing(file) as waiting:  # whole: a line that a kill cut off would be another value
+            known.to_csv(waiting, index=False)
         done |= set(batch.id)
         if tick is not None:
             tick(len(batch))
-    return pd.read_csv(file, dtype={"id": str})
+    if known is None:
+        raise FoveateError(f"no image can be measured, the first: {failures[0][1]}" if failures else "there is no image")
+    return known
+
+
+def read_call(file: Path) -> dict[str, Any]:
+    """What a network's rows are about, from the JSON beside them; empty where that is another program's.
+
+    Raises:
+        FoveateError: it is damaged.
+    """
+    try:
+        call = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        raise FoveateError(
+            f"{str(file)!r} is damaged, and nothing else says what its rows are about: give another --out"
+        ) from None
+    return call if isinstance(call, dict) and {"data", "eta", "unit"} <= set(call) else {}
 
 
 def trend(rows: pd.DataFrame) -> Trend:
@@ -160,5 +197,5 @@ def _spearman(x: np.ndarray, y: np.ndarray, samples: int = 1000) -> tuple[float,
 
 def known(folder: Path) -> dict[str, pd.DataFrame]:
     """The rows of every network that has been studied into a folder, by its name: those whose call lies beside them."""
-    calls = [file for file in sorted(folder.glob("*.json")) if file.with_suffix(".csv").is_file()]
+    calls = [file for file in sorted(folder.glob("*.json")) if file.with_suffix(".csv").is_file() and read_call(file)]
     return {file.stem: pd.read_csv(file.with_suffix(".csv"), dtype={"id": str}) for file in calls}

@@ -13,6 +13,8 @@ from rich.markup import escape
 
 from foveate.cli.evaluate import Data, measuring, open_data
 from foveate.cli.options import (
+    DONE,
+    FAILURES,
     Classes,
     Debug,
     Device,
@@ -25,6 +27,7 @@ from foveate.cli.options import (
     Size,
     Std,
     Weights,
+    err,
     open_model,
     out_folder,
     print_notes,
@@ -58,6 +61,8 @@ def confidence(
     """CASO against CAFO by confidence: run it once for each network with the same --out, and they share one figure."""
     with sentences(debug):
         from foveate import confidence as studies
+        from foveate.files import locked, write_json
+        from foveate.identity import contents, listing, short, weights_of
         from foveate.report.confidence import draw
 
         if unit not in ("network", "image"):
@@ -71,29 +76,44 @@ def confidence(
         shared = {"data": data, "eta": eta, "unit": unit}
         call = {**shared, "model": model, "weights": weights, "mean": mean, "std": std}
         call |= {"pretrained": pretrained, "size": size, "num_classes": num_classes}
+        shared["images"] = short("\n".join([*listing(source)[1], *contents(source, range(len(source)))]))
+        call |= {**shared, "digest": weights_of(classifier)}
         record = folder / f"{called}.json"
-        for other in folder.glob("*.json"):
-            before = json.loads(other.read_text(encoding="utf-8"))
-            if other == record and before != call:
-                raise FoveateError(f"{str(record)!r} is of another call: give another --name or --out")
-            if any(before.get(key) != value for key, value in shared.items()):
+        rows = record.with_suffix(".csv")
+        with locked(folder):
+            if rows.exists() and not record.exists():
                 raise FoveateError(
-                    f"{str(other)!r} has other data, eta or unit, and one figure cannot show both: give another --out"
+                    f"{str(rows)!r} has no {record.name} that says what it is about: give another --name or --out"
                 )
-        record.write_text(json.dumps(call, indent=2) + "\n", encoding="utf-8")
-        print_notes(classifier)
-        options: dict[str, Any] = {"eta": eta, "unit": unit, "batch_size": batch_size}
-        with measuring(len(source), as_json) as tick:
-            studies.study(classifier, source, folder / f"{called}.csv", tick=tick, **options)
-        rows = studies.known(folder)
-        trends = {key: studies.trend(frame) for key, frame in rows.items()}
+            for other in sorted(folder.glob("*.json")):
+                before = studies.read_call(other)
+                if other == record and before != call:
+                    raise FoveateError(
+                        f"{str(record)!r} is of another call, of other weights or images: give another --name or --out"
+                    )
+                if before and any(before.get(key) != value for key, value in shared.items()):
+                    raise FoveateError(
+                        f"{str(other)!r} has other data, eta or unit, and one figure cannot show both: give another --out"
+                    )
+            write_json(record, call)
+            print_notes(classifier)
+            options: dict[str, Any] = {"eta": eta, "unit": unit, "batch_size": batch_size}
+            lost: list[tuple[str, str]] = []
+            with measuring(len(source), as_json) as tick:
+                studies.study(classifier, source, rows, tick=tick, failures=lost, **options)
+        frames = studies.known(folder)
+        trends = {key: studies.trend(frame) for key, frame in frames.items()}
         figure = folder / "confidence.png"
-        draw(rows, trends, figure)
+        draw(frames, trends, figure)
+        for _, reason in lost:
+            err.print(f"[bold red]left out:[/] {escape(reason)}", soft_wrap=True)
         if as_json:
             networks = {key: asdict(value) for key, value in trends.items()}
-            print(json.dumps({"networks": networks, "figure": str(figure)}, indent=2))
-            return
+            failures = [{"file": file, "reason": reason} for file, reason in lost]
+            print(json.dumps({"networks": networks, "figure": str(figure), "failures": failures}, indent=2))
+            raise typer.Exit(FAILURES if lost else DONE)
         console = Console(highlight=False, soft_wrap=True)
         for key, value in trends.items():
             console.print(f"• {escape(value.sentence(key))}")
         console.print(f"written to [bold]{escape(out)}[/]: {called}.csv, and the figure [bold]confidence.png[/]")
+        raise typer.Exit(FAILURES if lost else DONE)
