@@ -23,7 +23,6 @@ import foveate
 from foveate import Batch, runs
 from foveate.evaluate import Plan
 from foveate.report import evaluation
-from foveate.results import read_all
 
 SIZE, BATCH = 32, 50
 METHODS, METRICS = ["grad_cam", "layer_cam", "fake_cam", "random", "centre"], "all"
@@ -64,10 +63,11 @@ def one(count: int) -> None:
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
         start = time.perf_counter()
-        runs.prepare(folder, {}, False, {})
-        runs.run(model, source, plan, folder, batch_size=BATCH)
+        images = runs.Images.of(source, BATCH)
+        runs.prepare(folder, {}, False, {}, images)
+        runs.run(model, images, plan, folder, {})
         measured = time.perf_counter()
-        evaluation.write(folder, read_all(folder / runs.ROWS), plan, source, model, None, {})
+        evaluation.write(folder, runs.results_of(folder), plan, source, model, None, {})
         written = time.perf_counter()
         page = (folder / "report.html").stat().st_size / 2**20
         rows = sum(path.stat().st_size for path in (folder / "rows").iterdir()) / 2**20

@@ -122,3 +122,33 @@ def test_the_command(tmp_path: Path) -> None:
     assert set(known(out)) == {"one", "two"}
     assert "becomes a file's name" in call("confidence", *data, "--name", "../x").output
     assert "--unit 'pixel' is unknown" in call("confidence", *data, "--unit", "pixel").output
+
+
+def test_rows_are_of_the_call_that_is_beside_them(tmp_path: Path) -> None:
+    """Other weights under the same name, a record that is damaged or lost, another program's JSON."""
+    call_of = ("scenes", "--model", "foveate:small_cnn", "--limit", 2, "--out", tmp_path, "--name", "one")
+    (tmp_path / "notes.json").write_text("[1, 2]")
+
+    torch.manual_seed(0)
+    assert call("confidence", *call_of).exit_code == 0
+    record = tmp_path / "one.json"
+    held = record.read_text()
+    for changed, match in (
+        (held.replace('"digest": "', '"digest": "0'), "is of another call, of other weights or images"),
+        ("{", "is damaged, and nothing else says"),
+        (None, "has no one.json that says what it is about"),
+    ):
+        record.unlink() if changed is None else record.write_text(changed)
+        refused = call("confidence", *call_of)
+        assert refused.exit_code == 2
+        assert match in " ".join(refused.output.split())
+
+
+def test_an_image_on_which_the_model_gives_nan_is_left_out(tmp_path: Path) -> None:
+    net, x = network(), images(4)
+    plain = type(net).forward
+    net.forward = lambda y: torch.where((y == x[1]).all(3).all(2).all(1)[:, None], torch.nan, plain(net, y))  # type: ignore[method-assign]
+    lost: list[tuple[str, str]] = []
+    found = study(net, [Batch(x, torch.zeros(4).long(), id=tuple("abcd"))], tmp_path / "net.csv", unit="image", failures=lost)
+    assert found["id"].tolist() == ["a", "c", "d"]
+    assert lost == [("b", "b: the model gives NaN or infinity")]

@@ -24,6 +24,7 @@ from foveate import FoveateError, runs
 from foveate.cli import app
 from foveate.compare import Limit, compare
 from foveate.evaluate import Plan
+from foveate.files import locked
 from foveate.results import Results, joined, read, write
 from foveate.statistics import disagreement, findings, table
 from foveate.testing import example, networks
@@ -177,10 +178,13 @@ def test_damaged_files_are_named(place: Path) -> None:
     evaluate(place)
     (place / "out" / "rows" / "000001.parquet").write_bytes(b"nothing")
     result = evaluate(place, "out", "--resume")
-    assert result.exit_code == 2
-    assert "000001.parquet is not a file of results, or a damaged one" in result.stderr
+    assert result.exit_code == 1  # the picture that cannot be read
+    assert "their files are damaged, or were written by another version (the first: 000001.parquet)" in result.stderr
     (place / "out" / "run.json").write_text("{")
-    assert "run.json is damaged" in evaluate(place, "out", "--resume").stderr
+    refused = evaluate(place)
+    assert refused.exit_code == 2
+    assert "run.json is damaged: go on with --resume" in refused.stderr
+    assert "is damaged: results that fit this call are taken" in evaluate(place, "out", "--resume").stderr
 
 
 def process(place: Path, out: str, *more: str) -> subprocess.Popen[bytes]:
@@ -599,7 +603,7 @@ class TestWhatAReviewerFound:
         assert "is not in the table: it has grad_cam, hires_cam, random, fake_cam" in result.stderr
 
     def test_two_processes_do_not_share_a_folder(self, place: Path) -> None:
-        with runs.locked(place / "out"):
+        with locked(place / "out"):
             result = evaluate(place)
         assert result.exit_code == 2
         assert "another process is writing to" in result.stderr

@@ -44,6 +44,18 @@ class Batch:
             moved[field.name] = value
         return Batch(**moved)
 
+    def only(self, rows: Sequence[int]) -> Batch:
+        """The same batch with these images alone, in this order."""
+        index = torch.tensor(list(rows), dtype=torch.long)
+        kept: dict[str, object] = {}
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, Tensor):
+                kept[field.name] = value[index.to(value.device)]
+            elif value is not None:
+                kept[field.name] = tuple(value[i] for i in rows) if value else value
+        return Batch(**kept)  # type: ignore[arg-type]
+
     @staticmethod
     def collate(samples: Sequence[Batch]) -> Batch:
         """One batch from several of one image each; what not all of them have is left out."""

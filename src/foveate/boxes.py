@@ -12,6 +12,7 @@ from torch import Tensor
 
 from foveate.batch import Batch
 from foveate.errors import FoveateError
+from foveate.missing import impossible, not_finite
 
 Region = Literal["auto", "boxes", "mask"]
 NONE = (0.0, 0.0, 0.0, 0.0)
@@ -42,7 +43,8 @@ class Object:
 def objects(batch: Batch, size: tuple[int, int], region: Region = "auto", clip: bool = True) -> list[Object]:
     """The object of each image from boxes, or from masks; boxes go first where both are known (``auto``).
 
-    Boxes are clipped to the image; one of which nothing is left does not count. ``clip=False`` keeps them as they are.
+    Boxes are clipped to the image; one of which nothing is left does not count. ``clip=False`` keeps them as they are. An
+    image with a box or a mask that cannot be (NaN, infinite, inverted) has no object.
 
     Raises:
         FoveateError: neither is known, the one asked for is not, or masks are of another size.
@@ -60,6 +62,7 @@ def objects(batch: Batch, size: tuple[int, int], region: Region = "auto", clip: 
 
 def _from_boxes(boxes: Tensor, size: tuple[int, int], clip: bool) -> Object:
     given = boxes.detach().double().reshape(-1, 4).cpu()
+    given = given[:0] if impossible(given) else given
     inside = given.minimum(torch.tensor([size[1], size[0]] * 2)).clamp(min=0)
     there = (inside[:, 2] > inside[:, 0]) & (inside[:, 3] > inside[:, 1])
     if clip:
@@ -72,7 +75,7 @@ def _from_boxes(boxes: Tensor, size: tuple[int, int], clip: bool) -> Object:
 
 def _from_mask(mask: Tensor) -> Object:
     rows, columns = mask.any(1).nonzero()[:, 0], mask.any(0).nonzero()[:, 0]
-    if not len(rows):
+    if not len(rows) or bool(not_finite(mask[None])):
         return Object(np.zeros((0, 4)), torch.zeros(0, *mask.shape, dtype=torch.bool))
     box = [int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1]
     return Object(np.array([box], dtype=float), mask[None].bool())

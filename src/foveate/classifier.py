@@ -215,7 +215,8 @@ def check_logits(logits: Tensor, count: int) -> None:
     if bad.any():
         raise NotFiniteError(
             f"the model returns NaN or infinity for image {int(bad.nonzero()[0])} of the batch: "
-            "check its weights and its input range"
+            "check its weights and its input range",
+            bad.nonzero()[:, 0].tolist(),
         )
 
 

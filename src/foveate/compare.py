@@ -138,6 +138,7 @@ def compare(folders: Sequence[str | Path], *, seed: int = 0) -> Comparison:
             raise FoveateError(f"{paths[0]} and {paths[k]} have no image in common: they were run on other data")
         if len(rows) < max(len(loaded[0]), len(loaded[k])):
             notes.append(f"{names[0]} has {len(loaded[0])} images, {names[k]} has {len(loaded[k])}: {len(rows)} are compared.")
+        notes += _other_files(loaded[0], loaded[k], rows, names[0], names[k])
         other_protocol = _other_protocol(records[0], records[k])
         for key, line in lines.items():
             record = metric_of(key[1])
@@ -190,6 +191,18 @@ def _change(first: Results, other: Results, key: Key, rows: np.ndarray, seed: in
     paired = Paired(np.stack([b, a], 1), seed)
     point, low, high = paired.difference(0, 1)
     return point, *((low, high) if np.isfinite([low, high]).all() else (np.nan, np.nan)), paired.p(0, 1), len(a)
+
+
+def _other_files(first: Results, other: Results, rows: np.ndarray, name: str, other_name: str) -> list[str]:
+    if not (first.contents and other.contents):
+        return []
+    changed = [first.ids[i] for i, j in rows.tolist() if first.contents[i] != other.contents[j]]
+    if not changed:
+        return []
+    return [
+        f"{len(changed)} of {len(rows)} images that both have are other files under the same name, the first: {changed[0]}: "
+        f"differences of {other_name} to {name} are also theirs."
+    ]
 
 
 def _other_protocol(first: dict[str, Any], other: dict[str, Any]) -> dict[str, tuple[str, str]]:

@@ -13,16 +13,17 @@ from typing import Any
 import numpy as np
 import pandas as pd
 from torch import nn
+from torch.utils.data import Dataset
 
 from foveate import files
 from foveate.capture import Capture
-from foveate.errors import FoveateError
-from foveate.evaluate import batches
+from foveate.errors import FoveateError, NotFiniteError
+from foveate.evaluate import NOT_FINITE, batches, readable
 from foveate.methods.caso import SAME, Unit, path
 
 TIE = 1e-9  # of 1 - cosine: below it is the rounding of float32 images
 ENOUGH = 20  # images, for a sentence about a trend
-SHARED = ("data", "eta", "unit")  # of the studies in one folder, which share a figure
+SHARED = ("data", "eta", "unit", "images")  # of the studies in one folder, which share a figure
 COLUMNS = (
     *("id", "confidence", "cosine", "cosine_dense", "distance", "eta", "largest", "second", "predicted", "factored"),
     *("classes", "products", "error", "seconds", "ratio"),
@@ -80,8 +81,11 @@ def study(
     unit: Unit = "network",
     batch_size: int = 4,
     tick: Callable[[int], None] | None = None,
+    failures: list[tuple[str, str]] | None = None,
 ) -> pd.DataFrame:
     """One row an image, in ``file`` as they come; images that have a row there already are not run again.
+
+    An image that cannot be read, or on which the model gives NaN, has no row, and is in ``failures`` with the reason.
 
     Columns: ``id``; ``confidence``, p of the predicted class q; ``cosine`` and ``distance`` (of the directions) between CASO
     and CAFO with the share ``eta`` of zeros; ``cosine_dense`` with ``lambda_1 = 0``; the eigenvalues ``largest`` and
@@ -95,12 +99,22 @@ def study(
     """
     known_rows = read_rows(file)
     done = set(known_rows["id"])
+    failures = [] if failures is None else failures
+    if isinstance(data, Dataset) and hasattr(data, "__len__"):
+        data = readable(data, range(len(data)), failures)
     for batch in batches(data, batch_size):
         if set(batch.id) <= done:
             if tick is not None:
                 tick(len(batch))
             continue
-        capture = Capture(model, batch.x)
+        try:
+            capture = Capture(model, batch.x)
+        except NotFiniteError as error:
+            failures += [(batch.id[i], f"{batch.id[i]}: {NOT_FINITE}") for i in error.rows]
+            batch = batch.only([i for i in range(len(batch)) if i not in error.rows])
+            if not len(batch):
+                continue
+            capture = Capture(model, batch.x)
         if capture.head != "softmax":
             raise FoveateError(f"the study is about softmax networks, and this one has a {capture.head!r} head")
         target = capture.target(None)
@@ -134,6 +148,8 @@ def study(
         done |= set(batch.id)
         if tick is not None:
             tick(len(batch))
+    if not len(known_rows):
+        raise FoveateError(f"no image can be measured, the first: {failures[0][1]}" if failures else "there is no image")
     return read_rows(file)
 
 
@@ -197,7 +213,7 @@ def read_call(file: Path) -> dict[str, Any] | None:
         call = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
-    return call if isinstance(call, dict) and {*SHARED} <= call.keys() else None
+    return call if isinstance(call, dict) and {*SHARED[:3]} <= call.keys() else None
 
 
 def known(folder: Path) -> dict[str, pd.DataFrame]:

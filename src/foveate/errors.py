@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 
 class FoveateError(ValueError):
     """Something that was asked for cannot be done; the message is one sentence with the remedy."""
@@ -32,4 +34,8 @@ class SlowPathWarning(UserWarning):
 
 
 class NotFiniteError(FoveateError):
-    """A model or a loss gave NaN or infinity."""
+    """A model or a loss gave NaN or infinity; ``rows`` are the images of the batch, where it was a model."""
+
+    def __init__(self, message: str, rows: Sequence[int] = ()) -> None:
+        super().__init__(message)
+        self.rows = list(rows)

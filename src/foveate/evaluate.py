@@ -6,6 +6,7 @@ import inspect
 import time
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -15,16 +16,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from foveate import maps, memory
+from foveate import maps, memory, missing
 from foveate.batch import Batch
+from foveate.boxes import objects
 from foveate.capture import Capture
-from foveate.errors import DegenerateMapWarning, FoveateError, ImageError
+from foveate.errors import DegenerateMapWarning, FoveateError, ImageError, NotFiniteError
 from foveate.explain import chosen_methods
 from foveate.methods.cam import contrast_of
 from foveate.precision import Precision
 from foveate.protocol import Protocol, preset
 from foveate.registry import METHODS, METRICS, Explained, Method, Metric, Spent
-from foveate.results import MAP, MAP_SIDE, MODEL, Results, joined
+from foveate.results import MAP, MAP_SIDE, MODEL, Results, add_missing, joined
 from foveate.targets import Head, log_probability
 
 if TYPE_CHECKING:
@@ -32,6 +34,7 @@ if TYPE_CHECKING:
 
 Methods = str | Method | Sequence[str | Method]
 COSTED_BATCHES = 3
+NOT_FINITE = "the model gives NaN or infinity"
 SAME = 1e-6  # maps in [0, 1] that differ by less are one map: a 4000th of what an 8-bit picture can show
 
 
@@ -107,7 +110,9 @@ def measure(
 ) -> Results:
     """Every metric of every method on every image: :class:`foveate.results.Results`, with ``.frame()`` and ``.table()``.
 
-    Methods share the forward and backward pass of a batch, metrics the masked one, and equal maps are scored once.
+    Methods share the forward and backward pass of a batch, metrics the masked one, and equal maps are scored once. An image
+    that cannot be read, holds NaN, or on which the model gives NaN is left out and named in ``failures``; where only a map or
+    a masked image is to blame, the values are not a number, and counted with their reason in ``missing``.
 
     Args:
         data: batches, a data set of :mod:`foveate.data`, or a DataLoader of ``(x, y)`` with ``x`` in [0, 1].
@@ -122,7 +127,7 @@ def measure(
         keep_maps: keep a small copy of each map, for pictures of the data as a whole.
 
     Raises:
-        FoveateError: an unknown method or metric, or one that needs what the data has not.
+        FoveateError: an unknown method or metric, one that needs what the data has not, or no image that can be measured.
     """
     plan = Plan.of(methods, metrics, protocol, settings, target, layer, head, precision, keep_maps)
     failures: list[tuple[str, str]] = []
@@ -131,14 +136,21 @@ def measure(
 
     def parts() -> Iterator[Results]:
         for number, batch in enumerate(batches(data, batch_size)):
-            if not number:
-                plan.settle(model, batch)
+            plan.settle(model, [batch])
             yield plan.run(model, batch, number)
 
     results = joined(parts())
-    results.failures, results.left_out, results.protocol = failures, dict(plan.left_out), plan.protocol.record()
-    if failures:
-        warnings.warn(f"{len(failures)} image(s) could not be read, the first: {failures[0][1]}", stacklevel=2)
+    results.failures, results.left_out, results.protocol = (
+        failures + results.failures,
+        dict(plan.left_out),
+        plan.protocol.record(),
+    )
+    if results.failures and not len(results):
+        raise FoveateError(f"no image can be measured, the first: {results.failures[0][1]}")
+    if results.failures:
+        warnings.warn(f"{len(results.failures)} image(s) are left out, the first: {results.failures[0][1]}", stacklevel=2)
+    for sentence in missing.said(results.missing, len(results), (missing.UNDEFINED, missing.NOTHING)):
+        warnings.warn(sentence.removesuffix("."), stacklevel=2)
     if flat := {name: count for name, count in results.degenerate.items() if count}:
         warnings.warn(
             f"some maps are constant and count as a map of zeros: {', '.join(f'{n} of {name}' for name, n in flat.items())}; "
@@ -199,25 +211,40 @@ class Plan:
         full = base.with_settings({**given, **own}, target)
         return Plan(records, own, optional, wanted, full, layer, head, precision, keep_maps)
 
-    def settle(self, model: nn.Module, batch: Batch | None) -> None:
-        """Leave out what came in with a group and does not apply to the model, by the first image, once for all batches."""
-        if batch is None or not self.optional:
-            return
-        capture = Capture(model, batch.x[:1], self.layer, head=self.head, precision=self.precision)
-        target = capture.target(self.protocol.target, labels=None if batch.y is None else batch.y[:1].to(capture.x.device))
+    def settle(self, model: nn.Module, data: Iterable[Batch]) -> None:
+        """Leave out what came in with a group and does not apply to the model, by the first image, once for all batches.
+
+        The first on which the model gives finite logits: nothing can be said by another.
+        """
+        for batch in data if self.optional else ():
+            for i in range(len(batch)):
+                with suppress(NotFiniteError):
+                    one = batch.only([i])
+                    self._settle(Capture(model, one.x, self.layer, head=self.head, precision=self.precision), one)
+                    return
+
+    def _settle(self, capture: Capture, batch: Batch) -> None:
+        target = capture.target(self.protocol.target, labels=None if batch.y is None else batch.y.to(capture.x.device))
         for record in [record for record in self.records if record.name in self.optional]:
             try:
                 if not record.repeats:  # what runs for seconds applies to any model
                     record(capture, None, target, **self.own.get(record.name, {}))
+            except NotFiniteError:
+                pass  # of this image
             except FoveateError as error:
                 self.left_out[record.name] = str(error)
         self.records = [record for record in self.records if record.name not in self.left_out]
         self.optional = set()
 
     def run(self, model: nn.Module, batch: Batch, number: int = 0) -> Results:
-        """Measure one batch; costs are measured where it is one of the first."""
-        capture = Capture(model, batch.x, self.layer, head=self.head, precision=self.precision)
-        batch = batch.to(capture.x.device)
+        """Measure one batch; costs are measured where it is one of the first.
+
+        Images that hold NaN, or on which the model gives such logits, are in ``failures`` and have no values.
+        """
+        capture, kept, failures = self._captured(model, batch)
+        if capture is None:
+            return Results(failures=failures)
+        batch = kept.to(capture.x.device)
         if batch.y is not None:
             capture.target("label", labels=batch.y)  # a label out of range stops the run before the work
         scored = choose(self.metrics, batch)
@@ -229,33 +256,75 @@ class Plan:
             np.full(len(batch), -1) if batch.y is None else batch.y.cpu().numpy(),
             capture.pred.cpu().numpy(),
             shared.cpu().numpy(),
+            failures=failures,
         )
-        known: list[tuple[str, Tensor, dict[str, np.ndarray]]] = []
+        known: list[tuple[str, Tensor, Measured]] = []
         costed = number < COSTED_BATCHES and any(metric.name == "cost" for metric, _ in scored)
         for record in self.records:
             if costed and number == 0 and not record.repeats:  # the first run of anything is slower than those that follow
-                record(capture, None, target, **self.own.get(record.name, {}))
-            raw, spent, facts = self._map(model, capture, batch, record, target, costed)
-            part.degenerate[record.name] = int(maps.is_constant(maps.relu(raw)).sum())
-            M = self._prepared(raw, capture.size)
+                with suppress(NotFiniteError):
+                    record(capture, None, target, **self.own.get(record.name, {}))
+            try:
+                raw, spent, facts = self._map(model, capture, batch, record, target, costed)
+            except NotFiniteError:
+                raw, spent, facts = self._singly(model, capture, batch, record), None, {}
+            spoilt = missing.not_finite(raw)  # such a map is none: it is neither constant nor prepared
+            clean = missing.without(raw, spoilt)
+            part.degenerate[record.name] = int((maps.is_constant(maps.relu(clean)) & ~spoilt).sum())
+            shown = self._prepared(clean, capture.size)
+            M = shown.masked_fill(spoilt[:, None, None], torch.nan) if spoilt.any() else shown
             own = self.own.get(record.name, {})
             aim = contrast_of(capture, target, own.get("against")) if record.contrasts else target
             explained = Explained(record, raw, aim, own, spent, facts)
-            twin = next(((name, values) for name, other, values in known if _same(M, other)), None)
-            values = self._values(scored, capture, M, batch, explained, {} if twin is None else twin[1])
+            twin = next(((name, found) for name, other, found in known if _same(M, other)), None)
+            found = self._values(scored, capture, M, batch, explained, Measured() if twin is None else twin[1])
             if twin is not None:
                 part.same[record.name] = twin[0]
             else:
-                known.append((record.name, M, values))
-            part.values |= {(record.name, name): array for name, array in values.items()}
+                known.append((record.name, M, found))
+            part.values |= {(record.name, name): array for name, array in found.values.items()}
+            add_missing(part.missing, {record.name: found.missing} if found.missing else {})
             if self.keep_maps:
-                small = F.adaptive_avg_pool2d(M[:, None].float(), MAP_SIDE)[:, 0].flatten(1)
+                small = F.adaptive_avg_pool2d(shown[:, None].float(), MAP_SIDE)[:, 0].flatten(1)
                 part.values[record.name, MAP] = (small * 255).round().div(255).cpu().numpy()
         for metric, columns in scored:
             if metric.of_model:
-                result = metric(capture, None, batch, **self.protocol.metrics.get(metric.name, {}))
-                part.values |= {(MODEL, name): array for name, array in _arrays(result, columns).items()}
+                found = _measured(metric, columns, capture, None, batch, dict(self.protocol.metrics.get(metric.name, {})))
+                part.values |= {(MODEL, name): array for name, array in found.values.items()}
+                add_missing(part.missing, {MODEL: found.missing} if found.missing else {})
         return part
+
+    def _captured(self, model: nn.Module, batch: Batch) -> tuple[Capture | None, Batch, list[tuple[str, str]]]:
+        """The run of a batch, without the images that it cannot be made of; those with the reason."""
+        options: dict[str, Any] = {"head": self.head, "precision": self.precision}
+        lost = dict.fromkeys(missing.not_finite(batch.x).nonzero()[:, 0].tolist(), "the image holds NaN or infinity")
+        if not lost:
+            try:
+                return Capture(model, batch.x, self.layer, **options), batch, []
+            except NotFiniteError as error:
+                if not error.rows:
+                    raise
+                lost = dict.fromkeys(error.rows, NOT_FINITE)
+        failures = [(batch.id[i], f"{batch.id[i]}: {reason}") for i, reason in sorted(lost.items())]
+        kept = batch.only([i for i in range(len(batch)) if i not in lost])
+        if not len(kept):
+            return None, kept, failures
+        capture, kept, others = self._captured(model, kept)
+        return capture, kept, failures + others
+
+    def _singly(self, model: nn.Module, capture: Capture, batch: Batch, record: Method) -> Tensor:
+        """Maps of a method one image at a time, for it meets NaN on one of them at least; NaN there."""
+        found: list[Tensor | None] = []
+        for i in range(len(batch)):
+            one = batch.only([i])
+            with suppress(NotFiniteError):
+                alone = Capture(model, one.x, list(capture.layers), head=self.head, precision=self.precision)
+                target = alone.target(self.protocol.target, labels=one.y)
+                found.append(record(alone, None, target, **self.own.get(record.name, {})).detach())
+                continue
+            found.append(None)
+        like = next((raw for raw in found if raw is not None), capture.x.new_zeros(1, 1, 1))
+        return torch.cat([torch.full_like(like, torch.nan) if raw is None else raw for raw in found])
 
     def _map(
         self, model: nn.Module, capture: Capture, batch: Batch, record: Method, target: Any, costed: bool
@@ -294,21 +363,24 @@ class Plan:
         M: Tensor,
         batch: Batch,
         explained: Explained,
-        known: Mapping[str, np.ndarray],
-    ) -> dict[str, np.ndarray]:
-        values: dict[str, np.ndarray] = {}
+        known: Measured,
+    ) -> Measured:
+        found = Measured()
         for metric, columns in scored:
             if metric.of_model:
                 continue
             asked = inspect.signature(metric.function).parameters
-            if "explained" not in asked and set(columns) <= set(known):
-                values |= {name: known[name] for name in known if name.removesuffix("_curve") in columns}
+            if "explained" not in asked and set(columns) <= set(known.values):
+                found.values |= {name: known.values[name] for name in known.values if name.removesuffix("_curve") in columns}
+                found.missing |= {name: why for name, why in known.missing.items() if name in columns}
                 continue
             offered = {"target": self.protocol.target, "explained": explained, "columns": columns}
             filled = {name: value for name, value in offered.items() if name in asked}
             own = self.protocol.metrics.get(metric.name, {})
-            values |= _arrays(metric(capture, M, batch, **filled, **own), columns)
-        return values
+            one = _measured(metric, columns, capture, M, batch, {**filled, **own})
+            found.values |= one.values
+            found.missing |= one.missing
+        return found
 
 
 def choose(metrics: str | Sequence[str], batch: Batch) -> list[tuple[Metric, list[str]]]:
@@ -344,8 +416,49 @@ def _arrays(result: Mapping[str, Tensor], columns: Sequence[str]) -> dict[str, n
     }
 
 
+@dataclass
+class Measured:
+    """Columns and curves of a method on a batch, and how many images have no value, by column and reason."""
+
+    values: dict[str, np.ndarray] = field(default_factory=dict)
+    missing: dict[str, dict[str, int]] = field(default_factory=dict)
+
+
+def _measured(
+    metric: Metric, columns: Sequence[str], capture: Capture, M: Tensor | None, batch: Batch, settings: dict[str, Any]
+) -> Measured:
+    """The columns of a metric, and why some images have no value."""
+    before = capture.passes.spoilt
+    try:
+        result = metric(capture, M, batch, **settings)
+    except NotFiniteError:  # the method runs again in it
+        nothing = torch.full((len(batch),), torch.nan, dtype=torch.float64)
+        result, before = dict.fromkeys(columns, nothing), -1
+    found = Measured(_arrays(result, columns))
+    for name in columns if metric.name != "cost" else ():
+        lost = torch.from_numpy(~np.isfinite(found.values[name]))
+        if not (lost := lost if lost.ndim == 1 else lost.any(1)).any():
+            continue
+        whole = torch.full_like(lost, capture.passes.spoilt > before)
+        others = [(missing.NOTHING, _nothing(metric, batch, capture.size, settings)), (missing.LOGITS, whole)]
+        found.missing[name] = missing.reasons(lost, metric.without_value(M, batch, settings), others)
+    return found
+
+
+def _nothing(metric: Metric, batch: Batch, size: tuple[int, int], settings: Mapping[str, Any]) -> Tensor:
+    """The images of which a metric that needs the object has none."""
+    region: Any = settings.get("region", "auto") if "region" in metric.needs else "mask"
+    if not {"region", "mask"} & set(metric.needs):
+        return torch.zeros(len(batch), dtype=torch.bool)
+    return torch.tensor([not len(thing.areas) for thing in objects(batch, size, region)])
+
+
 def _same(a: Tensor, b: Tensor) -> bool:
-    return a.shape == b.shape and bool((a - b).abs().max() <= SAME)
+    if a.shape != b.shape:
+        return False
+    gap = (a - b).abs()
+    most = gap.max()
+    return bool(most <= SAME) if not most.isnan() else bool(((gap <= SAME) | (a.isnan() & b.isnan())).all())
 
 
 def readable(data: Any, order: Iterable[int], failures: list[tuple[str, str]]) -> Iterator[Batch]:

@@ -16,17 +16,22 @@ from foveate.linear_head import at_least_float32
 
 @dataclass
 class Passes:
-    """Images that went through the model: forward, backward, and through the tail behind a layer only."""
+    """Images that went through the model: forward, backward, and through the tail behind a layer only.
+
+    ``spoilt`` is how many changed images it gave NaN or infinity on.
+    """
 
     forward: int = 0
     backward: int = 0
     tail: int = 0
+    spoilt: int = 0
 
     def add(self, other: Passes) -> None:
         """Count what another run did."""
         self.forward += other.forward
         self.backward += other.backward
         self.tail += other.tail
+        self.spoilt += other.spoilt
 
 
 @dataclass

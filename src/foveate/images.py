@@ -161,7 +161,15 @@ class Preprocess:
         """Boxes ``x0, y0, x1, y1`` in pixels of a file of ``size`` (width, height) as ``[n,4]`` in pixels of the crop.
 
         Clipped to what is left, where ``clip`` is not False; a box of which nothing is left has no area.
+
+        Raises:
+            ImageError: a box that no pixel of the file is in: it is of another file, or in other units.
         """
+        for x0, y0, x1, y1 in boxes:
+            if x0 >= size[0] or y0 >= size[1] or x1 <= 0 or y1 <= 0:
+                raise ImageError(
+                    f"box {x0:g} {y0:g} {x1:g} {y1:g} lies outside of the image, which has {size[0]}x{size[1]} pixels"
+                )
         width, height = self._resized(size)
         left, top = self._offset(width, height)
         scaled = torch.tensor(boxes, dtype=torch.float32).reshape(-1, 4)

@@ -19,6 +19,7 @@ from typing import Any, Generic, Literal, TypeVar
 
 import torch
 
+from foveate import missing
 from foveate.errors import FoveateError
 from foveate.precision import uncast
 
@@ -144,13 +145,22 @@ class Metric:
     aliases: tuple[str, ...] = ()
     ranges: Mapping[str, tuple[float, float]] = field(default_factory=dict)
 
-    def __call__(self, capture: Any, *args: Any, **settings: Any) -> Any:
+    def __call__(self, capture: Any, M: torch.Tensor | None, batch: Any, **settings: Any) -> Any:
         """The values: ``(capture, M [B,H,W], batch, **own settings) -> {column: [B]}``.
 
-        In full precision under the caller's autocast, which the model keeps.
+        In full precision under the caller's autocast, which the model keeps. An image whose map, mask or boxes hold NaN or
+        infinity, or on which the model gives such values, is not a number in every column, and never a 0.
         """
+        given = self.without_value(M, batch, settings)
+        clean = M if M is None else missing.without(M, given.get(missing.MAP))
         with uncast(capture.x.device.type):
-            return self.function(capture, *args, **settings)
+            values = self.function(capture, clean, batch, **settings)
+        return missing.marked(values, {} if self.name == "cost" else given, tuple(self.pooled))
+
+    def without_value(self, M: torch.Tensor | None, batch: Any, settings: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+        """The images that it can say nothing about for what it is given, by reason: ``[B]`` bool."""
+        raw = getattr(settings.get("explained"), "raw", None)
+        return missing.inputs(M, batch, self.needs, raw, settings.get("region", "auto"))
 
 
 @dataclass(frozen=True)

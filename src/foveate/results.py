@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
-import os
-from collections.abc import Iterable
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from foveate import files
 from foveate.errors import FoveateError
 
 if TYPE_CHECKING:
@@ -19,7 +20,10 @@ if TYPE_CHECKING:
 MODEL = "(model)"  # the row of what is said about the model and not about a map
 MAP = "map"  # the curve that holds small maps
 MAP_SIDE = 28
+MARK, BLANK = b"foveate.blake2b=", b"0" * 32  # in the footer: the digest of the file, with zeros where it stands itself
+REMEDY = "foveate evaluate ... --resume measures its batch anew"
 Key = tuple[str, str]
+Missing = dict[str, dict[str, dict[str, int]]]
 
 
 @dataclass
@@ -32,10 +36,12 @@ class Results:
         labels, predicted: class of each image; -1 where no label is known.
         confidence: probability of the predicted class, ``[N]``.
         degenerate: how many maps of each method were constant.
-        failures: files that could not be read, with the reason.
+        failures: images that were left out, with the reason: files that cannot be read, images on which the model gives NaN.
         left_out: methods that do not apply to this model, with the reason.
         protocol: how it was measured, as ``run.json`` has it; only of :func:`foveate.measure`.
         same: methods whose maps were equal on every image, by the method they equal.
+        missing: how many images have no value, by method, column and reason.
+        contents: what each image was, as :func:`foveate.identity.contents` says it; only of runs on disk.
     """
 
     ids: list[str] = field(default_factory=list)
@@ -48,6 +54,8 @@ class Results:
     left_out: dict[str, str] = field(default_factory=dict)
     same: dict[str, str] = field(default_factory=dict)
     protocol: dict[str, Any] = field(default_factory=dict)
+    missing: Missing = field(default_factory=dict)
+    contents: list[str] = field(default_factory=list)
     judged: Any = field(default=None, repr=False, compare=False)  # kept by foveate.statistics
 
     def __len__(self) -> int:
@@ -85,6 +93,15 @@ class Results:
         return table(self, baseline, samples=samples, seed=seed)
 
 
+def with_accuracy(results: Results) -> Results:
+    """The same with the model's accuracy in percent, where labels are known: it costs no pass, and every table needs it."""
+    known = results.labels >= 0
+    if not known.any() or (MODEL, "accuracy") in results.values:
+        return results
+    right = np.where(known, 100.0 * (results.labels == results.predicted), np.nan)
+    return replace(results, values={**results.values, (MODEL, "accuracy"): right})
+
+
 def joined(parts: Iterable[Results]) -> Results:
     """One from several, in their order; a column that some lack is not a number there.
 
@@ -99,10 +116,12 @@ def joined(parts: Iterable[Results]) -> Results:
             waiting.setdefault(key, {})[place] = values
         counts.append(len(part))
         whole.ids += part.ids
+        whole.contents += part.contents
         whole.failures += part.failures
         whole.left_out |= part.left_out
         for name, count in part.degenerate.items():
             whole.degenerate[name] = whole.degenerate.get(name, 0) + count
+        add_missing(whole.missing, part.missing)
         if len(part):
             about.append((part.labels, part.predicted, part.confidence))
             always = set(part.same.items()) if always is None else always & set(part.same.items())
@@ -126,15 +145,43 @@ def _stretched(curves: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
     return np.stack([np.interp(new, old, curve) for curve in curves]).astype(curves.dtype)
 
 
-def write(part: Results, path: Path) -> None:
-    """One parquet file with the columns ``id, method, column, value, curve``; it is there whole or not at all."""
+def add_missing(whole: Missing, part: Missing) -> None:
+    """Add the counts of ``part`` to those of ``whole``."""
+    for method, columns in part.items():
+        for column, reasons in columns.items():
+            known = whole.setdefault(method, {}).setdefault(column, {})
+            for reason, count in reasons.items():
+                known[reason] = known.get(reason, 0) + count
+
+
+@dataclass(frozen=True)
+class Origin:
+    """What a file of results is about.
+
+    Attributes:
+        run: the digest of the run's fingerprint.
+        images: name, what the list says of it, and what it was (see :mod:`foveate.identity`), of each image of the batch, also
+            of those that were left out.
+    """
+
+    run: str = ""
+    images: tuple[tuple[str, str, str], ...] = ()
+
+
+def write(part: Results, path: Path, origin: Origin | None = None) -> None:
+    """One parquet file with the columns ``id, method, column, value, curve``; it is there whole or not at all.
+
+    Its footer has the digest of all its bytes (with zeros in the digest's own place), so that no bit can change unseen,
+    be it of a value, of the metadata or of padding; parquet's own checksums know the pages alone, and are there for others.
+    """
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    keys = list(part.values)
+    keys, origin = list(part.values), origin or Origin()
     count = len(part)
+    names = [name.encode("utf-8", "backslashreplace").decode() for name in part.ids]  # a file's name may be any bytes
     rows = {
-        "id": pa.array(part.ids * len(keys), pa.string()).dictionary_encode(),
+        "id": pa.array(names * len(keys), pa.string()).dictionary_encode(),
         "method": pa.array([m for m, _ in keys for _ in range(count)], pa.string()).dictionary_encode(),
         "column": pa.array([c for _, c in keys for _ in range(count)], pa.string()).dictionary_encode(),
         "value": pa.array(
@@ -146,6 +193,8 @@ def write(part: Results, path: Path) -> None:
         ),
     }
     about = {
+        "run": origin.run,
+        "images": origin.images,
         "ids": part.ids,
         "keys": keys,
         "labels": part.labels.tolist(),
@@ -155,15 +204,37 @@ def write(part: Results, path: Path) -> None:
         "failures": part.failures,
         "left_out": part.left_out,
         "same": part.same,
+        "missing": part.missing,
     }
-    table = pa.table(rows).replace_schema_metadata({"foveate": json.dumps(about)})
-    waiting = path.with_name(f".{path.name}.{os.getpid()}")
-    pq.write_table(table, waiting, compression="zstd")
-    os.replace(waiting, path)
+    text = json.dumps(about).replace(MARK.decode(), MARK.decode()[:-1] + "\\u003d")  # the mark stands once, whatever a name is
+    table = pa.table(rows).replace_schema_metadata({"foveate": text, "digest": (MARK + BLANK).decode()})
+    stream = pa.BufferOutputStream()
+    pq.write_table(table, stream, compression="zstd", write_page_checksum=True)
+    content = stream.getvalue().to_pybytes()
+    place = content.rindex(MARK) + len(MARK)
+    with files.replacing(path) as waiting:
+        waiting.write_bytes(content[:place] + _digest(content) + content[place + len(BLANK) :])
 
 
-def read(path: Path, maps: bool = True) -> Results:
-    """What :func:`write` wrote, or without the small maps.
+def _digest(content: bytes) -> bytes:
+    return hashlib.blake2b(content, digest_size=len(BLANK) // 2).hexdigest().encode()
+
+
+def _checked(path: Path) -> bytes:
+    """The bytes of a file of results, as they were written."""
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise FoveateError(f"{path} cannot be read ({(error.strerror or str(error)).lower()}): {REMEDY}") from None
+    place = content.rfind(MARK) + len(MARK)
+    found, blank = content[place : place + len(BLANK)], content[:place] + BLANK + content[place + len(BLANK) :]
+    if place < len(MARK) or found != _digest(blank):
+        raise FoveateError(f"{path} is not a file of results with a digest, or a damaged one: {REMEDY}")
+    return content
+
+
+def origin_of(path: Path) -> tuple[Origin, list[str], list[tuple[str, str]]]:
+    """What a file of results is about, the names of the images that it has values of, and those left out with the reason.
 
     Raises:
         FoveateError: another program's file, or a damaged one.
@@ -171,11 +242,27 @@ def read(path: Path, maps: bool = True) -> Results:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    try:
-        table = pq.read_table(path)
-        about = json.loads(table.schema.metadata[b"foveate"])
-    except (OSError, pa.ArrowInvalid, KeyError, TypeError):
-        raise FoveateError(f"{path} is not a file of results, or a damaged one: take it away and resume") from None
+    about = json.loads(pq.read_metadata(pa.BufferReader(_checked(path))).metadata[b"foveate"])
+    images = tuple((name, listed, content) for name, listed, content in about["images"])
+    return Origin(about["run"], images), about["ids"], [(file, reason) for file, reason in about["failures"]]
+
+
+def read(path: Path, maps: bool = True, run: str | None = None) -> Results:
+    """What :func:`write` wrote, or without the small maps.
+
+    Args:
+        run: the digest of the fingerprint that it has to have.
+
+    Raises:
+        FoveateError: another program's file, a damaged one, or one of another run.
+    """
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    table = pq.read_table(pa.BufferReader(_checked(path)))
+    about = json.loads(table.schema.metadata[b"foveate"])
+    if run is not None and about["run"] != run:
+        raise FoveateError(f"{path} is of another run than the run.json beside it: {REMEDY}")
     count, keys = len(about["ids"]), [(method, column) for method, column in about["keys"]]
     values: dict[Key, np.ndarray] = {}
     numbers = table["value"].to_numpy()
@@ -190,6 +277,7 @@ def read(path: Path, maps: bool = True) -> Results:
         else:
             # A copy: a view would keep the whole file in memory.
             values[key] = np.array(part.flatten().to_numpy(zero_copy_only=False)).reshape(count, -1)
+    known = {name: content for name, _, content in about["images"]}
     return Results(
         about["ids"],
         values,
@@ -200,12 +288,14 @@ def read(path: Path, maps: bool = True) -> Results:
         [(file, reason) for file, reason in about["failures"]],
         about["left_out"],
         about["same"],
+        missing=about["missing"],
+        contents=[known.get(name, "") for name in about["ids"]] if known else [],
     )
 
 
-def read_all(folder: Path, maps: bool = False) -> Results:
-    """Every chunk of a run, in order; without the small maps, which are the larger part, where nobody asks for them."""
-    return joined(read(path, maps) for path in sorted(folder.glob("*.parquet")))
+def read_all(paths: Sequence[Path], maps: bool = False, run: str | None = None) -> Results:
+    """Chunks of a run, in order; without the small maps, which are the larger part, where nobody asks for them."""
+    return joined(read(path, maps, run) for path in paths)
 
 
 def plain(value: Any) -> Any:

@@ -165,6 +165,8 @@ class Runner:
         with torch.inference_mode(), eager(modules_of(self.model)), self._cast(images):
             logits = at_least_float32(read_logits(self.laid_out(self.model, images)))
         self.passes.forward += len(images)
+        if not torch.isfinite(logits.sum()):
+            self.passes.spoilt += int((~torch.isfinite(logits).all(1)).sum())
         return logits.clone()  # a clone made outside of inference mode can take part in a graph
 
     def as_caller(self) -> AbstractContextManager[Any]:

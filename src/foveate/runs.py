@@ -2,28 +2,30 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import os
+import re
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from foveate import images
 from foveate._torchvision import torchvision
-from foveate._version import __version__
 from foveate.batch import Batch
-from foveate.errors import FoveateError, ImageError
-from foveate.evaluate import COSTED_BATCHES, Plan, batches, readable
-from foveate.results import Results, joined, read, read_all, write
+from foveate.errors import FoveateError
+from foveate.evaluate import COSTED_BATCHES, NOT_FINITE, Plan, batches, readable
+from foveate.files import clear_waiting, write_json
+from foveate.identity import contents, digest_of, listing, short
+from foveate.results import Origin, Results, joined, origin_of, read_all, write
 
-ROWS, RECORD, LOCK = "rows", "run.json", ".lock"
+ROWS, RECORD = "rows", "run.json"
 WRITTEN = ("run.json", "table.csv", "table.md", "prevalence.csv", "report.html")
 WIDTH = 6  # digits of a chunk's name
 
@@ -91,92 +93,207 @@ class Workers:
             raise FoveateError(sentence)
 
 
-def fingerprint(model: nn.Module, ids: list[str], plan: Plan, arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """What must be the same for a run to go on: the call, the protocol, the images and the model's weights."""
-    weights = hashlib.blake2b(f"{model} {getattr(model, 'preprocess', '')}".encode(), digest_size=8)
-    for name, value in (*model.named_parameters(), *model.named_buffers()):  # a normalisation is not in the state dict
-        weights.update(name.encode())
-        weights.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
-    listed = hashlib.blake2b("\n".join(ids).encode(), digest_size=8).hexdigest()
-    own = {name: dict(values) for name, values in plan.own.items()}
-    digests = {"images": listed, "weights": weights.hexdigest(), "protocol": plan.protocol.record(), "settings": own}
-    digests["version"] = __version__
-    return json.loads(json.dumps({**arguments, **digests}, default=str))  # type: ignore[no-any-return]
+@dataclass(frozen=True)
+class Images:
+    """The images of a run, a batch at a time.
 
-
-@contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Hold a folder, until this process ends if nothing else: two runs in one would take each other's files away.
-
-    Raises:
-        FoveateError: another process holds it.
+    Attributes:
+        source: a data set of single images with a length.
+        names, listed: what each is called, and what is said of it (see :func:`foveate.identity.listing`).
     """
-    try:
-        import fcntl
-    except ImportError:  # no such locks on Windows
-        yield
-        return
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / LOCK).open("w", encoding="utf-8") as held:
-        try:
-            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise FoveateError(f"another process is writing to {folder}: wait for it, or use another --out") from None
-        except OSError:  # a file system without locks
-            pass
-        try:
-            yield
-        finally:
-            (folder / LOCK).unlink(missing_ok=True)
+
+    source: Any
+    batch_size: int
+    names: list[str]
+    listed: list[str]
+
+    @staticmethod
+    def of(source: Any, batch_size: int) -> Images:
+        """Ask a data set for its names and labels; no image is read."""
+        return Images(source, batch_size, *listing(source))
+
+    def __len__(self) -> int:
+        return -(-len(self.names) // self.batch_size)
+
+    def batch(self, number: int) -> range:
+        """The images of a batch."""
+        return range(number * self.batch_size, min((number + 1) * self.batch_size, len(self.names)))
+
+    def origin(self, run: str, number: int) -> Origin:
+        """What the file of a batch is to say that it is about."""
+        order = self.batch(number)
+        about = zip(order, contents(self.source, order), strict=True)
+        return Origin(run, tuple((self.names[i], short(self.listed[i]), content) for i, content in about))
 
 
-def prepare(folder: Path, identity: Mapping[str, Any], resume: bool, about: Mapping[str, Any]) -> Path | None:
+def prepare(folder: Path, identity: Mapping[str, Any], resume: bool, about: Mapping[str, Any], images: Images) -> list[str]:
     """Make the folder ready: empty for a new run, checked for one that goes on.
 
+    Nothing is deleted but results of this very run that are measured anew; what else stands in the way of new files is moved
+    to ``previous-N``, and what foveate does not write is let be.
+
     Returns:
-        Where a finished run that was there is kept now; None where there was none.
+        What was kept aside or has to be measured anew, in sentences.
 
     Raises:
-        FoveateError: an unfinished run is there and ``resume`` was not asked for, or it was another run.
+        FoveateError: an unfinished run is there and ``resume`` was not asked for, it was another run, or the files that would
+            be replaced are not of foveate.
     """
-    (folder / ROWS).mkdir(parents=True, exist_ok=True)
-    record, kept = read_record(folder), None
-    if record and resume:
-        before = record.get("identity", {})
-        for name in dict.fromkeys([*identity, *before]):
-            if identity.get(name) != before.get(name):
-                raise FoveateError(
-                    f"{folder} holds another run and cannot be resumed: {name} was {_short(before.get(name))}, and is now "
-                    f"{_short(identity.get(name))}; use the same call, or another --out"
-                )
-    elif record and not record.get("finished", True) and any((folder / ROWS).glob("*.parquet")):
+    rows = folder / ROWS
+    if rows.exists() and not rows.is_dir():
+        raise FoveateError(f"{rows} is a file, and results are to be written into a folder of that name: use another --out")
+    record, trouble = _known_record(folder)
+    there, own = _named(rows), [folder / name for name in WRITTEN if (folder / name).exists()]
+    if trouble:
+        _refuse_strangers(folder, trouble, bool(there), own, resume)
+    elif record and resume:
+        _refuse_another(folder, record["identity"], identity, images)
+    elif record and not record.get("finished", True) and there:
         raise FoveateError(
             f"{folder} holds a run that was not finished: go on with --resume, use another --out, or take the folder away"
         )
-    elif record.get("finished") and identity != record.get("identity"):
-        numbers = (folder / f"previous-{i}" for i in range(1, 10**6))
-        kept = next(path for path in numbers if not path.exists())
-        kept.mkdir()
-        for name in (ROWS, *WRITTEN):
-            if (folder / name).exists():
-                (folder / name).rename(kept / name)
-        (folder / ROWS).mkdir()
-    for path in (folder / ROWS).glob("*" if not resume else ".*"):
-        path.unlink()
-    if resume:
-        for path in (folder / ROWS).glob("*.parquet"):
-            if any(_can_be_read(file) for file, _ in read(path, maps=False).failures):
-                path.unlink()  # an image was mended: its batch is measured anew
-    write_record(folder, {**about, "identity": dict(identity), "finished": False})
+    rows.mkdir(parents=True, exist_ok=True)
+    for place in (folder, rows):
+        clear_waiting(place)
+    run, said, aside = digest_of(identity), list[str](), list[Path]()
+    changed: list[str] = []
+    again = bool(record) and not resume
+    for path in there:
+        origin, why = _misfit(path, run, images)
+        if origin is None:
+            aside.append(path)
+            said.append(why)
+        elif why or again:
+            path.unlink()  # of this very run, and about to be measured anew
+            changed += [why] if why else []
+    if trouble or (again and record["identity"] != identity):
+        aside += own
+    kept = _aside(folder, aside)
+    write_record(folder, {**about, "identity": dict(identity), "batches": len(images), "finished": False})
+    if again and kept is not None:
+        return [f"the run that was in {folder} is kept in {kept}"]
+    sentences = []
+    if trouble and resume and (there or kept):
+        moved = f", and what was written of it is kept in {kept}" if kept else ""
+        sentences = [f"{RECORD} of {folder} {trouble}: results that fit this call are taken, others are measured anew{moved}"]
+    for reasons, where in ((said, f"; kept in {kept}"), (changed if resume else [], "")):
+        counts = Counter(reason.split(NAMED)[0] for reason in reasons)
+        for reason, count in counts.items():
+            first = next(r for r in reasons if r.split(NAMED)[0] == reason)
+            first = f" (the first: {first.split(NAMED)[1]})" if NAMED in first else ""
+            sentences.append(f"{count} of {len(images)} batches are measured anew: {reason}{first}{where}")
+    return sentences
+
+
+NAMED = " \0"  # between a reason and what it is about
+OTHER = "their files are of another run"
+DAMAGED = "their files are damaged, or were written by another version"
+CHANGED = "images have changed since"
+MENDED = "an image that could not be read can be read now"
+
+
+def _misfit(path: Path, run: str, images: Images) -> tuple[Origin | None, str]:
+    """What a file of results is about, None where it is not of this run; and why its batch is measured anew, if it is."""
+    try:
+        origin, ids, failures = origin_of(path)
+    except FoveateError:
+        return None, f"{DAMAGED}{NAMED}{path.name}"
+    number = int(path.stem)
+    if origin.run != run or number >= len(images) or path != chunk(path.parent.parent, number):
+        return None, f"{OTHER}{NAMED}{path.name}"
+    now = images.origin(run, number)
+    if origin.images != now.images:
+        pairs = zip(origin.images, now.images, strict=False)
+        first = next((new[0] for old, new in pairs if old != new), now.images[-1][0])
+        return origin, f"{CHANGED}{NAMED}{first}"
+    if any(NOT_FINITE not in reason for _, reason in failures):
+        lost = [index for index in images.batch(number) if images.names[index] not in ids]
+        mended = next(
+            (batch.id for batch in readable(images.source, lost, []) if batch.id[0] not in _unmeasured(failures)), None
+        )
+        if mended:
+            return origin, f"{MENDED}{NAMED}{mended[0]}"
+    return origin, ""
+
+
+def _unmeasured(failures: list[tuple[str, str]]) -> set[str]:
+    """Images that can be read, and on which the model gives NaN: it does so again."""
+    return {file for file, reason in failures if NOT_FINITE in reason}
+
+
+def _named(rows: Path) -> list[Path]:
+    """What is called as the files of batches are; other names in the folder are none of ours."""
+    return sorted(path for path in rows.glob("*.parquet") if re.fullmatch(r"\d{6,}", path.stem) and path.is_file())
+
+
+def _aside(folder: Path, paths: list[Path]) -> Path | None:
+    """Move files to a new folder beside them, ``previous-N``; None where there are none."""
+    if not paths:
+        return None
+    kept = next(path for path in (folder / f"previous-{i}" for i in range(1, 10**6)) if not path.exists())
+    for path in paths:
+        target = kept / path.relative_to(folder)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        path.rename(target)
     return kept
 
 
-def _can_be_read(file: str) -> bool:
+def _refuse_strangers(folder: Path, trouble: str, rows: bool, own: list[Path], resume: bool) -> None:
+    """Where no ``run.json`` says that a run of ours is here: what would be replaced may be anybody's."""
+    if rows and resume:
+        return
+    if rows:
+        raise FoveateError(
+            f"{folder / ROWS} holds results, and {RECORD} {trouble}: go on with --resume, which keeps what fits this call and "
+            "moves the rest aside, or use another --out"
+        )
+    torn = [path for path in own if path.name == RECORD and trouble == TORN]
+    if own and not (resume and own == torn):
+        hint = "go on with --resume, which moves it aside, or use" if own == torn else "use"
+        raise FoveateError(
+            f"{own[0]} is there and would be replaced, but {folder} is no run of foveate evaluate ({RECORD} {trouble}): "
+            f"{hint} another --out"
+        )
+
+
+def _refuse_another(folder: Path, before: Mapping[str, Any], now: Mapping[str, Any], images: Images) -> None:
+    for name in dict.fromkeys([*now, *before]):
+        if now.get(name) != before.get(name):
+            which = _other_images(folder, images) if name == "images" else ""
+            raise FoveateError(
+                f"{folder} holds another run and cannot be resumed: {name} was {_short(before.get(name))}, and is now "
+                f"{_short(now.get(name))}{which}; use the same call, or another --out"
+            )
+
+
+def _other_images(folder: Path, images: Images) -> str:
+    """How many images have another name, label or box than those that were measured, and the first of them."""
+    known, changed = 0, list[str]()
+    for path in _named(folder / ROWS):
+        with suppress(FoveateError):
+            for place, (name, listed, _) in enumerate(origin_of(path)[0].images, int(path.stem) * images.batch_size):
+                known += 1
+                if place >= len(images.names) or (images.names[place], short(images.listed[place])) != (name, listed):
+                    changed.append(name)
+    return (
+        f" ({len(changed)} of {known} that were measured have another name, label or box, the first: {changed[0]})"
+        if changed
+        else ""
+    )
+
+
+MISSING, TORN, STRANGE = "is missing", "is damaged", "says nothing of a run"
+
+
+def _known_record(folder: Path) -> tuple[dict[str, Any], str]:
+    """``run.json`` of a run of ours, and otherwise what is the matter with it."""
+    if not (folder / RECORD).exists():
+        return {}, MISSING
     try:
-        images.read(file)
-    except ImageError:
-        return False
-    return True
+        record = read_record(folder)
+    except FoveateError:
+        return {}, TORN
+    return (record, "") if isinstance(record.get("identity"), dict) else ({}, STRANGE)
 
 
 def read_record(folder: Path) -> dict[str, Any]:
@@ -190,54 +307,55 @@ def read_record(folder: Path) -> dict[str, Any]:
         return {}
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError):
-        raise FoveateError(f"{path} is damaged: take it away, or use another --out") from None
+    except (OSError, ValueError, RecursionError):
+        raise FoveateError(
+            f"{path} is damaged: foveate evaluate ... --resume writes it anew, and measures no more than does not fit the call"
+        ) from None
     return record if isinstance(record, dict) else {}
 
 
 def write_record(folder: Path, record: Mapping[str, Any]) -> None:
     """Write ``run.json``, whole or not at all."""
-    waiting = folder / f".{RECORD}.{os.getpid()}"
-    waiting.write_text(json.dumps(record, indent=2, default=str) + "\n", encoding="utf-8")
-    os.replace(waiting, folder / RECORD)
+    write_json(folder / RECORD, record)
 
 
 def run(
     model: nn.Module,
-    source: Any,
+    images: Images,
     plan: Plan,
     folder: Path,
+    identity: Mapping[str, Any],
     *,
-    batch_size: int = 8,
     workers: Workers | None = None,
     strict: bool = False,
     tick: Callable[[int], object] = lambda images: None,
 ) -> None:
     """Measure what is not measured yet, a file a batch: batch k belongs to worker ``k mod count``.
 
-    Batches are the same whatever the number of workers, and so is every value.
+    Batches are the same whatever the number of workers, and so is every value. Images that cannot be read, and those on which
+    the model gives NaN, are left out and named in the batch's failures.
 
     Args:
-        source: a data set of single images with a length.
-        strict: an image that cannot be read stops the run.
+        identity: of the run, as :func:`foveate.identity.fingerprint` gives it.
+        strict: an image that has to be left out stops the run.
         tick: called with the number of images that were done, for a progress bar.
 
     Raises:
-        FoveateError: nothing can be measured, or with ``strict`` an image cannot be read.
+        FoveateError: nothing can be measured, or with ``strict`` an image has to be left out.
     """
-    workers = workers or Workers()
-    starts = range(0, len(source), batch_size)
-    plan.settle(model, next(readable(source, range(len(source)), []), None))
-    mine = [number for number in range(len(starts)) if number % workers.count == workers.rank]
+    workers, run_digest = workers or Workers(), digest_of(identity)
+    source = images.source
+    plan.settle(model, readable(source, range(len(source)), []))
+    mine = [number for number in range(len(images)) if number % workers.count == workers.rank]
     waiting = [number for number in mine if not chunk(folder, number).exists()]
-    tick(sum(min(batch_size, len(source) - starts[number]) for number in mine if number not in set(waiting)))
-    for number, (loaded, failures) in _ahead(source, waiting, starts, batch_size):
-        if strict and failures:
-            raise FoveateError(f"{failures[0][1]} (--strict stops here)")
-        part = joined(plan.run(model, batch, number) for batch in loaded)
-        part.failures, part.left_out = failures, dict(plan.left_out)
-        write(part, chunk(folder, number))
-        tick(min(batch_size, len(source) - starts[number]))
+    tick(sum(len(images.batch(number)) for number in mine if number not in set(waiting)))
+    for number, (origin, loaded, failures) in _ahead(images, waiting, run_digest):
+        part = joined(plan.run(model, batch, number) for batch in loaded) if failures == [] or not strict else Results()
+        part.failures, part.left_out = failures + part.failures, dict(plan.left_out)
+        if strict and part.failures:
+            raise FoveateError(f"{part.failures[0][1]} (--strict stops here)")
+        write(part, chunk(folder, number), origin)
+        tick(len(images.batch(number)))
 
 
 def chunk(folder: Path, number: int) -> Path:
@@ -245,29 +363,56 @@ def chunk(folder: Path, number: int) -> Path:
     return folder / ROWS / f"{number:0{WIDTH}d}.parquet"
 
 
+def chunks(folder: Path) -> list[Path]:
+    """The files of all batches of a run, in order.
+
+    Raises:
+        FoveateError: one is missing; the message has its name.
+    """
+    paths, count = _named(folder / ROWS), read_record(folder).get("batches")
+    if isinstance(count, int) and paths != (wanted := [chunk(folder, number) for number in range(count)]):
+        gone = next((path for path in wanted if path not in paths), None)
+        extra = next((path for path in paths if path not in wanted), None)
+        what = f"{gone} is missing" if gone else f"{extra} is not of this run"
+        raise FoveateError(f"{what}: foveate evaluate ... --resume measures it anew")
+    return paths
+
+
+def results_of(folder: Path) -> Results:
+    """What the files of a run hold, finished or not.
+
+    Raises:
+        FoveateError: one is missing, damaged or of another run; the message has its name.
+    """
+    identity = read_record(folder).get("identity")
+    return read_all(chunks(folder), run=digest_of(identity) if isinstance(identity, dict) else None)
+
+
 def load(folder: Path) -> Results:
     """The results of a run.
 
     Raises:
-        FoveateError: it is not a run, or it is not finished.
+        FoveateError: it is not a run, it is not finished, or a file of it is damaged, missing or of another run.
     """
     record = read_record(folder)
     if not record or not (folder / ROWS).is_dir():
         raise FoveateError(f"{folder} is not a run of foveate evaluate: it has no {RECORD}")
     if not record.get("finished", True):
         raise FoveateError(f"{folder} is not finished: go on with foveate evaluate ... --resume")
-    return read_all(folder / ROWS)
+    return results_of(folder)
 
 
 def _ahead(
-    source: Any, numbers: list[int], starts: range, batch_size: int
-) -> Iterator[tuple[int, tuple[list[Batch], list[tuple[str, str]]]]]:
+    images: Images, numbers: list[int], run_digest: str
+) -> Iterator[tuple[int, tuple[Origin, list[Batch], list[tuple[str, str]]]]]:
     """Batches in order, the next one read while this one is measured."""
 
-    def load_one(number: int) -> tuple[list[Batch], list[tuple[str, str]]]:
+    def load_one(number: int) -> tuple[Origin, list[Batch], list[tuple[str, str]]]:
         failures: list[tuple[str, str]] = []
-        order = range(starts[number], min(starts[number] + batch_size, len(source)))
-        return list(batches(readable(source, order, failures), batch_size)), failures
+        origin = images.origin(
+            run_digest, number
+        )  # before they are read: an image that changes meanwhile is seen the next time
+        return origin, list(batches(readable(images.source, images.batch(number), failures), images.batch_size)), failures
 
     with ThreadPoolExecutor(1) as pool:
         following = pool.submit(load_one, numbers[0]) if numbers else None

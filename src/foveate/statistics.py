@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from foveate import missing
 from foveate.errors import FoveateError
 from foveate.intervals import LEVEL, Paired, holm, intervals, pseudo_values
 from foveate.registry import METHODS, METRICS, Metric, is_control, title_of
@@ -222,6 +223,7 @@ def findings(frame: pd.DataFrame, results: Results) -> list[str]:
     for name, other in results.same.items():
         groups.setdefault(other, []).append(name)
     sentences += [f"{', '.join(names)} gave the same maps as {other} on every image." for other, names in groups.items()]
+    sentences += missing.said(results.missing, len(results))
     for name, count in results.degenerate.items():
         if count:
             sentences.append(f"{count} of {len(results)} maps of {name} are constant; they count as maps of zeros.")

@@ -47,12 +47,12 @@ def predicted(logits: Tensor, head: Head) -> Tensor:
 def log_probability(logits: Tensor, y: Tensor, head: Head) -> Tensor:
     """Log-probability of class ``y`` in float64: log-softmax, or log-sigmoid for binary and multi-label heads.
 
-    float64 because ``1 - p`` of a confident class, which Average Gain divides by, has no digits left in float32.
+    float64 because ``1 - p`` of a confident class, which Average Gain divides by, has no digits left in float32. Not a number
+    where any logit is NaN or infinite: such a row says nothing, also where the class itself would have a probability.
     """
     logits = logits.double()
-    if head == "softmax":
-        return F.log_softmax(logits, 1).gather(1, y[:, None])[:, 0]
-    return F.logsigmoid(_logit(logits, y, head))
+    own = F.log_softmax(logits, 1).gather(1, y[:, None])[:, 0] if head == "softmax" else F.logsigmoid(_logit(logits, y, head))
+    return own.masked_fill(~torch.isfinite(logits).all(1), torch.nan)
 
 
 def apart(logits: Tensor, log_p: Tensor, log_o: Tensor) -> bool:

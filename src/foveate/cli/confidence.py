@@ -16,6 +16,8 @@ from rich.markup import escape
 from foveate import files
 from foveate.cli.evaluate import Data, measuring, open_data
 from foveate.cli.options import (
+    DONE,
+    FAILURES,
     Classes,
     Debug,
     Device,
@@ -29,6 +31,7 @@ from foveate.cli.options import (
     Std,
     TrustCode,
     Weights,
+    err,
     open_model,
     out_folder,
     print_notes,
@@ -63,6 +66,7 @@ def confidence(
     """CASO against CAFO by confidence: run it once for each network with the same --out, and they share one figure."""
     with sentences(debug), ExitStack() as stack:
         from foveate import confidence as studies
+        from foveate.identity import contents, listing, short, weights_of
         from foveate.report.confidence import draw
 
         if unit not in ("network", "image"):
@@ -75,25 +79,32 @@ def confidence(
         folder = out_folder(out)
         call = {"data": data, "eta": eta, "unit": unit, "model": model, "weights": weights, "mean": mean, "std": std}
         call |= {"pretrained": pretrained, "size": size, "num_classes": num_classes}
+        call["images"] = short("\n".join([*listing(source)[1], *contents(source, range(len(source)))]))
+        call["digest"] = weights_of(classifier)
         stack.enter_context(files.locked(folder))
         files.clear_waiting(folder)
         _claim(folder, called, call)
         print_notes(classifier)
         options: dict[str, Any] = {"eta": eta, "unit": unit, "batch_size": batch_size}
+        lost: list[tuple[str, str]] = []
         with measuring(len(source), as_json) as tick:
-            studies.study(classifier, source, folder / f"{called}.csv", tick=tick, **options)
-        rows = studies.known(folder)
-        trends = {key: studies.trend(frame) for key, frame in rows.items()}
+            studies.study(classifier, source, folder / f"{called}.csv", tick=tick, failures=lost, **options)
+        frames = studies.known(folder)
+        trends = {key: studies.trend(frame) for key, frame in frames.items()}
         figure = folder / "confidence.png"
-        draw(rows, trends, figure)
+        draw(frames, trends, figure)
+        for _, reason in lost:
+            err.print(f"[bold red]left out:[/] {escape(reason)}", soft_wrap=True)
         if as_json:
             networks = {key: asdict(value) for key, value in trends.items()}
-            print(json.dumps({"networks": networks, "figure": str(figure)}, indent=2))
-            return
+            failures = [{"file": file, "reason": reason} for file, reason in lost]
+            print(json.dumps({"networks": networks, "figure": str(figure), "failures": failures}, indent=2))
+            raise typer.Exit(FAILURES if lost else DONE)
         console = Console(highlight=False, soft_wrap=True)
         for key, value in trends.items():
             console.print(f"• {escape(value.sentence(key))}")
         console.print(f"written to [bold]{escape(out)}[/]: {called}.csv, and the figure [bold]confidence.png[/]")
+        raise typer.Exit(FAILURES if lost else DONE)
 
 
 def _claim(folder: Path, called: str, call: Mapping[str, Any]) -> None:
@@ -113,8 +124,8 @@ def _claim(folder: Path, called: str, call: Mapping[str, Any]) -> None:
             continue
         known = True
         if other == record and before != call:
-            raise FoveateError(f"{str(record)!r} is of another call: give another --name or --out")
-        if any(before[key] != call[key] for key in SHARED):
+            raise FoveateError(f"{str(record)!r} is of another call, of other weights or images: give another --name or --out")
+        if any(before.get(key) != call[key] for key in SHARED):
             raise FoveateError(
                 f"{str(other)!r} has other data, eta or unit, and one figure cannot show both: give another --out"
             )

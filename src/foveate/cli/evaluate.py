@@ -84,7 +84,7 @@ def evaluate(
     precision: PrecisionOption = "fp32",
     devices: Annotated[int, typer.Option(min=1, help="Processes: GPUs where there are some, else CPU processes.")] = 1,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --out.")] = False,
-    strict: Annotated[bool, typer.Option("--strict", help="Stop at the first image that cannot be read.")] = False,
+    strict: Annotated[bool, typer.Option("--strict", help="Stop at the first image that has to be left out.")] = False,
     out: Out = "evaluated",
     head: HeadKind = None,
     num_classes: NumClasses = None,
@@ -101,10 +101,11 @@ def evaluate(
     with sentences(debug), ExitStack() as stack:
         from foveate import runs, statistics
         from foveate.evaluate import Plan
+        from foveate.files import locked
+        from foveate.identity import fingerprint
         from foveate.precision import check_precision
         from foveate.registry import METHODS
         from foveate.report import evaluation
-        from foveate.results import read_all
 
         check_precision(precision, "--precision")
         settings = own_settings(setting)
@@ -141,21 +142,20 @@ def evaluate(
             "precision": precision,
         }
         call |= {"limit": limit, "batch_size": batch_size, "head": head, "size": size}
-        kept = None
+        images = runs.Images.of(source, batch_size)
+        identity = fingerprint(classifier, images.listed, plan, call)
         with workers.together():
             if workers.rank == 0:
-                stack.enter_context(runs.locked(folder))
-                identity = runs.fingerprint(classifier, names_of(source), plan, call)
-                kept = runs.prepare(folder, identity, resume, evaluation.about(plan, call))
-        if kept is not None:
-            err.print(f"[yellow]note:[/] the run that was in {escape(out)} is kept in {escape(str(kept))}", soft_wrap=True)
+                stack.enter_context(locked(folder))
+                for sentence in runs.prepare(folder, identity, resume, evaluation.about(plan, call), images):
+                    err.print(f"[yellow]note:[/] {escape(sentence)}", soft_wrap=True)
         if workers.rank == 0:
             print_notes(classifier)  # before the work: an assumption that is wrong costs it
         with workers.together(), measuring(len(source), as_json or workers.rank > 0, workers.count) as tick:
-            runs.run(classifier, source, plan, folder, batch_size=batch_size, workers=workers, strict=strict, tick=tick)
+            runs.run(classifier, images, plan, folder, identity, workers=workers, strict=strict, tick=tick)
         if workers.rank > 0:
             return
-        results = read_all(folder / runs.ROWS)
+        results = runs.results_of(folder)
         if not len(results):
             raise FoveateError("; ".join(reason for _, reason in results.failures[:3]) or f"{data!r} holds no images")
         written = evaluation.write(folder, results, plan, source, classifier, baseline, call)
@@ -188,14 +188,6 @@ def open_data(data: str, classifier: Any, unclipped: bool, limit: int | None) ->
 
     source = renumbered(open_benchmark(data, classifier.preprocess, clip_boxes=not unclipped), classifier, data)
     return Subset(source, range(limit)) if limit is not None and limit < len(source) else source
-
-
-def names_of(source: Any) -> list[str]:
-    """What tells one data set from another: the files and labels, or the number of images."""
-    inner, count = getattr(source, "dataset", source), len(source)
-    if hasattr(inner, "entries"):
-        return [f"{entry.path.name}:{entry.label}:{entry.boxes}:{entry.mask}" for entry in inner.entries[:count]]
-    return [f"{type(inner).__name__}:{count}"]
 
 
 class measuring:

@@ -19,6 +19,7 @@ from foveate.data.folder import SUFFIXES, Entry, Folder, open_folder
 from foveate.errors import FoveateError
 from foveate.imagenet import wordnet_ids
 from foveate.images import Preprocess
+from foveate.missing import impossible
 
 FOREGROUND = 1  # of a trimap of Oxford-IIIT Pet: 2 is background, 3 the border between
 
@@ -82,9 +83,14 @@ def _read_xml(path: Path) -> tuple[str, tuple[tuple[float, ...], ...] | None]:
         boxes = tuple(
             tuple(float(item.findtext(f"bndbox/{edge}") or "") for edge in ("xmin", "ymin", "xmax", "ymax")) for item in objects
         )
-        return objects[0].findtext("name") or "", boxes or None
+        name = objects[0].findtext("name") or ""
     except (ET.ParseError, ValueError, IndexError):
         raise FoveateError(f"{path} has no object with a bndbox of four numbers") from None
+    for box in boxes:
+        if impossible(torch.tensor(box, dtype=torch.float64)):
+            edges = " ".join(f"{edge:g}" for edge in box)
+            raise FoveateError(f"{path} has a bndbox that cannot be: xmin ymin xmax ymax are {edges}: mend it")
+    return name, boxes or None
 
 
 def open_pets(where: str | Path, preprocess: Preprocess, *, species: bool = False) -> Folder:

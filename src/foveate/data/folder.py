@@ -86,11 +86,15 @@ class Folder(Dataset[Batch]):
                     mask = self.preprocess.mask(values)[None]
             except OSError:
                 raise ImageError(f"mask {entry.mask} of {entry.path} cannot be read", entry.path) from None
+        try:
+            boxes = self.preprocess.boxes(entry.boxes or (), image.size, self.clip_boxes) if self._has("boxes") else None
+        except ImageError as error:
+            raise ImageError(f"{entry.path}: {error}", entry.path) from None
         return Batch(
             x=self.preprocess(image)[None],
             y=None if entry.label is None else torch.tensor([entry.label]),
             mask=mask if mask is not None or not self._has("mask") else torch.zeros(1, *self.preprocess.crop, dtype=torch.bool),
-            boxes=(self.preprocess.boxes(entry.boxes or (), image.size, self.clip_boxes),) if self._has("boxes") else None,
+            boxes=None if boxes is None else (boxes,),
             id=(self.name_of(index),),
             background=None if entry.background is None else (entry.background,),
         )

@@ -135,6 +135,6 @@ def relative_foreground_sensitivity(
 
 
 def _right(logits: Tensor, y: Tensor, capture: Capture) -> Tensor:
-    if capture.head == "softmax":
-        return (logits.argmax(1) == y).double()
-    return (log_probability(logits, y, capture.head) > np.log(0.5)).double()
+    log_p = log_probability(logits, y, capture.head)
+    right = logits.argmax(1) == y if capture.head == "softmax" else log_p > np.log(0.5)
+    return torch.where(torch.isnan(log_p), torch.nan, right.double())

@@ -31,7 +31,7 @@ def average_gain(log_p: Tensor, log_o: Tensor) -> Tensor:
     ``1 - p = -expm1(log p)``; where that is below 1e-12 the gain is 0.
     """
     missing = -torch.expm1(log_p)
-    sure = missing < SURE
+    sure = (missing < SURE) & ~torch.isnan(log_o)
     gain = (log_o.exp() - log_p.exp()).clamp(min=0) / torch.where(sure, torch.ones_like(missing), missing)
     return 100 * torch.where(sure, torch.zeros_like(gain), gain)
 
@@ -40,9 +40,9 @@ def average_increase(log_p: Tensor, log_o: Tensor) -> Tensor:
     """``AI = 100 [o > p]``, percent, higher is better.
 
     Strict: where both are near, they must come from the same way of running the model, as :func:`recognition` takes care
-    of; two ways differ by rounding, and a map of ones would score 50 and not 0.
+    of; two ways differ by rounding, and a map of ones would score 50 and not 0. Not a number where one of them is none.
     """
-    return 100.0 * (log_o > log_p).double()
+    return torch.where(torch.isnan(log_o) | torch.isnan(log_p), torch.nan, 100.0 * (log_o > log_p).double())
 
 
 @metric(

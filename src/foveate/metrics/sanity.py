@@ -14,6 +14,7 @@ from foveate import maps
 from foveate.batch import Batch
 from foveate.capture import Capture
 from foveate.errors import FoveateError
+from foveate.missing import not_finite
 from foveate.randomize import Init, Mode, randomized, stages_of
 from foveate.registry import Explained, metric
 
@@ -142,12 +143,13 @@ def _forgetful(capture: Capture, how: tuple[Mode, int, Init, int, bool], from_im
 def spearman(a: Tensor, b: Tensor) -> Tensor:
     """Rank correlation of maps ``[B,...]``, ``[B]`` in [-1, 1], float64; ties share their mean rank.
 
-    Not a number where a map is constant.
+    Not a number where a map is constant, or holds NaN or infinity.
     """
+    spoilt = not_finite(a) | not_finite(b)
     a, b = (_mean_rank(values.detach().double().flatten(1)) for values in (a, b))
     a, b = (values - values.mean(1, keepdim=True) for values in (a, b))
     scale = (a.square().sum(1) * b.square().sum(1)).sqrt()
-    return torch.where(scale > 0, (a * b).sum(1) / torch.where(scale > 0, scale, torch.ones_like(scale)), torch.nan)
+    return torch.where((scale > 0) & ~spoilt, (a * b).sum(1) / torch.where(scale > 0, scale, torch.ones_like(scale)), torch.nan)
 
 
 def similarity(a: Tensor, b: Tensor, window: int = 7) -> Tensor:

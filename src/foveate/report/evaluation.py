@@ -24,7 +24,7 @@ from foveate.prevalence import EVERY, Prevalence, prevalence
 from foveate.registry import is_control, title_of
 from foveate.report import pictures, tables
 from foveate.report.page import render
-from foveate.results import MAP, MODEL, Results, plain, read
+from foveate.results import MAP, MODEL, Results, plain, read, with_accuracy
 from foveate.statistics import disagreement, findings, metric_of
 
 if TYPE_CHECKING:
@@ -75,7 +75,9 @@ class Written:
                 names = ("difference", "difference_low", "difference_high")
                 change = {key.removeprefix("difference_"): plain(line[key]) for key in names}
                 document["differences"].setdefault(method, {})[column] = change
+        document["accuracy"] = document["model"].get("accuracy")
         failures = [{"file": file, "reason": reason} for file, reason in self.results.failures]
+        document |= {"missing": self.results.missing}
         document |= {"out": str(folder), "failures": failures, "degenerate": self.results.degenerate}
         agreement = disagreement(self.frame)
         document["agreement"] = {a: {b: plain(v) for b, v in line.items()} for a, line in agreement.to_dict().items()}
@@ -101,8 +103,9 @@ def write(
 ) -> Written:
     """Everything that is made of the rows of a run, which is finished with this."""
     runs.write_record(folder, runs.read_record(folder) | {"finished": True})  # the rows are complete, whatever comes now
+    results = with_accuracy(results)
     frame = results.table(baseline)
-    said = findings(frame, results)
+    said = [*findings(frame, results), *_accuracy(frame)]
     written = Written(frame, results, plan, said)
     digests = [metric_of(column) for column in frame.index.get_level_values("column")]
     stored = frame.assign(protocol=[plan.protocol.digest(record) if record else "" for record in digests])
@@ -110,7 +113,7 @@ def write(
         stored.to_csv(waiting)
     write_text(folder / "table.md", tables.markdown(frame, said))
     main = frame.attrs["baseline"]
-    files = sorted((folder / runs.ROWS).glob("*.parquet"))
+    files = runs.chunks(folder)
     whole = prevalence(lambda: map(read, files), results.methods, main) if plan.keep_maps else {}
     if whole:
         import pandas as pd
@@ -125,9 +128,17 @@ def write(
     record = runs.read_record(folder)
     failures = [{"file": file, "reason": reason} for file, reason in results.failures]
     record |= {"finished": True, "images": len(results), "failures": failures, "degenerate": results.degenerate}
-    record |= {"left_out": results.left_out, "findings": said, "baseline": main}
+    record |= {"left_out": results.left_out, "missing": results.missing, "findings": said, "baseline": main}
     runs.write_record(folder, record)
     return written
+
+
+def _accuracy(frame: pd.DataFrame) -> list[str]:
+    """How much the model gets right, in a sentence; none where no label is known."""
+    if (MODEL, "accuracy") not in frame.index:
+        return []
+    middle, low, high = tables.cell(frame, MODEL, "accuracy")
+    return [f"The model gets {middle} % [{low}, {high}] of {int(frame.loc[(MODEL, 'accuracy'), 'n'])} images right."]
 
 
 def _content(
