@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -15,8 +16,10 @@ from foveate.capture import Capture
 from foveate.errors import FoveateError
 from foveate.evaluate import batches
 from foveate.methods.caso import SAME, Unit, path
+from foveate.text import read_text
 
 TIE = 1e-9  # of 1 - cosine: below it is the rounding of float32 images
+COLUMNS = ("id", "confidence", "cosine", "cosine_dense", "predicted", "ratio")  # that a trend is made of
 ENOUGH = 20  # images, for a sentence about a trend
 
 
@@ -81,7 +84,7 @@ def study(
 
     Source: Singla et al., ICML 2019, section on confidence; the ratio for uniform residual mass is exact.
     """
-    done = set(pd.read_csv(file, dtype={"id": str})["id"]) if file.exists() else set()
+    done = set(rows_of(file)["id"]) if file.exists() else set()
     for batch in batches(data, batch_size):
         if set(batch.id) <= done:
             if tick is not None:
@@ -119,7 +122,24 @@ def study(
         done |= set(batch.id)
         if tick is not None:
             tick(len(batch))
-    return pd.read_csv(file, dtype={"id": str})
+    return rows_of(file)
+
+
+def rows_of(file: Path) -> pd.DataFrame:
+    """The rows of a network that has been studied.
+
+    Raises:
+        FoveateError: they are damaged.
+    """
+    text = read_text(file)
+    try:
+        rows = pd.read_csv(io.StringIO(text), dtype={"id": str})
+        if lost := [name for name in COLUMNS if name not in rows or (name != "id" and rows[name].dtype.kind not in "if")]:
+            raise ValueError(f"{lost[0]} is not a column of numbers")
+    except ValueError as error:  # pandas' own are of its kind
+        reason = " ".join(str(error).split())
+        raise FoveateError(f"{file} holds no rows of a study: {reason}; use another --out") from None
+    return rows
 
 
 def trend(rows: pd.DataFrame) -> Trend:
@@ -161,4 +181,4 @@ def _spearman(x: np.ndarray, y: np.ndarray, samples: int = 1000) -> tuple[float,
 def known(folder: Path) -> dict[str, pd.DataFrame]:
     """The rows of every network that has been studied into a folder, by its name: those whose call lies beside them."""
     calls = [file for file in sorted(folder.glob("*.json")) if file.with_suffix(".csv").is_file()]
-    return {file.stem: pd.read_csv(file.with_suffix(".csv"), dtype={"id": str}) for file in calls}
+    return {file.stem: rows_of(file.with_suffix(".csv")) for file in calls}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -11,12 +12,15 @@ from typing import Any
 
 import torch
 import yaml
+from pydantic import BaseModel, ValidationError
 from safetensors.torch import save_file
 from torch import nn
 
 from foveate._version import __version__
 from foveate.errors import FoveateError
 from foveate.film import Film
+from foveate.recipe import completed
+from foveate.text import quoted, read_json, read_text, read_yaml
 
 KIND = "training"
 
@@ -67,6 +71,33 @@ def save(
     (folder / "run.json").write_text(text + "\n", encoding="utf-8")
 
 
+class _Group(BaseModel):
+    name: str = ""
+    count: int
+    accuracy: float
+
+
+class _Record(BaseModel):
+    """What is read of ``run.json``."""
+
+    epoch: int
+    seconds: float
+    accuracy: dict[str, float]
+    groups: dict[str, dict[str, _Group]]
+    maps: dict[str, dict[str, dict[str, float]]]
+    worst_group: _Group | None = None
+    maps_error: str | None = None
+
+
+def _check(record: Mapping[str, Any]) -> None:
+    try:
+        _Record.model_validate(record)
+    except ValidationError as error:
+        first = error.errors()[0]
+        reason = f"{'.'.join(map(str, first['loc']))}: {first['msg'].lower()}, and it is {quoted(first['input'])}"
+        raise FoveateError(f"run.json is damaged: {reason}") from None
+
+
 def is_trained(folder: str | Path) -> bool:
     """Whether a folder holds a training run, finished or not, and not an evaluation."""
     return (Path(folder) / "recipe.yaml").is_file() or (Path(folder) / "checkpoints").is_dir()
@@ -76,20 +107,35 @@ def read(folder: str | Path) -> Trained:
     """Read what :func:`save` wrote.
 
     Raises:
-        FoveateError: no finished training run is there.
+        FoveateError: no finished training run is there, or one of its files is damaged; the message names the file.
     """
     folder = Path(folder)
+    where = f"{str(folder)!r} holds no finished training run"
+    for name in ("run.json", "recipe.yaml", "history.csv"):
+        if not (folder / name).exists():
+            raise FoveateError(f"{where}: {name} is not there; --resume ends one")
     try:
-        record = json.loads((folder / "run.json").read_text(encoding="utf-8"))
-        recipe = yaml.safe_load((folder / "recipe.yaml").read_text(encoding="utf-8"))
-        with (folder / "history.csv").open(newline="", encoding="utf-8") as file:
-            history = [{key: float(value) for key, value in line.items()} for line in csv.DictReader(file)]
+        record, recipe = read_json(folder / "run.json"), read_yaml(folder / "recipe.yaml", "recipe.yaml")
         if record.get("kind") != KIND:
-            raise ValueError("run.json is of another kind of run")
-    except OSError as error:
-        name = Path(str(error.filename)).name
-        raise FoveateError(f"{str(folder)!r} holds no finished training run: {name} is not there; --resume ends one") from None
-    except (ValueError, yaml.YAMLError) as error:
-        raise FoveateError(f"{str(folder)!r} holds no finished training run: {error}") from None
+            raise FoveateError("run.json is of another kind of run")
+        _check(record)
+        recipe = completed(recipe)
+        history = _history(folder / "history.csv")
+    except FoveateError as error:
+        raise FoveateError(f"{where}: {error}") from None
     film = folder / "film.npz"
-    return Trained(folder, record, recipe, history, Film.load(film) if film.is_file() else None)
+    return Trained(folder, record, recipe, history, Film.load(film) if film.exists() else None)
+
+
+def _history(path: Path) -> list[dict[str, float]]:
+    """One line an epoch; each a number for every column."""
+    lines = []
+    reader = csv.DictReader(io.StringIO(read_text(path), newline=""), strict=True)
+    try:
+        for line in reader:
+            lines.append({key: float(value) for key, value in line.items()})
+    except (csv.Error, TypeError, ValueError):
+        raise FoveateError(f"{path.name}, line {reader.line_num}: it is not one number for each column") from None
+    if not lines or not {"epoch", "train_loss"} <= set(lines[0]):
+        raise FoveateError(f"{path.name} has no epochs with a train_loss")
+    return lines

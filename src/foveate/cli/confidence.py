@@ -16,6 +16,7 @@ from foveate.cli.options import (
     Classes,
     Debug,
     Device,
+    Encoding,
     Json,
     Mean,
     Model,
@@ -31,6 +32,7 @@ from foveate.cli.options import (
     sentences,
 )
 from foveate.errors import FoveateError
+from foveate.text import read_json
 
 
 def confidence(
@@ -52,6 +54,7 @@ def confidence(
     std: Std = None,
     device: Device = "auto",
     classes: Classes = None,
+    encoding: Encoding = None,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
@@ -65,15 +68,15 @@ def confidence(
         called = name or Path(model.split(":")[-1]).name
         if not called.replace("-", "").replace("_", "").replace(".", "").isalnum():
             raise FoveateError(f"--name {called!r} becomes a file's name: use letters, digits, - and _")
-        classifier = open_model(model, weights, pretrained, num_classes, size, mean, std, classes, device)
-        source = open_data(data, classifier, False, limit)
+        classifier = open_model(model, weights, pretrained, num_classes, size, mean, std, classes, device, encoding)
+        source = open_data(data, classifier, False, limit, encoding)
         folder = out_folder(out)
         shared = {"data": data, "eta": eta, "unit": unit}
         call = {**shared, "model": model, "weights": weights, "mean": mean, "std": std}
         call |= {"pretrained": pretrained, "size": size, "num_classes": num_classes}
         record = folder / f"{called}.json"
         for other in folder.glob("*.json"):
-            before = json.loads(other.read_text(encoding="utf-8"))
+            before = read_json(other)
             if other == record and before != call:
                 raise FoveateError(f"{str(record)!r} is of another call: give another --name or --out")
             if any(before.get(key) != value for key, value in shared.items()):
