@@ -23,7 +23,7 @@ class Batch:
     Attributes:
         x: images, ``[B,3,H,W]``, values in [0, 1].
         y: class indices, ``[B]`` (int64), or None where no labels are known.
-        mask: foreground, ``[B,H,W]`` bool (True = the object), or None.
+        mask: foreground, ``[B,H,W]`` bool (True = the object), or None; for losses also the share of each pixel, in [0, 1].
         boxes: one ``[n,4]`` tensor an image (``x0, y0, x1, y1`` in pixels of ``x``), or None.
         id: one name an image, stable between runs.
         background: what stands behind the object, by any name, one an image, for accuracy by group; or None.
@@ -86,8 +86,10 @@ class Batch:
 def as_mask(mask: Any, shape: tuple[int, ...]) -> Tensor:
     """A mask of any unambiguous form as bool ``[B,H,W]``: bool, 0/1, 0/255, ``[B,1,H,W]``, ``[H,W]`` of one image, lists.
 
+    Shares of pixels in [0, 1] stay as they are: losses weigh by them, and what is measured needs an edge.
+
     Raises:
-        FoveateError: values between, such as those of a soft mask or of several classes; another size.
+        FoveateError: other values, such as those of several classes; another size.
     """
     given = _tensor(mask, "mask")
     if given.ndim == 4 and given.shape[1] == 1:
@@ -101,9 +103,11 @@ def as_mask(mask: Any, shape: tuple[int, ...]) -> Tensor:
     on = given != 0
     if bool((on == (given == 1)).all()) or bool((on == (given == 255)).all()):
         return on
+    if given.is_floating_point() and bool(((given >= 0) & (given <= 1)).all()):
+        return given
     some = ", ".join(f"{value:g}" for value in given.flatten()[:100_000].unique()[:6].tolist())
     raise FoveateError(
-        f"a mask is bool, 0 and 1, or 0 and 255, and this one has other values ({some}): compare it, as in mask > 0.5"
+        f"a mask is bool, 0 and 1, or 0 and 255, and this one has other values ({some}): compare it, as in mask == 1"
     )
 
 

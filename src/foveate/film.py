@@ -143,6 +143,8 @@ class Film:
             mask = torch.from_numpy(known["mask"]) if "mask" in known else None
             batch = Batch(images, torch.from_numpy(known["labels"]), mask, id=tuple(map(str, known["ids"])))
             film = Film(batch, str(known["method"]), class_names=tuple(map(str, known["names"])) or None)
+            if len(known["labels"]) != len(images) or len(known["ids"]) not in (0, len(images)):
+                raise ValueError(f"it has {len(known['labels'])} labels and {len(images)} images")
             columns = ("maps", "predicted", "probability", "inside")
             for number, epoch in enumerate(known.get("epoch", ())):
                 frame = Frame(int(epoch), *(known[name][number] for name in columns))

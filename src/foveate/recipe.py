@@ -186,19 +186,19 @@ def read_recipe(source: str | Path, changes: Mapping[str, Any] | None = None, *,
     return _validated(content, f"recipe {str(source)!r}")
 
 
-def completed(content: Any) -> dict[str, Any]:
+def completed(content: Any, where: str) -> dict[str, Any]:
     """A recipe as a run was made with it: what its version did not know has its default, what this one does not, stays.
 
     Raises:
         FoveateError: it is no recipe.
     """
-    if not isinstance(content, dict):
-        raise FoveateError(f"the recipe is not a list of 'key: value' lines: it holds {quoted(content)}")
+    if not isinstance(content, dict) or not {"name", "model", "data"} <= set(content):
+        raise FoveateError(f"{where} is no whole recipe: it holds {quoted(content)}")
     known = {key: value for key, value in content.items() if key in Recipe.model_fields}
     try:
         return {**content, **Recipe.model_validate(known).model_dump(mode="json")}
     except ValidationError as error:
-        raise FoveateError(f"the recipe: {_sentence(error)}") from None
+        raise FoveateError(f"{where}: {_sentence(error)}") from None
 
 
 def _content(source: str | Path, seen: tuple[str, ...]) -> tuple[dict[str, Any], dict[str, Any]]:

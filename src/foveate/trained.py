@@ -119,7 +119,7 @@ def read(folder: str | Path) -> Trained:
         if record.get("kind") != KIND:
             raise FoveateError("run.json is of another kind of run")
         _check(record)
-        recipe = completed(recipe)
+        recipe = completed(recipe, "recipe.yaml")
         history = _history(folder / "history.csv")
     except FoveateError as error:
         raise FoveateError(f"{where}: {error}") from None

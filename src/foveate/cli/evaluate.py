@@ -198,7 +198,7 @@ def names_of(source: Any) -> list[str]:
     """What tells one data set from another: the files and labels, or the number of images."""
     inner, count = getattr(source, "dataset", source), len(source)
     if hasattr(inner, "entries"):
-        return [f"{entry.path.name}:{entry.label}:{entry.boxes}:{entry.mask}" for entry in inner.entries[:count]]
+        return [printable(f"{e.path.name}:{e.label}:{e.boxes}:{e.mask}") for e in inner.entries[:count]]
     return [f"{type(inner).__name__}:{count}"]
 
 

@@ -146,7 +146,7 @@ def open_model(
         try:
             names = read_lines(classes, encoding)
         except FoveateError as error:
-            raise FoveateError(f"class file {classes!r} is no text with one name a line: {error}") from None
+            raise FoveateError(f"class file {classes!r} cannot be read: {error}") from None
     loaded = load(
         model,
         weights=weights,
