@@ -128,6 +128,9 @@ def test_one_value_of_the_wrong_kind(run: Path, tmp_path: Path, name: str, old: 
         training.write(folder)
 
 
+LIKEWISE = {("names", 0), ("epoch", 0)}  # numbers are names too
+
+
 @pytest.mark.parametrize("key", ["images", "labels", "ids", "names", "method", "maps", "predicted", "inside", "mask", "epoch"])
 def test_a_film_whose_parts_do_not_fit(run: Path, tmp_path: Path, key: str) -> None:
     with np.load(run / "film.npz") as file:
@@ -135,12 +138,11 @@ def test_a_film_whose_parts_do_not_fit(run: Path, tmp_path: Path, key: str) -> N
     for number, value in enumerate((np.zeros((5, 1)), np.zeros(0), np.array("x"))):
         path = tmp_path / f"{number}.npz"
         np.savez(path, **{**known, key: value})
-        try:
-            film = Film.load(path)
-        except FoveateError as error:
-            assert f"{number}.npz" in str(error)
-        else:  # names and no epochs are a film too
-            assert key in ("names", "epoch", "ids") and len(film.batch) == 2
+        if key in ("names", "epoch", "ids") and number == 1:  # names, ids and epochs may be missing
+            assert len(Film.load(path).batch) == 2
+        elif (key, number) not in LIKEWISE:
+            with pytest.raises(FoveateError, match=rf"{number}\.npz' is not a film"):
+                Film.load(path)
         no = {name: value for name, value in known.items() if name != key}
         np.savez(path, **no)
         if key not in ("epoch", "mask"):
@@ -152,11 +154,11 @@ def test_a_film_whose_parts_do_not_fit(run: Path, tmp_path: Path, key: str) -> N
 @pytest.mark.parametrize("name", ["net.json", "net.csv"])
 def test_a_damaged_study_of_confidence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, damage: str) -> None:
     monkeypatch.setattr(options, "NET", False)
-    header = "id,confidence,cosine,cosine_dense,distance,eta,largest,second,predicted,factored,classes,products,error,seconds,ratio\n"
+    header = "id,confidence,cosine,cosine_dense,predicted,ratio\n"
     call = {"data": "scenes", "eta": 0.9, "unit": "network", "model": "foveate:small_cnn", "weights": None, "mean": None}
     call |= {"std": None, "pretrained": False, "size": None, "num_classes": None}
     (tmp_path / "net.json").write_text(json.dumps(call))
-    (tmp_path / "net.csv").write_text(header + "a,0.5,0.5,0.5,0.5,0.9,1,1,1,1,2,1,0,0.1,1\n")
+    (tmp_path / "net.csv").write_text(header + "a,0.5,0.5,0.5,1,1\n")
     DAMAGES[damage](tmp_path / name)
     words = ["confidence", "scenes", "-m", "foveate:small_cnn", "--name", "net", "--limit", "1", "-o", str(tmp_path)]
     done = CliRunner().invoke(cli.app, words)
