@@ -2,24 +2,35 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from typing import Any
 
 import torch
 from torch import Tensor
+
+from foveate.errors import FoveateError
 
 
 @dataclass(frozen=True)
 class Batch:
     """A batch of images and what is known about each.
 
+    Masks may be given as bool, 0/1 or 0/255 of any type, as ``[B,1,H,W]``, and masks, boxes and labels as arrays or nested
+    lists: they become what stands here.
+
     Attributes:
         x: images, ``[B,3,H,W]``, values in [0, 1].
         y: class indices, ``[B]`` (int64), or None where no labels are known.
-        mask: foreground, ``[B,H,W]`` bool (True = the object), or None.
+        mask: foreground, ``[B,H,W]`` bool (True = the object), or None; for losses also the share of each pixel, in [0, 1].
         boxes: one ``[n,4]`` tensor an image (``x0, y0, x1, y1`` in pixels of ``x``), or None.
         id: one name an image, stable between runs.
         background: what stands behind the object, by any name, one an image, for accuracy by group; or None.
+
+    Raises:
+        FoveateError: a mask of other values or of another size than the images; boxes that are not finite, turned round
+            (``x1 < x0``) or shares of the image; not as many of them as images.
     """
 
     x: Tensor
@@ -28,6 +39,14 @@ class Batch:
     boxes: tuple[Tensor, ...] | None = None
     id: tuple[str, ...] = ()
     background: tuple[str, ...] | None = None
+
+    def __post_init__(self) -> None:
+        if self.y is not None and not isinstance(self.y, Tensor):
+            object.__setattr__(self, "y", torch.as_tensor(self.y))
+        if self.mask is not None:
+            object.__setattr__(self, "mask", as_mask(self.mask, (len(self.x), *self.x.shape[-2:])))
+        if self.boxes is not None:
+            object.__setattr__(self, "boxes", as_boxes(self.boxes, len(self.x)))
 
     def __len__(self) -> int:
         return len(self.x)
@@ -74,3 +93,95 @@ class Batch:
             if all(sample.background is not None for sample in samples)
             else None,
         )
+
+
+def as_mask(mask: Any, shape: tuple[int, ...]) -> Tensor:
+    """A mask of any unambiguous form as bool ``[B,H,W]``: bool, 0/1, 0/255, ``[B,1,H,W]``, ``[H,W]`` of one image, lists.
+
+    Shares of pixels in [0, 1] stay as they are: losses weigh by them, and what is measured needs an edge.
+
+    Raises:
+        FoveateError: other values, such as those of several classes; another size.
+    """
+    given = _tensor(mask, "mask")
+    if given.ndim == 4 and given.shape[1] == 1:
+        given = given[:, 0]
+    if given.ndim == 2 and shape[0] == 1:
+        given = given[None]
+    if tuple(given.shape) != tuple(shape):
+        raise FoveateError(f"masks of shape {list(given.shape)} do not fit images of shape {list(shape)}, one mask an image")
+    if given.dtype == torch.bool:
+        return given
+    on = given != 0
+    if bool((on == (given == 1)).all()) or bool((on == (given == 255)).all()):
+        return on
+    if given.is_floating_point() and bool(((given >= 0) & (given <= 1)).all()):
+        return given
+    some = ", ".join(f"{value:g}" for value in given.flatten()[:100_000].unique()[:6].tolist())
+    raise FoveateError(
+        f"a mask is bool, 0 and 1, or 0 and 255, and this one has other values ({some}): compare it, as in mask == 1"
+    )
+
+
+def as_share(mask: Tensor) -> Tensor:
+    """A mask on the grid of a map, ``[B,h,w]`` with values in [0, 1], also from bool, 0/255 and ``[B,1,h,w]``.
+
+    Raises:
+        FoveateError: other values.
+    """
+    if mask.ndim == 4 and mask.shape[1] == 1:
+        mask = mask[:, 0]
+    if mask.dtype == torch.bool or bool(((mask >= 0) & (mask <= 1)).all()):
+        return mask
+    on = mask == 255
+    if bool((on | (mask == 0)).all()):
+        return on
+    low, high = (f"{float(value):g}" for value in mask.aminmax())
+    raise FoveateError(f"a mask has values from 0 to 1, or 0 and 255, and this one has some from {low} to {high}")
+
+
+def as_boxes(boxes: Any, count: int) -> tuple[Tensor, ...]:
+    """Boxes as one ``[n,4]`` tensor an image, from tensors, arrays or nested lists; None is an image without any.
+
+    Raises:
+        FoveateError: not one entry an image, not four numbers a box, or numbers that are no box in pixels.
+    """
+    if len(boxes) != count:
+        raise FoveateError(
+            f"boxes are given for {len(boxes)} image(s), and there are {count}: give a list [n,4] for each image"
+        )
+    found = tuple(_boxes_of(own, number) for number, own in enumerate(boxes))
+    known = torch.cat([own.detach().reshape(-1, 4).cpu() for own in found]) if found else torch.zeros(0, 4)
+    known = known[(known[:, 2:] > known[:, :2]).all(1)]
+    if len(known) and bool(((known >= 0) & (known <= 1)).all()):
+        raise FoveateError(
+            f"boxes are pixels of the image, and these look like shares of it, such as {known[0].tolist()}: multiply x by its "
+            "width and y by its height"
+        )
+    return found
+
+
+def _boxes_of(boxes: Any, number: int) -> Tensor:
+    own = _tensor([] if boxes is None else boxes, "boxes")
+    if not own.numel():
+        return own.float().reshape(0, 4)
+    if own.ndim > 2 or own.shape[-1] != 4:
+        raise FoveateError(f"boxes of shape {list(own.shape)} of image {number} are not [n,4]: x0, y0, x1, y1")
+    own = own.reshape(-1, 4)
+    if not own.is_floating_point():
+        own = own.float()
+    if not bool(torch.isfinite(own).all()) or bool((own[:, 2:] < own[:, :2]).any()):
+        wrong = next(b for b in own.tolist() if not (all(map(math.isfinite, b)) and b[0] <= b[2] and b[1] <= b[3]))
+        raise FoveateError(f"the box {wrong} of image {number} is none: x0 <= x1 and y0 <= y1, all of them finite")
+    return own
+
+
+def _tensor(values: Any, what: str) -> Tensor:
+    if isinstance(values, Tensor):
+        return values
+    try:
+        if isinstance(values, (list, tuple)) and values and all(isinstance(value, Tensor) for value in values):
+            return torch.stack(list(values))
+        return torch.as_tensor(values)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise FoveateError(f"the {what} cannot be read as an array: {error}") from None

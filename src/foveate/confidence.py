@@ -20,6 +20,7 @@ from foveate.capture import Capture
 from foveate.errors import FoveateError, NotFiniteError
 from foveate.evaluate import NOT_FINITE, batches, readable
 from foveate.methods.caso import SAME, Unit, path
+from foveate.text import read_text
 
 TIE = 1e-9  # of 1 - cosine: below it is the rounding of float32 images
 ENOUGH = 20  # images, for a sentence about a trend
@@ -160,14 +161,15 @@ def read_rows(file: Path) -> pd.DataFrame:
         FoveateError: it is another table, or damaged.
     """
     try:
-        text = file.read_text(encoding="utf-8") if file.exists() else ""
+        text = read_text(file) if file.exists() else ""
         whole = io.StringIO(text[: text.rfind("\n") + 1] or ",".join(COLUMNS))
         rows = pd.read_csv(whole, dtype={"id": str}, float_precision="round_trip")
         numbers = [name for name in COLUMNS[1:] if name in rows and (rows[name].dtype.kind in "if" or rows.empty)]
         if list(rows.columns) != ["id", *numbers] or len(numbers) < len(COLUMNS) - 1:
             raise ValueError("its columns are others")
-    except (OSError, ValueError) as error:
-        raise FoveateError(f"{str(file)!r} is no table of foveate confidence: {error}; name another --out") from None
+    except ValueError as error:  # pandas' own are of its kind, and so is FoveateError
+        reason = " ".join(str(error).split())
+        raise FoveateError(f"{str(file)!r} is no table of foveate confidence: {reason}; name another --out") from None
     return rows
 
 

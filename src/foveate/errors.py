@@ -5,8 +5,26 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 
+def printable(name: object) -> str:
+    r"""A name, such as a path's, as text that any file and terminal in UTF-8 takes: bytes that are none become ``\xff``."""
+    text = str(name)
+    try:
+        text.encode("utf-8")
+        return text
+    except UnicodeEncodeError:
+        pass
+    try:
+        raw = text.encode("utf-8", "surrogateescape")  # as Python decodes the names of files
+    except UnicodeEncodeError:
+        raw = text.encode("utf-8", "backslashreplace")
+    return raw.decode("utf-8", "backslashreplace")
+
+
 class FoveateError(ValueError):
     """Something that was asked for cannot be done; the message is one sentence with the remedy."""
+
+    def __init__(self, message: str = "") -> None:
+        super().__init__(printable(message))
 
 
 class LayerError(FoveateError):
@@ -39,3 +57,7 @@ class NotFiniteError(FoveateError):
     def __init__(self, message: str, rows: Sequence[int] = ()) -> None:
         super().__init__(message)
         self.rows = list(rows)
+
+
+class TableWarning(UserWarning):
+    """A table was read in another way than it stands there: its encoding, its delimiter, lines that repeat each other."""

@@ -391,6 +391,8 @@ def choose(metrics: str | Sequence[str], batch: Batch) -> list[tuple[Metric, lis
     """
     has = {"mask": batch.mask is not None, "boxes": batch.boxes is not None, "labels": batch.y is not None}
     has["region"] = has["mask"] or has["boxes"]
+    if batch.mask is not None and batch.mask.dtype != torch.bool:
+        raise FoveateError("a mask of shares between 0 and 1 has no edge to measure at: compare it first, as in mask > 0.5")
     chosen: dict[str, tuple[Metric, list[str]]] = {}
     for name in [metrics] if isinstance(metrics, str) else metrics:
         if name == "all":

@@ -236,7 +236,7 @@ def is_regular(path: str | Path) -> bool:
     """Whether a path is a file with content: opening a named pipe would wait for ever."""
     try:
         return stat.S_ISREG(os.stat(path).st_mode)
-    except OSError:
+    except (OSError, ValueError):  # a NUL in the name is a ValueError
         return False
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import zipfile
-import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,6 +17,7 @@ from foveate.batch import Batch
 from foveate.capture import Capture
 from foveate.classifier import evaluating
 from foveate.errors import FoveateError
+from foveate.files import is_regular
 from foveate.registry import METHODS
 from foveate.targets import log_probability
 
@@ -135,6 +134,8 @@ class Film:
         Raises:
             FoveateError: no such file, or another one.
         """
+        if not is_regular(path):
+            raise FoveateError(f"{str(path)!r} is not a film: there is no such file")
         try:
             with np.load(path, allow_pickle=False) as file:
                 known = dict(file)
@@ -142,11 +143,16 @@ class Film:
             mask = torch.from_numpy(known["mask"]) if "mask" in known else None
             batch = Batch(images, torch.from_numpy(known["labels"]), mask, id=tuple(map(str, known["ids"])))
             film = Film(batch, str(known["method"]), class_names=tuple(map(str, known["names"])) or None)
+            if len(known["labels"]) != len(images) or len(known["ids"]) not in (0, len(images)):
+                raise ValueError(f"it has {len(known['labels'])} labels and {len(images)} images")
             columns = ("maps", "predicted", "probability", "inside")
             for number, epoch in enumerate(known.get("epoch", ())):
-                film.frames.append(Frame(int(epoch), *(known[name][number] for name in columns)))
-        except (OSError, EOFError, KeyError, ValueError, TypeError, IndexError, zipfile.BadZipFile, zlib.error) as error:
-            raise FoveateError(f"{str(path)!r} is not a film: {error}") from None
+                frame = Frame(int(epoch), *(known[name][number] for name in columns))
+                if any(len(getattr(frame, name)) != len(images) for name in columns) or frame.maps.ndim != 3:
+                    raise ValueError(f"the frame of epoch {frame.epoch} is not of its {len(images)} images")
+                film.frames.append(frame)
+        except Exception as error:  # numpy, zipfile and zlib raise many kinds for a damaged file
+            raise FoveateError(f"{str(path)!r} is not a film: {' '.join(str(error).split()) or type(error).__name__}") from None
         return film
 
 

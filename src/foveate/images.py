@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -15,9 +15,10 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from foveate.errors import FoveateError, ImageError
+from foveate.files import is_regular
 
 MOST_PIXELS = 200_000_000  # decoded, an image of this size takes 600 MB
-LEAST_SIDE = 8
+LEAST_SIDE, MOST_SIDE = 8, 16384
 RESAMPLING = {
     "nearest": Image.Resampling.NEAREST,
     "bilinear": Image.Resampling.BILINEAR,
@@ -30,41 +31,52 @@ def read(path: str | Path) -> Image.Image:
     """An image file as 8-bit RGB, upright as its EXIF says; transparency is laid on white, 16 bits are scaled to 8.
 
     Raises:
-        ImageError: missing, not an image, cut off, below 8 pixels a side, or above 200 megapixels.
+        ImageError: missing, not a file, not an image, cut off, below 8 pixels a side, or above 200 megapixels.
+    """
+    return _opened(Path(path), path, lambda image: _to_rgb(ImageOps.exif_transpose(image)))
+
+
+def read_mask(path: Path, of: Path) -> Image.Image:
+    """The mask image of an image file ``of``, as it is stored.
+
+    Raises:
+        ImageError: it cannot be read, for the same reasons as an image; its ``path`` is that of the image.
     """
     try:
-        return _read(Path(path))
+        return _opened(path, of, lambda image: image.copy())
     except ImageError as error:
-        error.path = str(path)
-        raise
+        raise ImageError(f"the mask of {of} cannot be read: {error}", of) from None
 
 
-def _read(path: Path) -> Image.Image:
+def _opened(path: Path, of: object, take: Callable[[Image.Image], Image.Image]) -> Image.Image:
+    """What is taken from an image file while it is open; nothing but a regular file is: a named pipe would wait for ever."""
     if path.is_dir():
-        raise ImageError(f"{path} is a folder, not an image")
-    if not path.exists():
-        raise ImageError(f"{path} does not exist")
+        raise ImageError(f"{path} is a folder, not an image", of)
+    if not is_regular(path):
+        raise ImageError(f"{path} is a pipe or a device, not a file" if path.exists() else f"{path} does not exist", of)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
             with Image.open(path) as image:
                 _check_size(path, image.size)
                 image.load()
-                return _to_rgb(ImageOps.exif_transpose(image))
-    except ImageError:
+                return take(image)
+    except ImageError as error:
+        error.path = str(of)
         raise
     except Image.DecompressionBombError as error:
         pixels = max(map(int, re.findall(r"\d+", str(error))), default=0)
         raise ImageError(
             f"{path} has {pixels // 10**6} megapixels, more than the {MOST_PIXELS // 10**6} that are read: "
-            "make it smaller first"
+            "make it smaller first",
+            of,
         ) from None
     except UnidentifiedImageError:
-        raise ImageError(f"{path} is not an image in a format that can be read") from None
+        raise ImageError(f"{path} is not an image in a format that can be read", of) from None
     except PermissionError:
-        raise ImageError(f"{path} may not be read by this user") from None
+        raise ImageError(f"{path} may not be read by this user", of) from None
     except (OSError, SyntaxError, ValueError) as error:
-        raise ImageError(f"{path} is damaged or cut off: {str(error).rstrip('.')}") from None
+        raise ImageError(f"{path} is damaged or cut off: {str(error).rstrip('.')}", of) from None
 
 
 def _check_size(path: Path, size: tuple[int, int]) -> None:
@@ -117,10 +129,16 @@ class Preprocess:
     mean: tuple[float, ...] = (0.485, 0.456, 0.406)
     std: tuple[float, ...] = (0.229, 0.224, 0.225)
 
+    def __post_init__(self) -> None:
+        if not all(map(math.isfinite, (*self.mean, *self.std))) or any(value <= 0 for value in self.std):
+            raise FoveateError(f"mean {self.mean} and std {self.std} normalise nothing: std is above 0, and both are finite")
+
     def sized(self, size: int) -> Preprocess:
         """The same for another input size, the share that is cropped away kept."""
         if size < LEAST_SIDE:
             raise FoveateError(f"size {size} is too small for an image: use at least {LEAST_SIDE} pixels")
+        if size > MOST_SIDE:
+            raise FoveateError(f"size {size} is too large for an image: use at most {MOST_SIDE} pixels")
         resize = None if self.resize is None else round(size * self.resize / min(self.crop))
         return replace(self, crop=(size, size), resize=resize)
 

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from foveate.batch import as_share
 from foveate.errors import FoveateError
 
 Scaling = Literal["range", "max", "none"]
@@ -163,8 +164,12 @@ def grid_mask(mask: Tensor, like: Tensor, resize: Literal["nearest", "area"] = "
 def mass_inside(saliency: Tensor, mask: Tensor) -> Tensor:
     """Share of each map's positive mass inside its mask, ``[B]`` in [0, 1]: ``sum(relu(S) * mask) / sum(relu(S))``.
 
-    A map without positive mass has no share: it counts as 0, the worst value.
+    A map without positive mass has no share: it counts as 0, the worst value. Masks of 0/255 and ``[B,1,H,W]`` are taken too.
+
+    Raises:
+        FoveateError: a mask of other values.
     """
+    mask = as_share(mask)
     positive = relu(saliency)
     total = positive.sum((-2, -1))
     inside = (positive * mask.to(positive.dtype)).sum((-2, -1))

@@ -3,22 +3,44 @@
 from __future__ import annotations
 
 import difflib
+import typing
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
 from foveate.errors import FoveateError
+from foveate.files import is_regular
 from foveate.models.load import refuse_code
 from foveate.registry import LOSSES, METHODS, check_settings
+from foveate.text import quoted, read_yaml
 
 RECIPES = Path(__file__).parent / "recipes"
 
 
+LARGEST_SEED = 2**32 - 1  # that every generator takes
+
+
 class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_truth(cls, value: Any, info: ValidationInfo) -> Any:
+        """``epochs: true`` is no number, although Python counts it as 1."""
+        field = cls.model_fields[info.field_name or ""]
+        if any(isinstance(part, bool) for part in (value if isinstance(value, list) else [value])):
+            kinds = _kinds(field.annotation)
+            if bool not in kinds and kinds & {int, float}:
+                raise ValueError("a number is needed")
+        return value
+
+
+def _kinds(annotation: Any) -> set[Any]:
+    """The types that an annotation is made of."""
+    parts = typing.get_args(annotation)
+    return set().union(*map(_kinds, parts)) if parts else {annotation}
 
 
 class Phase(_Strict):
@@ -61,7 +83,8 @@ class Data(_Strict):
     hold_out: float = Field(0.2, gt=0, lt=1, description="share of every class of train, for validation")
     folds: int | None = Field(None, ge=2, description="cross-validation: one of so many parts of train is the test data")
     fold: int = Field(0, ge=0, description="which one, from 0")
-    split_seed: int = Field(0, ge=0, description="of these divisions; seed does not change them")
+    split_seed: int = Field(0, ge=0, le=LARGEST_SEED, description="of these divisions; seed does not change them")
+    encoding: str | None = Field(None, description="of labels.csv, where it is not UTF-8: cp1252, latin-1")
 
     @field_validator("train", "val", "test", mode="before")
     @classmethod
@@ -106,7 +129,7 @@ class Recipe(_Strict):
     std: list[float] | None = None
     head: Literal["softmax", "binary", "multilabel"] | None = Field(None, description="by the labels where it is not given")
     data: Literal["scenes"] | Data = "scenes"
-    size: int | None = Field(None, ge=16, description="input size, where it is not the model's own")
+    size: int | None = Field(None, ge=16, le=16384, description="input size, where it is not the model's own")
     epochs: int = Field(12, ge=1)
     batch_size: int = Field(32, ge=1, description="of all devices together")
     accumulate: int = Field(1, ge=1, description="batches whose gradients make one step")
@@ -131,7 +154,7 @@ class Recipe(_Strict):
     layer: str = "auto"
     measure: Measure = Measure(images=200)
     film: Film = Film(images=6)
-    seed: int = Field(0, ge=0)
+    seed: int = Field(0, ge=0, le=LARGEST_SEED)
 
     @field_validator("data", mode="before")
     @classmethod
@@ -173,20 +196,32 @@ def read_recipe(
     return recipe
 
 
+def completed(content: Any, where: str) -> dict[str, Any]:
+    """A recipe as a run was made with it: what its version did not know has its default, what this one does not, stays.
+
+    Raises:
+        FoveateError: it is no recipe.
+    """
+    if not isinstance(content, dict) or not {"name", "model", "data"} <= set(content):
+        raise FoveateError(f"{where} is no whole recipe: it holds {quoted(content)}")
+    known = {key: value for key, value in content.items() if key in Recipe.model_fields}
+    try:
+        return {**content, **Recipe.model_validate(known).model_dump(mode="json")}
+    except ValidationError as error:
+        raise FoveateError(f"{where}: {_sentence(error)}") from None
+
+
 def _content(source: str | Path, seen: tuple[str, ...]) -> tuple[dict[str, Any], dict[str, Any]]:
     """What a recipe says, with what it extends, and the changes of its small variant."""
     path = Path(source)
-    if not path.is_file():
+    if not is_regular(path):
         own = sorted(file.stem for file in RECIPES.glob("*.yaml"))
         if str(source) not in own:
             near = difflib.get_close_matches(str(source), own, 3, 0.5)
             known = f"did you mean {' or '.join(near)}?" if near else f"there are {', '.join(own)}"
             raise FoveateError(f"recipe {str(source)!r} is neither a file nor one of foveate's own: {known}")
         path = RECIPES / f"{source}.yaml"
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise FoveateError(f"recipe {str(path)!r} is not YAML: {' '.join(str(error).split())}") from None
+    content = read_yaml(path, f"recipe {str(path)!r}")
     if not isinstance(content, dict):
         raise FoveateError(f"recipe {str(path)!r} is not a list of 'key: value' lines")
     base: dict[str, Any] = {}
@@ -195,10 +230,12 @@ def _content(source: str | Path, seen: tuple[str, ...]) -> tuple[dict[str, Any],
         if str(parent) in seen:
             raise FoveateError(f"recipe {str(source)!r} extends itself: {' from '.join([*seen, str(parent)])}")
         beside = path.parent / f"{parent}.yaml"
-        base, reduced = _content(beside if beside.is_file() else str(parent), (*seen, str(parent)))
+        base, reduced = _content(beside if is_regular(beside) else str(parent), (*seen, str(parent)))
     own_small = content.pop("small", {})
     if not isinstance(own_small, dict):
-        raise FoveateError(f"recipe {str(source)!r}: small is a list of 'key: value' lines, and it is {own_small!r}")
+        raise FoveateError(f"recipe {str(source)!r}: small is a list of 'key: value' lines, and it is {quoted(own_small)}")
+    if wrong := next((key for key in (*content, *own_small) if not isinstance(key, str)), None):
+        raise FoveateError(f"recipe {str(source)!r}: a key is text, and {quoted(wrong)} is none")
     return _merged(base, content), {**reduced, **own_small}
 
 
@@ -224,8 +261,8 @@ def _put(content: dict[str, Any], key: str, value: Any, where: str) -> None:
                 place[parent] = {"train": place[parent]} if parent == "data" and place[parent] != "scenes" else {}
             place = place.setdefault(parent, {})
         place[int(last) if isinstance(place, list) else last] = value
-    except (ValueError, IndexError, AttributeError):
-        raise FoveateError(f"recipe {where!r} has no place {key!r} for {value!r}") from None
+    except (ValueError, IndexError, AttributeError, TypeError):
+        raise FoveateError(f"recipe {where!r} has no place {key!r} for {quoted(value)}") from None
 
 
 def _validated(content: Mapping[str, Any], where: str) -> Recipe:
@@ -274,7 +311,7 @@ def _validated(content: Mapping[str, Any], where: str) -> Recipe:
 
 def _sentence(error: ValidationError) -> str:
     """The first thing that is wrong with a recipe: where, why, what was given, and what there is."""
-    problems = [p for p in error.errors() if p["loc"][-1] != "literal['scenes']"] or error.errors()
+    problems = [p for p in error.errors() if p["loc"][-1:] != ("literal['scenes']",)] or error.errors()
     first = problems[0]
     place = [str(part) for part in first["loc"] if "Data" not in str(part)]
     message = first["msg"].removeprefix("Value error, ")
@@ -292,4 +329,4 @@ def _sentence(error: ValidationError) -> str:
         near = difflib.get_close_matches(place[-1], model.model_fields, 1, 0.6)
         known = f"did you mean {near[0]}?" if near else f"known are {', '.join(model.model_fields)}"
         return f"{'.'.join(place)} is no key of a recipe: {known}"
-    return f"{'.'.join(place)}: {message[0].lower() + message[1:]}, and it is {first['input']!r}"
+    return f"{'.'.join(place)}: {message[0].lower() + message[1:]}, and it is {quoted(first['input'])}"

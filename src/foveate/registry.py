@@ -22,6 +22,7 @@ import torch
 from foveate import missing
 from foveate.errors import FoveateError
 from foveate.precision import uncast
+from foveate.text import parse_yaml, quoted
 
 Direction = Literal["up", "down"]
 
@@ -347,15 +348,13 @@ def _typed(record: Method | Metric | Loss, name: str, value: Any) -> Any:
             with suppress(ValidationError):
                 return adapter.validate_python(_parts(value) if isinstance(value, str) else [value])
         reasons = "; ".join(dict.fromkeys(problem["msg"][0].lower() + problem["msg"][1:] for problem in error.errors()))
-        raise FoveateError(f"{record.name}.{name} cannot be {value!r}: {reasons}") from None
+        raise FoveateError(f"{record.name}.{name} cannot be {quoted(value)}: {reasons}") from None
 
 
 def _parts(text: str) -> list[Any]:
-    import yaml
-
     try:
-        return [yaml.safe_load(part) for part in text.split(",")]
-    except yaml.YAMLError:
+        return [parse_yaml(part, "a value") for part in text.split(",")]
+    except FoveateError:
         return [text]
 
 

@@ -61,11 +61,11 @@ def open_splits(recipe: Recipe, preprocess: Preprocess) -> dict[str, Dataset[Bat
         return {split: scenes.make(split, recipe.seed, size) for split in scenes.SPLITS}
     data = recipe.data
     assert isinstance(data, Data)
-    train: Any = open_benchmark(data.train, preprocess, train=True)
+    train: Any = open_benchmark(data.train, preprocess, train=True, encoding=data.encoding)
     found: dict[str, Any] = {}
     for split, where in (("val", data.val), ("test", data.test)):
         if where is not None:
-            found[split] = _numbered_alike(open_benchmark(where, preprocess), train, where)
+            found[split] = _numbered_alike(open_benchmark(where, preprocess, encoding=data.encoding), train, where)
     labels = labels_of(train)
     rest = list(range(len(train)))
     if data.folds is not None:
@@ -212,15 +212,15 @@ def augmenter(augment: Augment) -> Callable[[Batch], Batch] | None:
         return changes[size]
 
     def apply(batch: Batch) -> Batch:
-        batch = replace(batch, mask=regions(batch), boxes=None)  # boxes turn with the image as what they cover
+        covered = regions(batch)  # boxes turn with the image as what they cover
         images, masks = [], []
         for index in range(len(batch)):
             image = tv_tensors.Image(batch.x[index])
             with_size = change((batch.x.shape[-2], batch.x.shape[-1]))
-            if batch.mask is None:
+            if covered is None:
                 image = with_size(image)
             else:
-                image, mask = with_size(image, tv_tensors.Mask(batch.mask[index : index + 1].float()))
+                image, mask = with_size(image, tv_tensors.Mask(covered[index : index + 1].float()))
                 masks.append(mask.as_subclass(Tensor) > 0.5)
             images.append(image.as_subclass(Tensor))
         mask = torch.cat(masks) if masks else None

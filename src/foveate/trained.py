@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import csv
-import json
+import io
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -12,12 +12,15 @@ from typing import Any
 
 import torch
 import yaml
+from pydantic import BaseModel, ValidationError
 from torch import nn
 
 from foveate import files
 from foveate._version import __version__
 from foveate.errors import FoveateError
 from foveate.film import Film
+from foveate.recipe import completed
+from foveate.text import quoted, read_json, read_text, read_yaml
 
 KIND, RECORD = "training", "run.json"
 FILES = ("model.safetensors", "recipe.yaml", "history.csv", RECORD)
@@ -85,15 +88,7 @@ def read_record(folder: Path) -> dict[str, Any]:
     Raises:
         FoveateError: it is damaged.
     """
-    try:
-        record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return {}
-    except (OSError, ValueError) as error:
-        raise FoveateError(f"{str(folder / RECORD)!r} cannot be read: {error}") from None
-    if not isinstance(record, dict):
-        raise FoveateError(f"{str(folder / RECORD)!r} is not the record of a run: it holds a {type(record).__name__}")
-    return record
+    return read_json(folder / RECORD) if (folder / RECORD).exists() else {}
 
 
 def name_of(folder: Path) -> str | None:
@@ -101,6 +96,33 @@ def name_of(folder: Path) -> str | None:
     record = read_record(folder)
     name = record.get("name", record.get("recipe", {}).get("name"))
     return None if name is None else str(name)
+
+
+class _Group(BaseModel):
+    name: str = ""
+    count: int
+    accuracy: float
+
+
+class _Record(BaseModel):
+    """What is read of ``run.json``."""
+
+    epoch: int
+    seconds: float
+    accuracy: dict[str, float]
+    groups: dict[str, dict[str, _Group]]
+    maps: dict[str, dict[str, dict[str, float]]]
+    worst_group: _Group | None = None
+    maps_error: str | None = None
+
+
+def _check(record: Mapping[str, Any]) -> None:
+    try:
+        _Record.model_validate(record)
+    except ValidationError as error:
+        first = error.errors()[0]
+        reason = f"{'.'.join(map(str, first['loc']))}: {first['msg'].lower()}, and it is {quoted(first['input'])}"
+        raise FoveateError(f"run.json is damaged: {reason}") from None
 
 
 def is_trained(folder: str | Path) -> bool:
@@ -112,22 +134,38 @@ def read(folder: str | Path) -> Trained:
     """Read what :func:`save` wrote.
 
     Raises:
-        FoveateError: no finished training run is there.
+        FoveateError: no finished training run is there, or one of its files is damaged; the message names the file.
     """
     folder = Path(folder)
+    where = f"{str(folder)!r} holds no finished training run"
+    for name in ("run.json", "recipe.yaml", "history.csv"):
+        if not (folder / name).exists():
+            raise FoveateError(f"{where}: {name} is not there; --resume ends one")
     try:
-        record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
-        if isinstance(record, dict) and record.get("kind") == KIND and not record.get("finished", True):
-            raise FoveateError(f"{str(folder)!r} holds a training run that is not finished: --resume ends it")
-        recipe = yaml.safe_load((folder / "recipe.yaml").read_text(encoding="utf-8"))
-        with (folder / "history.csv").open(newline="", encoding="utf-8") as file:
-            history = [{key: float(value) for key, value in line.items()} for line in csv.DictReader(file)]
+        record = read_json(folder / RECORD)
+        if record.get("kind") == KIND and not record.get("finished", True):
+            raise FoveateError("it is not finished; --resume ends it")
+        recipe = read_yaml(folder / "recipe.yaml", "recipe.yaml")
         if record.get("kind") != KIND:
-            raise ValueError("run.json is of another kind of run")
-    except OSError as error:
-        name = Path(str(error.filename)).name
-        raise FoveateError(f"{str(folder)!r} holds no finished training run: {name} is not there; --resume ends one") from None
-    except (ValueError, yaml.YAMLError) as error:
-        raise FoveateError(f"{str(folder)!r} holds no finished training run: {error}") from None
+            raise FoveateError("run.json is of another kind of run")
+        _check(record)
+        recipe = completed(recipe, "recipe.yaml")
+        history = _history(folder / "history.csv")
+    except FoveateError as error:
+        raise FoveateError(f"{where}: {error}") from None
     film = folder / "film.npz"
-    return Trained(folder, record, recipe, history, Film.load(film) if film.is_file() else None)
+    return Trained(folder, record, recipe, history, Film.load(film) if film.exists() else None)
+
+
+def _history(path: Path) -> list[dict[str, float]]:
+    """One line an epoch; each a number for every column."""
+    lines = []
+    reader = csv.DictReader(io.StringIO(read_text(path), newline=""), strict=True)
+    try:
+        for line in reader:
+            lines.append({key: float(value) for key, value in line.items()})
+    except (csv.Error, TypeError, ValueError):
+        raise FoveateError(f"{path.name}, line {reader.line_num}: it is not one number for each column") from None
+    if not lines or not {"epoch", "train_loss"} <= set(lines[0]):
+        raise FoveateError(f"{path.name} has no epochs with a train_loss")
+    return lines

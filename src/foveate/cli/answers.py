@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from foveate.cli.images import Picture
-from foveate.errors import DegenerateMapWarning, FoveateError
+from foveate.errors import DegenerateMapWarning, FoveateError, printable
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -195,7 +195,7 @@ def _entry(
     distinct = list(by_question.values())
     first = asked[0].explanation
     item: dict[str, Any] = {
-        "file": str(picture.path),
+        "file": printable(picture.path),
         "layer": first.layer,
         "grid": str(first.capture.layout()),
         "target": int(first.target.y[i]),

@@ -21,6 +21,7 @@ from foveate.cli.options import (
     Classes,
     Debug,
     Device,
+    Encoding,
     Json,
     Mean,
     Model,
@@ -60,6 +61,7 @@ def confidence(
     device: Device = "auto",
     classes: Classes = None,
     trust_code: TrustCode = False,
+    encoding: Encoding = None,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
@@ -74,8 +76,8 @@ def confidence(
         called = name or Path(model.split(":")[-1]).name
         if not called.replace("-", "").replace("_", "").replace(".", "").isalnum():
             raise FoveateError(f"--name {called!r} becomes a file's name: use letters, digits, - and _")
-        classifier = open_model(model, weights, pretrained, num_classes, size, mean, std, classes, device, trust_code)
-        source = open_data(data, classifier, False, limit)
+        classifier = open_model(model, weights, pretrained, num_classes, size, mean, std, classes, device, encoding, trust_code)
+        source = open_data(data, classifier, False, limit, encoding)
         folder = out_folder(out)
         call = {"data": data, "eta": eta, "unit": unit, "model": model, "weights": weights, "mean": mean, "std": std}
         call |= {"pretrained": pretrained, "size": size, "num_classes": num_classes}

@@ -17,6 +17,7 @@ from foveate.cli.options import (
     Classes,
     Debug,
     Device,
+    Encoding,
     HeadKind,
     Json,
     Layer,
@@ -38,10 +39,11 @@ from foveate.cli.options import (
     own_settings,
     print_notes,
     reason_of,
+    refuse_empty,
     renumbered,
     sentences,
 )
-from foveate.errors import FoveateError
+from foveate.errors import FoveateError, printable
 
 CELL, NAME = 17, 28  # characters of the terminal that a column and the names take
 
@@ -94,6 +96,7 @@ def evaluate(
     device: Device = "auto",
     classes: Classes = None,
     trust_code: TrustCode = False,
+    encoding: Encoding = None,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
@@ -109,11 +112,13 @@ def evaluate(
 
         check_precision(precision, "--precision")
         settings = own_settings(setting)
-        named: list[Any] = listed(methods)
-        if named and controls and not any(record.control for record in map(METHODS.known, named) if record is not None):
-            named.append("controls")
+        for option, text in (("DATA", data), ("--methods", methods), ("--metrics", metrics), ("--layer", layer)):
+            refuse_empty(option, text)
+        asked: list[Any] = listed(methods)
+        if controls and not any(record.control for record in map(METHODS.known, asked) if record is not None):
+            asked.append("controls")
         plan = Plan.of(
-            named,
+            asked,
             metrics if metrics == "all" else listed(metrics),
             protocol,
             settings,
@@ -124,9 +129,9 @@ def evaluate(
             keep_maps=True,
         )
         statistics.baseline_of([record.name for record in plan.records], baseline)
-        classifier = open_model(model, weights, pretrained, num_classes, size, mean, std, classes, device, trust_code)
+        classifier = open_model(model, weights, pretrained, num_classes, size, mean, std, classes, device, encoding, trust_code)
         unclipped = plan.protocol.metrics.get("localization", {}).get("clip", True) is False
-        source = open_data(data, classifier, unclipped, limit)
+        source = open_data(data, classifier, unclipped, limit, encoding)
         folder = out_folder(out)
         kind = next(classifier.parameters()).device.type
         workers = runs.Workers(devices, "cuda" if kind == "cuda" else "cpu")
@@ -134,10 +139,10 @@ def evaluate(
             classifier.to(workers.device)
         workers.share(classifier)
         call: dict[str, Any] = {
-            "data": data,
-            "model": model,
+            "data": printable(data),
+            "model": printable(model),
             "layer": layer,
-            "methods": ",".join(map(str, named)),
+            "methods": ",".join(map(str, asked)),
             "metrics": metrics,
             "precision": precision,
         }
@@ -176,7 +181,7 @@ def evaluate(
             raise typer.Exit(FAILURES)
 
 
-def open_data(data: str, classifier: Any, unclipped: bool, limit: int | None) -> Any:
+def open_data(data: str, classifier: Any, unclipped: bool, limit: int | None, encoding: str | None = None) -> Any:
     """A data set by what a person may call it, its labels in the model's numbering.
 
     Raises:
@@ -186,7 +191,8 @@ def open_data(data: str, classifier: Any, unclipped: bool, limit: int | None) ->
 
     from foveate.data.benchmarks import open_benchmark
 
-    source = renumbered(open_benchmark(data, classifier.preprocess, clip_boxes=not unclipped), classifier, data)
+    opened = open_benchmark(data, classifier.preprocess, clip_boxes=not unclipped, encoding=encoding)
+    source = renumbered(opened, classifier, data)
     return Subset(source, range(limit)) if limit is not None and limit < len(source) else source
 
 

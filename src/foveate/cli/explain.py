@@ -20,6 +20,7 @@ from foveate.cli.options import (
     Classes,
     Debug,
     Device,
+    Encoding,
     HeadKind,
     Json,
     Layer,
@@ -43,10 +44,11 @@ from foveate.cli.options import (
     print_notes,
     progress,
     reason_of,
+    refuse_empty,
     sentences,
     several,
 )
-from foveate.errors import FoveateError
+from foveate.errors import FoveateError, printable
 
 if TYPE_CHECKING:
     from foveate.models.load import Classifier
@@ -98,6 +100,7 @@ def explain(
     device: Device = "auto",
     classes: Classes = None,
     trust_code: TrustCode = False,
+    encoding: Encoding = None,
     pictures: Annotated[
         str, typer.Option(help="all: overlays, four panels and sheets; overlay; sheet: one picture an image; or none.")
     ] = "all",
@@ -110,6 +113,8 @@ def explain(
         from foveate.registry import ungrouped
 
         check_precision(precision, "--precision")
+        for option, text in (*(("IMAGE", image) for image in images), ("--target", target), ("--against", against)):
+            refuse_empty(option, text)
         if pictures not in WRITTEN:
             raise FoveateError(f"--pictures {pictures!r} is unknown: use {', '.join(WRITTEN)}")
         given = ",".join(method or ["grad_cam", "hires_cam"])
@@ -117,7 +122,7 @@ def explain(
         ungrouped(names)  # an unknown name stops here, before the model is built
         if not names:
             raise FoveateError(f"--method {given!r} names none: see 'foveate list methods'")
-        classifier = open_model(model, weights, pretrained, num_classes, size, mean, std, classes, device, trust_code)
+        classifier = open_model(model, weights, pretrained, num_classes, size, mean, std, classes, device, encoding, trust_code)
         question = Question(
             methods=names,
             layer=several(layer),
@@ -133,7 +138,7 @@ def explain(
         if question.against is not None and len(question.targets) > 1:
             raise FoveateError(f"--target {target!r} asks for contrasts itself: leave out --against, or give one target")
         folder = out_folder(out)
-        named = Pictures.named(images, classifier, question.needs_labels)
+        named = Pictures.named(images, classifier, question.needs_labels, encoding)
         document: list[dict[str, Any]] = []
         missing = Missing()
         stopped: BaseException | None = None
@@ -154,7 +159,7 @@ def explain(
         if isinstance(stopped, FoveateError) and not document:
             raise stopped
         if as_json:
-            listing = [{"file": file, "reason": reason} for file, reason in named.failures]
+            listing = [{"file": printable(file), "reason": reason} for file, reason in named.failures]
             whole = {"images": document, "complete": stopped is None, "failures": listing}
             print(json.dumps({**whole, "refused": missing.refused, "left_out": missing.left_out}, indent=2))
         elif document and pictures != "none":

@@ -8,7 +8,7 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from foveate.errors import FoveateError, ImageError
+from foveate.errors import FoveateError, ImageError, printable
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -42,14 +42,14 @@ class Pictures:
     failures: list[tuple[str, str]] = field(default_factory=list)
 
     @classmethod
-    def named(cls, names: Sequence[str], classifier: Classifier, labelled: bool) -> Pictures:
+    def named(cls, names: Sequence[str], classifier: Classifier, labelled: bool, encoding: str | None = None) -> Pictures:
         """The images of files and folders, each once; in folders, what foveate wrote is no image.
 
         Raises:
             FoveateError: a ``labels.csv`` that cannot be read.
         """
         paths = list({path.resolve(): path for name in names for path in _files(Path(name))}.values())
-        return cls(paths, _stems(paths), _labels(paths, classifier) if labelled else None)
+        return cls(paths, _stems(paths), _labels(paths, classifier, encoding) if labelled else None)
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -91,13 +91,13 @@ def _stems(paths: Sequence[Path]) -> list[str]:
     return list(taken)
 
 
-def _labels(paths: Sequence[Path], classifier: Classifier) -> list[int | str]:
+def _labels(paths: Sequence[Path], classifier: Classifier, encoding: str | None) -> list[int | str]:
     """The class of each image by the ``labels.csv`` beside it, or by its folder where that has the name of a class."""
     from foveate.data.folder import labels_beside
 
     labels: list[int | str] = []
     called = cache(classifier.classes_called)  # folders are few, images many
-    for path, label in zip(paths, labels_beside(paths), strict=True):
+    for path, label in zip(paths, labels_beside(paths, encoding), strict=True):
         count = None if classifier.class_names is None else len(classifier.class_names)
         if label is None:
             around = [called(folder.name) for folder in list(path.resolve().parents)[:2]]
@@ -105,12 +105,14 @@ def _labels(paths: Sequence[Path], classifier: Classifier) -> list[int | str]:
         try:
             found = classifier.class_index(label) if isinstance(label, str) else label
         except FoveateError as error:
-            labels.append(f"{path}: its label in labels.csv: {error}")
+            labels.append(f"{printable(path)}: its label in labels.csv: {error}")
             continue
         if found is None:
-            labels.append(f"{path} has no label: no labels.csv beside it has a line for it, and its folder is no class's name")
+            labels.append(
+                f"{printable(path)} has no label: no labels.csv beside it has a line for it, and its folder is no class's name"
+            )
         elif count is not None and found >= count:
-            labels.append(f"{path}: its label in labels.csv is {found}, and the model has {count} classes, from 0")
+            labels.append(f"{printable(path)}: its label in labels.csv is {found}, and the model has {count} classes, from 0")
         else:
             labels.append(found)
     return labels

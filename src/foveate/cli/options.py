@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import codecs
+import math
 import re
+import sys
 import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -13,7 +16,8 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from foveate.errors import FoveateError
+from foveate.errors import FoveateError, printable
+from foveate.text import parse_yaml, quoted, read_lines
 
 if TYPE_CHECKING:
     from foveate.models.load import Classifier
@@ -21,6 +25,8 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 err = Console(stderr=True, highlight=False)
 DONE, FAILURES, WRONG_CALL, INTERRUPTED = 0, 1, 2, 130
+ASCII = {"█": "#", "→": "->", "±": "+-", "•": "*", "–": "-", "…": "...", "·": ".", "×": "x"}  # for terminals that have no more
+NET = True  # what nobody thought of ends in a sentence too; tests take it away, so that it hides nothing
 
 Model = Annotated[str, typer.Option("--model", "-m", help="timm:NAME, torchvision:NAME, foveate:small_cnn or file.py:factory.")]
 Weights = Annotated[str | None, typer.Option(help="State dict: .safetensors, .pt or .pth. Code in it is never run.")]
@@ -44,16 +50,20 @@ Json = Annotated[bool, typer.Option("--json", help="One JSON document on standar
 TrustCode = Annotated[
     bool, typer.Option("--trust-code", help="Run the Python file that a recipe, or a run's folder, names as its model.")
 ]
+Encoding = Annotated[
+    str | None, typer.Option(help="Of labels.csv and --classes, where they are not UTF-8: cp1252 (Excel on Windows), latin-1.")
+]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 
 
 @contextmanager
 def sentences(debug: bool) -> Iterator[None]:
-    """Errors as one sentence and an exit status; warnings as notes."""
+    """Errors as one sentence and an exit status; warnings as notes; no character that stops a terminal."""
+    _print_anything()
 
     def note(message: Any, category: Any, *rest: Any, **more: Any) -> None:
         if str(message) not in said:
-            err.print(f"[yellow]note:[/] {escape(str(message))}", soft_wrap=True)
+            err.print(f"[yellow]note:[/] {escape(printable(message))}", soft_wrap=True)
         said.add(str(message))
 
     said: set[str] = set()
@@ -64,21 +74,58 @@ def sentences(debug: bool) -> Iterator[None]:
         warnings.showwarning = note
         try:
             yield
-        except FoveateError as error:
-            if debug:
-                raise
-            err.print(f"[bold red]foveate:[/] {escape(str(error))}", soft_wrap=True)
-            raise typer.Exit(WRONG_CALL) from None
         except KeyboardInterrupt as error:
-            err.print(f"[bold red]foveate:[/] {escape(str(error) or 'interrupted')}", soft_wrap=True)
+            _say(str(error) or "interrupted")
             raise typer.Exit(INTERRUPTED) from None
-        except OSError as error:
+        except (FoveateError, OSError) as error:
             if debug:
                 raise
-            err.print(f"[bold red]foveate:[/] {escape(str(error))}", soft_wrap=True)
+            _say(str(error))
+            raise typer.Exit(WRONG_CALL) from None
+        except (typer.Exit, typer.Abort, typer.BadParameter):
+            raise
+        except Exception as error:
+            if debug or not NET:
+                raise
+            reason = " ".join(f"{type(error).__name__}: {error}".split())
+            _say(
+                f"{quoted(reason, 300)[1:-1]}: foveate did not expect this; run it again with --debug, and report what it shows"
+            )
             raise typer.Exit(WRONG_CALL) from None
         finally:
             warnings.showwarning = shown
+
+
+def _say(sentence: str) -> None:
+    err.print(f"[bold red]foveate:[/] {escape(printable(sentence))}", soft_wrap=True)
+
+
+def _print_anything() -> None:
+    """A character that a terminal's encoding has not, and a byte of a file's name that is none, are written in ASCII."""
+    codecs.register_error("foveate", _in_ascii)
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure") and stream.errors != "foveate":
+            stream.reconfigure(errors="foveate")
+
+
+def _in_ascii(error: UnicodeError) -> tuple[str | bytes, int]:
+    assert isinstance(error, UnicodeEncodeError)  # it is for streams that are written to
+    character = error.object[error.start]
+    if character in ASCII:
+        return ASCII[character], error.start + 1
+    return codecs.backslashreplace_errors(
+        UnicodeEncodeError(error.encoding, error.object, error.start, error.start + 1, error.reason)
+    )
+
+
+def refuse_empty(option: str, text: str | None) -> None:
+    """Refuse an option that is given and empty: a script's variable that was not set.
+
+    Raises:
+        FoveateError: it is.
+    """
+    if text is not None and not text.strip(" ,"):
+        raise FoveateError(f"{option} {text!r} names nothing: leave it out, or say which")
 
 
 def open_model(
@@ -91,16 +138,19 @@ def open_model(
     std: str | None,
     classes: str | None,
     device: str,
+    encoding: str | None = None,
     trust_code: bool = False,
 ) -> Classifier:
     from foveate.models.load import load
 
+    for option, text in (("--model", model), ("--weights", weights), ("--classes", classes), ("--device", device)):
+        refuse_empty(option, text)
     names = None
     if classes is not None:
         try:
-            names = Path(classes).read_text(encoding="utf-8").splitlines()
-        except (OSError, UnicodeDecodeError):
-            raise FoveateError(f"class file {classes!r} cannot be read: it is text with one name a line") from None
+            names = read_lines(classes, encoding)
+        except FoveateError as error:
+            raise FoveateError(f"class file {classes!r} cannot be read: {error}") from None
     loaded = load(
         model,
         weights=weights,
@@ -121,9 +171,12 @@ def _moved(classifier: Classifier, device: str) -> Classifier:
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
-        return classifier.to(torch.device(device))
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
+        place = torch.device(device)
+        if place.type == "meta":
+            raise RuntimeError("it computes nothing")
+        return classifier.to(place)
+    except (RuntimeError, AssertionError, ValueError, TypeError, OverflowError, ImportError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise FoveateError(f"--device {device!r} cannot be used here ({reason}): use cpu, or auto") from None
 
 
@@ -139,6 +192,7 @@ def out_folder(out: str) -> Path:
     Raises:
         FoveateError: something else has that name.
     """
+    refuse_empty("--out", out)
     folder = Path(out)
     if any(part.exists() and not part.is_dir() for part in (folder, *folder.parents)):
         raise FoveateError(f"--out {out!r} is a file, or in one: name a folder")
@@ -175,7 +229,7 @@ def _numbers(option: str, text: str | None) -> list[float] | None:
         values = [float(part) for part in text.split(",")]
     except ValueError:
         values = []
-    if len(values) not in (1, 3):
+    if len(values) not in (1, 3) or not all(map(math.isfinite, values)):
         raise FoveateError(f"--{option} {text!r} is not one number or three, such as 0.485,0.456,0.406")
     return values
 
@@ -200,6 +254,7 @@ def listed(text: str) -> list[str]:
 
 def several(layer: str) -> str | list[str]:
     """One layer, or a list of those that commas separate."""
+    refuse_empty("--layer", layer)
     names = [name.strip() for name in layer.split(",")]
     return names if len(names) > 1 else layer
 
@@ -217,19 +272,23 @@ def own_settings(given: list[str] | None) -> dict[str, dict[str, Any]]:
     Raises:
         FoveateError: not of that form.
     """
-    import yaml
-
     settings: dict[str, dict[str, Any]] = {}
     for text in given or []:
         name, equals, value = text.partition("=")
         method, dot, key = name.rpartition(".")
         if not (equals and dot and method and key):
             raise FoveateError(f"--set {text!r} is not METHOD.SETTING=VALUE, such as opti_cam.steps=50")
-        try:
-            settings.setdefault(method, {})[key] = None if value.lower() == "none" else yaml.safe_load(value)
-        except yaml.YAMLError:
-            raise FoveateError(f"--set {text!r}: {value!r} cannot be read as a value") from None
+        settings.setdefault(method, {})[key] = None if value.lower() == "none" else set_value(text, value)
     return settings
+
+
+def set_value(given: str, value: str) -> Any:
+    """The value of ``--set NAME=VALUE``, which is YAML.
+
+    Raises:
+        FoveateError: it is none; the message quotes what was given.
+    """
+    return parse_yaml(value, f"--set {quoted(given)}")
 
 
 def progress(steps: Iterable[T], label: str, quiet: bool, total: int) -> Iterator[T]:

@@ -14,12 +14,15 @@ from rich.table import Table
 
 from foveate.cli.options import (
     Debug,
+    Encoding,
     Json,
     Out,
     TrustCode,
     err,
     out_folder,
+    refuse_empty,
     sentences,
+    set_value,
 )
 from foveate.errors import FoveateError
 
@@ -58,6 +61,7 @@ def train(
     recipe: Annotated[str, typer.Argument(help="A YAML file, or one of foveate's own: see 'foveate list recipes'.")],
     change: Annotated[list[str] | None, typer.Option("--set", help="key=value, such as epochs=5 or augment.flip=true.")] = None,
     data: Annotated[str | None, typer.Option(help="Train on this: what the recipe calls data.train.")] = None,
+    encoding: Encoding = None,
     small: Annotated[bool, typer.Option("--small", help="The recipe's variant for a machine without a GPU.")] = False,
     out: Out = "run",
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a run that the folder holds.")] = False,
@@ -74,8 +78,6 @@ def train(
     with sentences(debug):
         import os
 
-        import yaml
-
         from foveate.recipe import read_recipe
         from foveate.report import training
         from foveate.train import train as run
@@ -85,9 +87,12 @@ def train(
             key, equals, value = item.partition("=")
             if not equals or not key:
                 raise FoveateError(f"--set {item!r} is not of the form key=value")
-            changes[key] = yaml.safe_load(value)
+            changes[key] = set_value(item, value)
         if data is not None:
+            refuse_empty("--data", data)
             changes = {"data.train" if data != "scenes" else "data": data, **changes}
+        if encoding is not None:
+            changes["data.encoding"] = encoding
         settings = read_recipe(recipe, changes, small=small, trust_code=trust_code)
         out_folder(out)
         first = int(os.environ.get("LOCAL_RANK", "0")) == 0  # of several processes, which all run this

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 import xml.etree.ElementTree as ET
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -20,11 +21,14 @@ from foveate.errors import FoveateError
 from foveate.imagenet import wordnet_ids
 from foveate.images import Preprocess
 from foveate.missing import impossible
+from foveate.text import read_bytes, read_lines
 
 FOREGROUND = 1  # of a trimap of Oxford-IIIT Pet: 2 is background, 3 the border between
 
 
-def open_benchmark(name: str, preprocess: Preprocess, *, clip_boxes: bool = True, train: bool = False) -> Any:
+def open_benchmark(
+    name: str, preprocess: Preprocess, *, clip_boxes: bool = True, train: bool = False, encoding: str | None = None
+) -> Any:
     """Data by what a person may call it.
 
     ``scenes``; ``imagenet:FOLDER``; ``pets:FOLDER`` (37 breeds) and ``species:FOLDER`` (cat or dog); ``torchvision:NAME`` or
@@ -33,6 +37,7 @@ def open_benchmark(name: str, preprocess: Preprocess, *, clip_boxes: bool = True
     Args:
         clip_boxes: boxes end at the crop; False keeps them as they are, as some published code does.
         train: the part for training, of data that has one.
+        encoding: of a folder's ``labels.csv``, see :func:`foveate.data.folder.open_folder`.
 
     Raises:
         FoveateError: no such data, or a folder that is laid out otherwise; the message says how.
@@ -49,7 +54,7 @@ def open_benchmark(name: str, preprocess: Preprocess, *, clip_boxes: bool = True
     if colon and kind in openers and not Path(name).exists():
         source = openers[kind](where, preprocess)
     else:
-        source = open_folder(name, preprocess)
+        source = open_folder(name, preprocess, encoding)
     return replace(source, clip_boxes=False) if isinstance(source, Folder) and not clip_boxes else source
 
 
@@ -73,18 +78,19 @@ def open_imagenet(where: str | Path, preprocess: Preprocess) -> Folder:
         wnid, boxes = _read_xml(found[path.stem])
         if wnid not in index:
             raise FoveateError(f"{found[path.stem]} is of {wnid!r}, which is not one of the 1000 classes")
-        entries.append(Entry(path, index[wnid], boxes))
+        entries.append(Entry(path, index[wnid], boxes, place=str(found[path.stem])))
     return Folder(tuple(entries), preprocess, None, root)
 
 
 def _read_xml(path: Path) -> tuple[str, tuple[tuple[float, ...], ...] | None]:
+    raw = read_bytes(path)
     try:
-        objects = ET.parse(path).getroot().findall("object")
+        objects = ET.fromstring(raw).findall("object")
         boxes = tuple(
             tuple(float(item.findtext(f"bndbox/{edge}") or "") for edge in ("xmin", "ymin", "xmax", "ymax")) for item in objects
         )
         name = objects[0].findtext("name") or ""
-    except (ET.ParseError, ValueError, IndexError):
+    except (ET.ParseError, LookupError, ValueError):  # LookupError: an encoding that nobody knows, or no object
         raise FoveateError(f"{path} has no object with a bndbox of four numbers") from None
     for box in boxes:
         if impossible(torch.tensor(box, dtype=torch.float64)):
@@ -107,11 +113,11 @@ def open_pets(where: str | Path, preprocess: Preprocess, *, species: bool = Fals
     if not table.is_file():
         raise FoveateError(f"{str(root)!r} is not Oxford-IIIT Pet as it is unpacked: annotations/list.txt is missing")
     entries, breeds = [], {}
-    for number, line in enumerate(table.read_text(encoding="utf-8").splitlines(), 1):
+    for number, line in enumerate(read_lines(table), 1):
         if not line.strip() or line.startswith("#"):
             continue
         parts = line.split()
-        if len(parts) != 4 or not all(part.isdigit() for part in parts[1:]):
+        if len(parts) != 4 or not all(re.fullmatch(r"[0-9]{1,4}", part) for part in parts[1:]) or "0" in parts[1:3]:
             raise FoveateError(f"{table}, line {number}: a line is 'name class species breed', and this is {line!r}")
         breed, kind = int(parts[1]) - 1, int(parts[2]) - 1
         breeds[breed] = parts[0].rsplit("_", 1)[0].replace("_", " ")

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-import csv
+import math
+import os
+import re
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 
 import numpy as np
 import torch
@@ -14,10 +17,13 @@ from torch.utils.data import Dataset
 
 from foveate import images
 from foveate.batch import Batch
-from foveate.errors import FoveateError, ImageError
+from foveate.errors import FoveateError, ImageError, TableWarning, printable
 from foveate.images import Preprocess
+from foveate.tables import Line, Table, read_table
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif", ".ppm", ".jpe")
+COLUMNS = ("file", "class_index", "name", "boxes_xyxy", "mask", "background")
+MOST_CLASSES = 10**9
 
 
 @dataclass(frozen=True)
@@ -30,6 +36,7 @@ class Entry:
     mask: Path | None = None
     background: str | None = None
     mask_value: int | None = None  # the value of the object's pixels; above half of the largest where it is None
+    place: str = ""  # where its boxes are from, for a sentence
 
 
 @dataclass(frozen=True)
@@ -53,9 +60,9 @@ class Folder(Dataset[Batch]):
         return len(self.entries)
 
     def name_of(self, index: int) -> str:
-        """What an image is called: its path below the folder."""
+        """What an image is called: its path below the folder, as text that every file and terminal takes."""
         path = self.entries[index].path
-        return str(path.relative_to(self.root)) if self.root in path.parents else str(path)
+        return printable(path.relative_to(self.root) if self.root in path.parents else path)
 
     def _has(self, what: str) -> bool:
         """Whether any image has a mask or boxes: one without them in such data has an empty one, and is no number there."""
@@ -68,33 +75,32 @@ class Folder(Dataset[Batch]):
         """One image as a batch of one.
 
         Raises:
-            ImageError: the file cannot be read.
+            ImageError: the file or its mask cannot be read, or one of its boxes cannot be.
         """
         entry = self.entries[index]
         image = images.read(entry.path)
         mask = None
         if entry.mask is not None:
-            try:
-                with Image.open(entry.mask) as opened:
-                    if opened.size != image.size:
-                        raise ImageError(
-                            f"mask {entry.mask} has {opened.size[0]}x{opened.size[1]} pixels, and its image has "
-                            f"{image.size[0]}x{image.size[1]}",
-                            entry.path,
-                        )
-                    values = opened if entry.mask_value is None else _only(opened, entry.mask_value)
-                    mask = self.preprocess.mask(values)[None]
-            except OSError:
-                raise ImageError(f"mask {entry.mask} of {entry.path} cannot be read", entry.path) from None
-        try:
-            boxes = self.preprocess.boxes(entry.boxes or (), image.size, self.clip_boxes) if self._has("boxes") else None
-        except ImageError as error:
-            raise ImageError(f"{entry.path}: {error}", entry.path) from None
+            opened = images.read_mask(entry.mask, entry.path)
+            if opened.size != image.size:
+                raise ImageError(
+                    f"mask {entry.mask} has {opened.size[0]}x{opened.size[1]} pixels, and its image has "
+                    f"{image.size[0]}x{image.size[1]}",
+                    entry.path,
+                )
+            mask = self.preprocess.mask(opened if entry.mask_value is None else _only(opened, entry.mask_value))[None]
+        boxes = None
+        if self._has("boxes"):
+            for box in entry.boxes or ():
+                _check_box(box, image.size, entry)
+            left = self.preprocess.boxes(entry.boxes or (), image.size, self.clip_boxes)
+            inside = (left >= 0).all(1) & (left <= 1).all(1)  # less than a pixel is left: nothing
+            boxes = (torch.where(inside[:, None], 0.0, left),)
         return Batch(
             x=self.preprocess(image)[None],
             y=None if entry.label is None else torch.tensor([entry.label]),
             mask=mask if mask is not None or not self._has("mask") else torch.zeros(1, *self.preprocess.crop, dtype=torch.bool),
-            boxes=None if boxes is None else (boxes,),
+            boxes=boxes,
             id=(self.name_of(index),),
             background=None if entry.background is None else (entry.background,),
         )
@@ -112,6 +118,23 @@ def _only(mask: Image.Image, value: int) -> Image.Image:
     return Image.fromarray(np.uint8(255 * (np.asarray(mask) == value)), "L")
 
 
+def _check_box(box: Sequence[float], size: tuple[int, int], entry: Entry) -> None:
+    width, height = size
+    x0, y0, x1, y1 = box
+    if not all(map(math.isfinite, box)):
+        reason = "holds no numbers to count with"
+    elif x1 <= x0 or y1 <= y0:
+        reason = "is turned round: a box is x0 y0 x1 y1 with x0 < x1 and y0 < y1"
+    elif x1 <= 0 or y1 <= 0 or x0 >= width or y0 >= height:
+        reason = f"lies outside of the image of {width}x{height} pixels"
+    elif max(x1, y1) <= 1:
+        reason = f"looks like shares of the image: boxes are pixels of the stored file, which has {width}x{height}"
+    else:
+        return
+    where = f"{entry.place}: the" if entry.place else "its"
+    raise ImageError(f"{entry.path}: {where} box '{x0:g} {y0:g} {x1:g} {y1:g}' {reason}", entry.path)
+
+
 def files_in(folder: Path) -> list[Path]:
     """The image files in a folder and in those below it, by name, but for hidden ones."""
     return [
@@ -123,70 +146,159 @@ def files_in(folder: Path) -> list[Path]:
     ]
 
 
-def open_folder(root: str | Path, preprocess: Preprocess) -> Folder:
+def open_folder(root: str | Path, preprocess: Preprocess, encoding: str | None = None) -> Folder:
     """A folder with ``labels.csv`` (``file,class_index[,boxes_xyxy][,mask][,background]``), or a folder for each class in it.
 
     Without ``class_index`` the column ``name`` is used, its values in alphabetical order.
 
+    Args:
+        encoding: of ``labels.csv``, where it has no byte-order mark and is not UTF-8, such as ``cp1252``.
+
     Raises:
         FoveateError: no such folder, no images in it, or a line of ``labels.csv`` that cannot be read.
     """
+    if not str(root):
+        raise FoveateError("the data folder has no name: '' is none; '.' is the folder that you are in")
     root = Path(root)
     if not root.is_dir():
         raise FoveateError(f"data folder {str(root)!r} does not exist")
-    if (root / "labels.csv").is_file():
-        entries, names = read_labels(root / "labels.csv")
+    if (root / "labels.csv").exists():
+        entries, names = read_labels(root / "labels.csv", encoding)
         return Folder(tuple(entries), preprocess, names, root)
     classes = sorted(folder for folder in root.iterdir() if folder.is_dir() and not folder.name.startswith("."))
     entries = [Entry(path, label) for label, folder in enumerate(classes) for path in files_in(folder)]
     if not entries:
         raise FoveateError(f"data folder {str(root)!r} has neither a labels.csv nor a folder of images for each class")
-    return Folder(tuple(entries), preprocess, tuple(folder.name for folder in classes), root)
+    return Folder(tuple(entries), preprocess, tuple(printable(folder.name) for folder in classes), root)
 
 
-def read_labels(path: Path) -> tuple[list[Entry], tuple[str, ...] | None]:
-    """The lines of a ``labels.csv``, and class names where they are known.
+def read_labels(path: Path, encoding: str | None = None) -> tuple[list[Entry], tuple[str, ...] | None]:
+    """The images of a ``labels.csv``, and class names where they are known.
+
+    As spreadsheets write it, see :func:`foveate.tables.read_table`. Lines of one image are taken together: boxes of several
+    lines all count, and a line that repeats another does not; it is said.
 
     Raises:
-        FoveateError: columns are missing, or a value cannot be read; the message has the line.
+        FoveateError: columns are missing, a value cannot be read, or two lines of an image disagree; the message has the line.
     """
-    with path.open(newline="", encoding="utf-8") as file:
-        rows = list(csv.DictReader(file))
-    if not rows or "file" not in rows[0] or not ({"class_index", "name"} & set(rows[0])):
-        raise FoveateError(f"{path} needs a header with the columns file and class_index (or name), and at least one line")
-    by_name = "class_index" not in rows[0]
-    names = tuple(sorted({row["name"] for row in rows})) if by_name else None
-    entries = []
-    for number, row in enumerate(rows, 2):
+    needs = "the columns file and class_index (or name)"
+    table = read_table(path, COLUMNS, needs, encoding)
+    by_name = "class_index" not in table.columns
+    if by_name and "name" not in table.columns:
+        raise FoveateError(f"{path} needs a header with {needs}, and it has {', '.join(filter(None, table.columns))}")
+    names = tuple(sorted({line.cells["name"] for line in table.lines})) if by_name else None
+    index = {name: number for number, name in enumerate(names or ())}
+    found: dict[str, tuple[Line, Entry]] = {}
+    moved, repeated = 0, []
+    for line in table.lines:
         try:
-            label = names.index(row["name"]) if names is not None else _index(row["class_index"])
-            boxes = _boxes(row.get("boxes_xyxy") or "")
+            entry, elsewhere = _entry(table, line, index)
         except ValueError as error:
-            raise FoveateError(f"{path}, line {number}: {error}") from None
-        mask = path.parent / row["mask"] if row.get("mask") else None
-        entries.append(Entry(path.parent / row["file"], label, boxes, mask, row.get("background") or None))
+            raise FoveateError(f"{table.place(line)}: {error}") from None
+        moved += elsewhere
+        key = os.path.normpath(entry.path)
+        if key in found:
+            repeated.append(line.number)
+            entry = _joined(table, found[key], (line, entry))
+            line = found[key][0]
+        found[key] = line, entry
+    entries = [entry for _, entry in found.values()]
+    boxes = [box for entry in entries for box in entry.boxes or ()]
+    if boxes and all(0 <= value <= 1 for box in boxes for value in box):
+        place = next(entry.place for entry in entries if entry.boxes)
+        raise FoveateError(
+            f"{place}: boxes are pixels of the stored file, and these look like shares of it, such as {boxes[0]}: "
+            "multiply x by the width and y by the height"
+        )
+    if repeated:
+        lines = ", ".join(map(str, repeated[:5])) + (" and others" if len(repeated) > 5 else "")
+        warnings.warn(
+            f"{printable(path)}: {len(repeated)} line(s) are of an image that stands above, which counts once: line {lines}",
+            TableWarning,
+            stacklevel=2,
+        )
+    if moved:
+        warnings.warn(
+            f"{printable(path)}: {moved} path(s) are of another machine; the files of these names below its folder were taken",
+            TableWarning,
+            stacklevel=2,
+        )
     return entries, names
 
 
+def _entry(table: Table, line: Line, index: Mapping[str, int]) -> tuple[Entry, bool]:
+    """The image of one line, and whether its path is that of another machine."""
+    cells, root = line.cells, table.path.parent
+    if not cells["file"]:
+        raise ValueError("the file has no name")
+    if index and not cells["name"]:
+        raise ValueError("the class has no name")
+    label = index[cells["name"]] if index else _index(cells["class_index"])
+    path, elsewhere = _file(root, cells["file"])
+    mask = _file(root, cells["mask"])[0] if cells.get("mask") else None
+    boxes = _boxes(cells.get("boxes_xyxy", ""))
+    return Entry(path, label, boxes, mask, cells.get("background") or None, place=table.place(line)), elsewhere
+
+
+def _file(root: Path, name: str) -> tuple[Path, bool]:
+    r"""The file of a cell; of a path of Windows (``C:\photos\a.jpg``) as much as is there below the folder."""
+    path = root / name
+    if os.name == "nt" or "\\" not in name or path.exists():
+        return path, False
+    foreign = PureWindowsPath(name)
+    if not foreign.anchor:
+        return root.joinpath(*foreign.parts), False
+    parts = foreign.parts[1:]
+    there = (root.joinpath(*parts[start:]) for start in range(len(parts)))
+    found = next((path for path in there if path.is_file()), None)
+    return (path, False) if found is None else (found, True)
+
+
+def _joined(table: Table, first: tuple[Line, Entry], second: tuple[Line, Entry]) -> Entry:
+    """Two lines of one image: their boxes together, where nothing else differs."""
+    (above, old), (line, new) = first, second
+    label = "class_index" if "class_index" in line.cells else "name"
+    for column, same in ((label, old.label == new.label), ("mask", old.mask == new.mask), ("background", True)):
+        before, now = above.cells.get(column, ""), line.cells.get(column, "")
+        if not same or (column == "background" and before != now):
+            raise FoveateError(
+                f"{table.place(line)}: {line.cells['file']!r} stands in line {above.number} too, with the {column} {before!r} "
+                f"instead of {now!r}: an image has one line"
+            )
+    boxes = (*(old.boxes or ()), *(box for box in new.boxes or () if box not in (old.boxes or ())))
+    return replace(old, boxes=boxes or None)
+
+
 def _index(text: str) -> int:
-    if not text.strip().isdigit():
-        raise ValueError(f"class_index {text!r} is not a number from 0")
-    return int(text)
+    if not re.fullmatch(r"[0-9]{1,10}(\.0*)?", text) or int(text.partition(".")[0]) > MOST_CLASSES:
+        raise ValueError(f"class_index {text[:40]!r} is not a number from 0")
+    return int(text.partition(".")[0])
 
 
 def _boxes(text: str) -> tuple[tuple[float, ...], ...] | None:
-    if not text.strip():
-        return None
-    boxes = tuple(tuple(float(value) for value in box.replace(",", " ").split()) for box in text.split(";") if box.strip())
-    if any(len(box) != 4 for box in boxes):
-        raise ValueError(f"a box is 'x0 y0 x1 y1', several are separated by ';', and this is {text!r}")
-    return boxes
+    r"""Boxes ``x0 y0 x1 y1``, with blanks or commas between; of four numbers between blanks a comma is that of decimals."""
+    boxes = []
+    for box in text.split(";"):
+        parts = box.split()
+        if len(parts) == 4 and any(re.fullmatch(r"-?\d+,\d+", part) for part in parts):
+            parts = [part.replace(",", ".") for part in parts]
+        else:
+            parts = box.replace(",", " ").split()
+        try:
+            if parts:
+                boxes.append(tuple(map(float, parts)))
+        except ValueError:
+            parts = []
+        if box.strip() and len(parts) != 4:
+            raise ValueError(f"a box is 'x0 y0 x1 y1', several are separated by ';', and this is {text[:80]!r}")
+    return tuple(boxes) or None
 
 
-def labels_beside(paths: Sequence[Path]) -> list[int | str | None]:
+def labels_beside(paths: Sequence[Path], encoding: str | None = None) -> list[int | str | None]:
     """The label of each image from a ``labels.csv`` in its folder or in one of the two above; None where there is none.
 
-    An index where the table has ``class_index``, a class name where it has only ``name``.
+    An index where the table has ``class_index``, a class name where it has only ``name``; ``encoding`` is as in
+    :func:`open_folder`.
     """
     known: dict[Path, dict[Path, int | str | None]] = {}
     found: list[int | str | None] = []
@@ -195,7 +307,7 @@ def labels_beside(paths: Sequence[Path]) -> list[int | str | None]:
         for folder in list(path.resolve().parents)[:3]:
             table = folder / "labels.csv"
             if table not in known:
-                lines, names = read_labels(table) if table.is_file() else ([], None)
+                lines, names = read_labels(table, encoding) if table.is_file() else ([], None)
                 known[table] = {
                     entry.path.resolve(): names[entry.label] if names and entry.label is not None else entry.label
                     for entry in lines

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from foveate import maps
-from foveate.batch import Batch
+from foveate.batch import Batch, as_share
 from foveate.boxes import regions
 from foveate.capture import Capture
 from foveate.errors import FoveateError
@@ -24,6 +24,7 @@ def mass_outside(saliency: Tensor, mask: Tensor, *, form: Literal["mass", "abs",
         form: ``mass``: ``phi = relu(S) / sum relu(S)``, the share outside, in [0, 1]; ``abs``, ``raw``, ``square``: means of
             ``(1 - h) |S|`` and so on. ``square`` on input gradients is the penalty of Ross et al., IJCAI 2017.
     """
+    mask = as_share(mask)
     known = mask.flatten(1).any(1)
     value = cam_loss(saliency, form=form, kernel=1 - mask.to(saliency.dtype))
     return torch.where(known, value, torch.zeros_like(value))

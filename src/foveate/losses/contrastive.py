@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from foveate.batch import Batch
+from foveate.batch import Batch, as_share
 from foveate.boxes import regions
 from foveate.capture import Capture
 from foveate.errors import FoveateError
@@ -51,7 +51,7 @@ def ablated_cross_entropy(K: Tensor, mask: Tensor, bias: Tensor | None = None, b
         bias: ``b_c - b_t``, ``[B,C]``.
         background: factor of the second term, for a start from random weights whose ``|K|`` is large.
     """
-    h = mask[:, None]
+    h = as_share(mask).to(K.dtype)[:, None]
     a = (background * (1 - h) * K.abs() - h * K).sum((2, 3))  # [B,C]
     return (a if bias is None else a + bias).logsumexp(1)
 
@@ -79,6 +79,7 @@ def ablated_binary_cross_entropy(
         M: ``[B,C,h,w]``; y: ``[B,C]``; bias: ``[C]``.
         mask: ``[B,h,w]``, or one a class, ``[B,C,h,w]``, in [0, 1].
     """
+    mask = as_share(mask).to(M.dtype)
     h = mask if mask.ndim == 4 else mask[:, None]
     present = y.to(M.dtype)
     held = (h * M - background * (1 - h) * M.abs()).sum((2, 3))
@@ -109,6 +110,7 @@ def divergence(
 
     Deviation: the row of the label, a constant, is left out of the sum.
     """
+    mask = as_share(mask).to(K.dtype)
     h = mask[:, None]
     P = (mask_sharpness * mask).flatten(1).softmax(1)[:, None]  # [B,1,hw]
     log_Q = (map_sharpness * K).flatten(2).log_softmax(2).clamp(min=math.log(1e-6))  # [B,C,hw]
@@ -137,7 +139,7 @@ def sliced_wasserstein(
             division is exacter, and a run that is resumed finds the same.
     """
     count, classes = others.shape
-    h = mask.flatten(1)[:, None]  # [B,1,hw]
+    h = as_share(mask).to(K.dtype).flatten(1)[:, None]  # [B,1,hw]
     enough = -math.log((1 - confidence) / (confidence * max(1, classes - 1)))
     target = (enough * h / h.sum(2, keepdim=True).clamp(min=1)).expand(-1, classes, -1)
     flat = K.flatten(2)
