@@ -135,8 +135,8 @@ def test_rows_are_of_the_call_that_is_beside_them(tmp_path: Path) -> None:
     held = record.read_text()
     for changed, match in (
         (held.replace('"digest": "', '"digest": "0'), "is of another call, of other weights or images"),
-        ("{", "is damaged, and nothing else says"),
-        (None, "has no one.json that says what it is about"),
+        ("{", "is not of foveate confidence"),
+        (None, "is there already, and not of foveate confidence"),
     ):
         record.unlink() if changed is None else record.write_text(changed)
         refused = call("confidence", *call_of)

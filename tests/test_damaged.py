@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -10,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from click.testing import Result
 from typer.testing import CliRunner
 
 from foveate import cli, trained
@@ -154,13 +154,17 @@ def test_a_film_whose_parts_do_not_fit(run: Path, tmp_path: Path, key: str) -> N
 @pytest.mark.parametrize("name", ["net.json", "net.csv"])
 def test_a_damaged_study_of_confidence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, damage: str) -> None:
     monkeypatch.setattr(options, "NET", False)
-    header = "id,confidence,cosine,cosine_dense,predicted,ratio\n"
-    call = {"data": "scenes", "eta": 0.9, "unit": "network", "model": "foveate:small_cnn", "weights": None, "mean": None}
-    call |= {"std": None, "pretrained": False, "size": None, "num_classes": None}
-    (tmp_path / "net.json").write_text(json.dumps(call))
-    (tmp_path / "net.csv").write_text(header + "a,0.5,0.5,0.5,1,1\n")
-    DAMAGES[damage](tmp_path / name)
     words = ["confidence", "scenes", "-m", "foveate:small_cnn", "--name", "net", "--limit", "1", "-o", str(tmp_path)]
-    done = CliRunner().invoke(cli.app, words)
+
+    def study() -> Result:
+        torch.manual_seed(0)  # the same weights
+        return CliRunner().invoke(cli.app, words)
+
+    assert study().exit_code == 0
+    DAMAGES[damage](tmp_path / name)
+    done = study()
+    if name == "net.csv" and damage in ("empty", "half"):  # as a kill leaves it: what is lost is measured anew
+        assert done.exit_code == 0, (done.output, done.exception)
+        return
     assert done.exit_code == 2, (done.output, done.exception)
     assert name in done.stderr

@@ -337,7 +337,7 @@ class TestCommand:
         (place / "labels.csv").write_text("\n".join(lines))
         result = self.call(place)
         assert result.exit_code == 1
-        assert "4.png: box 60 4 90 30 lies outside of the image, which has 48x40 pixels" in result.stderr
+        assert "labels.csv, line 6: the box '60 4 90 30' lies outside of the image of 48x40 pixels" in result.stderr
 
 
 @pytest.mark.parametrize("box", ["30 10 20 40", "10 40 30 20", "nan 10 30 40", "10 10 inf 40"])
@@ -351,3 +351,12 @@ def test_boxes_in_xml_that_cannot_be(tmp_path: Path, box: str) -> None:
     (tmp_path / "a.xml").write_text(text)
     with pytest.raises(FoveateError, match=rf"a.xml has a bndbox that cannot be: xmin ymin xmax ymax are {box}"):
         open_imagenet(tmp_path, Preprocess((32, 32), None))
+
+
+def test_nan_is_no_class() -> None:
+    """``argmax`` takes the place of a NaN for a class."""
+    from foveate.groups import correct, decided
+
+    logits = torch.tensor([[0.0, 1.0], [torch.nan, 1.0], [torch.inf, 1.0]])
+    assert decided(logits, "softmax").tolist() == [1, -1, -1]
+    assert correct(decided(logits, "multilabel"), torch.tensor([[0, 1]] * 3)).tolist() == [True, False, False]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any
@@ -28,9 +27,12 @@ class Batch:
         id: one name an image, stable between runs.
         background: what stands behind the object, by any name, one an image, for accuracy by group; or None.
 
+    A mask with NaN stays a float, and a box that cannot be (NaN, infinite, ``x1 < x0``) stays what it is: metrics have no
+    value of such an image, and say so.
+
     Raises:
-        FoveateError: a mask of other values or of another size than the images; boxes that are not finite, turned round
-            (``x1 < x0``) or shares of the image; not as many of them as images.
+        FoveateError: a mask of other values or of another size than the images; boxes that are shares of the image; not as
+            many of them as images.
     """
 
     x: Tensor
@@ -98,6 +100,8 @@ class Batch:
 def as_mask(mask: Any, shape: tuple[int, ...]) -> Tensor:
     """A mask of any unambiguous form as bool ``[B,H,W]``: bool, 0/1, 0/255, ``[B,1,H,W]``, ``[H,W]`` of one image, lists.
 
+    With NaN or infinity among its values it stays a float, and has NaN there.
+
     Shares of pixels in [0, 1] stay as they are: losses weigh by them, and what is measured needs an edge.
 
     Raises:
@@ -112,9 +116,10 @@ def as_mask(mask: Any, shape: tuple[int, ...]) -> Tensor:
         raise FoveateError(f"masks of shape {list(given.shape)} do not fit images of shape {list(shape)}, one mask an image")
     if given.dtype == torch.bool:
         return given
-    on = given != 0
+    known = torch.isfinite(given)
+    on = known & (given != 0)
     if bool((on == (given == 1)).all()) or bool((on == (given == 255)).all()):
-        return on
+        return on if bool(known.all()) else on.to(given.dtype).masked_fill(~known, float("nan"))
     if given.is_floating_point() and bool(((given >= 0) & (given <= 1)).all()):
         return given
     some = ", ".join(f"{value:g}" for value in given.flatten()[:100_000].unique()[:6].tolist())
@@ -131,11 +136,12 @@ def as_share(mask: Tensor) -> Tensor:
     """
     if mask.ndim == 4 and mask.shape[1] == 1:
         mask = mask[:, 0]
-    if mask.dtype == torch.bool or bool(((mask >= 0) & (mask <= 1)).all()):
+    known = torch.isfinite(mask)  # NaN stays, for who counts it
+    if mask.dtype == torch.bool or bool((((mask >= 0) & (mask <= 1)) | ~known).all()):
         return mask
     on = mask == 255
-    if bool((on | (mask == 0)).all()):
-        return on
+    if bool((on | (mask == 0) | ~known).all()):
+        return on if bool(known.all()) else on.to(mask.dtype).masked_fill(~known, float("nan"))
     low, high = (f"{float(value):g}" for value in mask.aminmax())
     raise FoveateError(f"a mask has values from 0 to 1, or 0 and 255, and this one has some from {low} to {high}")
 
@@ -170,9 +176,6 @@ def _boxes_of(boxes: Any, number: int) -> Tensor:
     own = own.reshape(-1, 4)
     if not own.is_floating_point():
         own = own.float()
-    if not bool(torch.isfinite(own).all()) or bool((own[:, 2:] < own[:, :2]).any()):
-        wrong = next(b for b in own.tolist() if not (all(map(math.isfinite, b)) and b[0] <= b[2] and b[1] <= b[3]))
-        raise FoveateError(f"the box {wrong} of image {number} is none: x0 <= x1 and y0 <= y1, all of them finite")
     return own
 
 

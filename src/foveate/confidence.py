@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import json
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -20,7 +19,7 @@ from foveate.capture import Capture
 from foveate.errors import FoveateError, NotFiniteError
 from foveate.evaluate import NOT_FINITE, batches, readable
 from foveate.methods.caso import SAME, Unit, path
-from foveate.text import read_text
+from foveate.text import read_json, read_text
 
 TIE = 1e-9  # of 1 - cosine: below it is the rounding of float32 images
 ENOUGH = 20  # images, for a sentence about a trend
@@ -162,11 +161,12 @@ def read_rows(file: Path) -> pd.DataFrame:
     """
     try:
         text = read_text(file) if file.exists() else ""
-        whole = io.StringIO(text[: text.rfind("\n") + 1] or ",".join(COLUMNS))
-        rows = pd.read_csv(whole, dtype={"id": str}, float_precision="round_trip")
-        numbers = [name for name in COLUMNS[1:] if name in rows and (rows[name].dtype.kind in "if" or rows.empty)]
-        if list(rows.columns) != ["id", *numbers] or len(numbers) < len(COLUMNS) - 1:
+        head = ",".join(COLUMNS) + "\n"
+        if not (text.startswith(head) or head.startswith(text)):
             raise ValueError("its columns are others")
+        rows = pd.read_csv(io.StringIO(text[: text.rfind("\n") + 1] or head), dtype=str, keep_default_na=False)
+        for name in COLUMNS[1:]:
+            rows[name] = [float(text) if text else float("nan") for text in rows[name]]
     except ValueError as error:  # pandas' own are of its kind, and so is FoveateError
         reason = " ".join(str(error).split())
         raise FoveateError(f"{str(file)!r} is no table of foveate confidence: {reason}; name another --out") from None
@@ -212,10 +212,10 @@ def _spearman(x: np.ndarray, y: np.ndarray, samples: int = 1000) -> tuple[float,
 def read_call(file: Path) -> dict[str, Any] | None:
     """What a network was studied with, from the JSON beside its rows; None where the file is of something else."""
     try:
-        call = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        call = read_json(file)
+    except FoveateError:
         return None
-    return call if isinstance(call, dict) and {*SHARED[:3]} <= call.keys() else None
+    return call if {*SHARED[:3]} <= call.keys() else None
 
 
 def known(folder: Path) -> dict[str, pd.DataFrame]:

@@ -78,8 +78,13 @@ def merged(parts: Sequence[Sequence[Group]]) -> list[Group]:
 
 
 def decided(logits: Tensor, head: Head) -> Tensor:
-    """What a classifier says: one class an image, ``[N]``, or of a multi-label head every class, ``[N,C]`` of 0 and 1."""
-    return (logits > 0).long() if head == "multilabel" else predicted_class(logits, head)
+    """What a classifier says: one class an image, ``[N]``, or of a multi-label head every class, ``[N,C]`` of 0 and 1.
+
+    -1, which is never right, where the logits hold NaN or infinity.
+    """
+    said = (logits > 0).long() if head == "multilabel" else predicted_class(logits, head)
+    finite = torch.isfinite(logits).all(1)
+    return torch.where(finite if said.ndim == 1 else finite[:, None], said, -1)
 
 
 def correct(predicted: Tensor, labels: Tensor) -> Tensor:

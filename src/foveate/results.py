@@ -209,7 +209,8 @@ def write(part: Results, path: Path, origin: Origin | None = None) -> None:
     text = json.dumps(about).replace(MARK.decode(), MARK.decode()[:-1] + "\\u003d")  # the mark stands once, whatever a name is
     table = pa.table(rows).replace_schema_metadata({"foveate": text, "digest": (MARK + BLANK).decode()})
     stream = pa.BufferOutputStream()
-    pq.write_table(table, stream, compression="zstd", write_page_checksum=True)
+    with pq.ParquetWriter(stream, table.schema, compression="zstd", write_page_checksum=True) as writer:
+        writer.write(table)
     content = stream.getvalue().to_pybytes()
     place = content.rindex(MARK) + len(MARK)
     with files.replacing(path) as waiting:

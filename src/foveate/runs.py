@@ -17,11 +17,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from foveate import files
 from foveate._torchvision import torchvision
 from foveate.batch import Batch
 from foveate.errors import FoveateError
 from foveate.evaluate import COSTED_BATCHES, NOT_FINITE, Plan, batches, readable
-from foveate.files import clear_waiting, write_json
 from foveate.identity import contents, digest_of, listing, short
 from foveate.results import Origin, Results, joined, origin_of, read_all, write
 
@@ -154,7 +154,7 @@ def prepare(folder: Path, identity: Mapping[str, Any], resume: bool, about: Mapp
         )
     rows.mkdir(parents=True, exist_ok=True)
     for place in (folder, rows):
-        clear_waiting(place)
+        files.clear_waiting(place)
     run, said, aside = digest_of(identity), list[str](), list[Path]()
     changed: list[str] = []
     again = bool(record) and not resume
@@ -164,7 +164,7 @@ def prepare(folder: Path, identity: Mapping[str, Any], resume: bool, about: Mapp
             aside.append(path)
             said.append(why)
         elif why or again:
-            path.unlink()  # of this very run, and about to be measured anew
+            files.delete(path)  # of this very run, and about to be measured anew
             changed += [why] if why else []
     if trouble or (again and record["identity"] != identity):
         aside += own
@@ -234,7 +234,7 @@ def _aside(folder: Path, paths: list[Path]) -> Path | None:
     for path in paths:
         target = kept / path.relative_to(folder)
         target.parent.mkdir(parents=True, exist_ok=True)
-        path.rename(target)
+        files.move(path, target)
     return kept
 
 
@@ -316,7 +316,7 @@ def read_record(folder: Path) -> dict[str, Any]:
 
 def write_record(folder: Path, record: Mapping[str, Any]) -> None:
     """Write ``run.json``, whole or not at all."""
-    write_json(folder / RECORD, record)
+    files.write_json(folder / RECORD, record)
 
 
 def run(

@@ -138,13 +138,13 @@ def read(folder: str | Path) -> Trained:
     """
     folder = Path(folder)
     where = f"{str(folder)!r} holds no finished training run"
-    for name in ("run.json", "recipe.yaml", "history.csv"):
-        if not (folder / name).exists():
-            raise FoveateError(f"{where}: {name} is not there; --resume ends one")
     try:
-        record = read_json(folder / RECORD)
+        record = read_record(folder)
         if record.get("kind") == KIND and not record.get("finished", True):
             raise FoveateError("it is not finished; --resume ends it")
+        for name in FILES[1:]:
+            if not (folder / name).exists():
+                raise FoveateError(f"{name} is not there; --resume ends one")
         recipe = read_yaml(folder / "recipe.yaml", "recipe.yaml")
         if record.get("kind") != KIND:
             raise FoveateError("run.json is of another kind of run")

@@ -44,6 +44,7 @@ def draw(rows: Mapping[str, pd.DataFrame], trends: Mapping[str, Trend], path: Pa
             axes[2].plot(1 - q, classes * q, color=INK, linewidth=1.2, label=f"theorem: C q, C = {classes:.0f}")
     for axis in axes[:2]:
         axis.axhline(TIE, color=MUTED, linewidth=0.8, linestyle=":")
+        axis.update_datalim([(1, TIE), (1, 10 * TIE)])  # a height also where all is the same
         axis.text(1, TIE * 1.4, "the same, to rounding", fontsize=7.5, color=MUTED)
     for axis, title in zip(axes, (*(title for _, title in panels), "ratio of the two largest eigenvalues"), strict=True):
         axis.set_title(title, fontsize=10, color=INK, loc="left")
