@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import logging
 import warnings
 from collections.abc import Sequence
@@ -9,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from foveate._torchvision import torchvision
-from foveate.errors import FoveateError
+from foveate.errors import FoveateError, not_imported
 
 
 def ready() -> None:
@@ -34,11 +35,21 @@ def made_loggers(names: Sequence[str], folder: Path | None) -> list[Any]:
         elif name == "tensorboard":
             try:
                 made.append(loggers.TensorBoardLogger(folder, name="logs", version=""))
-            except ModuleNotFoundError:
-                raise FoveateError("the logger 'tensorboard' needs it installed: pip install tensorboard") from None
+            except ModuleNotFoundError as error:
+                error = _without("tensorboard") or error  # Lightning's own has no name
+                raise not_imported("the logger 'tensorboard'", "tensorboard", "tensorboard", error) from None
         else:
             raise FoveateError(f"logger {name!r} is unknown: use 'csv' or 'tensorboard'")
     return made
+
+
+def _without(package: str) -> ModuleNotFoundError | None:
+    """The error of a package's import, where something is missing."""
+    try:
+        importlib.import_module(package)
+    except ModuleNotFoundError as error:
+        return error
+    return None
 
 
 class quiet:

@@ -29,3 +29,15 @@ class SlowPathWarning(UserWarning):
 
 class NotFiniteError(FoveateError):
     """A model or a loss gave NaN or infinity."""
+
+
+def not_imported(what: str, package: str, install: str, error: ImportError) -> FoveateError:
+    """Why ``what`` cannot have its ``package``: it is not installed, or what it imports itself is not there or is broken.
+
+    Args:
+        install: what is given to ``pip install``.
+    """
+    if isinstance(error, ModuleNotFoundError) and error.name is not None and error.name.split(".")[0] == package:
+        return FoveateError(f"{what} needs {package}, which is not installed: pip install {install}")
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return FoveateError(f"{what} needs {package}, which is installed and cannot be imported: {lines[0]}")

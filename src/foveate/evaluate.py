@@ -18,7 +18,7 @@ from torch.utils.data import Dataset
 from foveate import maps, memory
 from foveate.batch import Batch
 from foveate.capture import Capture
-from foveate.errors import DegenerateMapWarning, FoveateError, ImageError
+from foveate.errors import DegenerateMapWarning, FoveateError, ImageError, LayerError
 from foveate.explain import chosen_methods
 from foveate.methods.cam import contrast_of
 from foveate.precision import Precision
@@ -158,7 +158,7 @@ class Plan:
     optional: set[str]
     metrics: str | list[str]
     protocol: Protocol
-    layer: str | nn.Module = "auto"
+    layer: str | nn.Module | None = "auto"
     head: Head | None = None
     precision: Precision = "fp32"
     keep_maps: bool = False
@@ -203,7 +203,7 @@ class Plan:
         """Leave out what came in with a group and does not apply to the model, by the first image, once for all batches."""
         if batch is None or not self.optional:
             return
-        capture = Capture(model, batch.x[:1], self.layer, head=self.head, precision=self.precision)
+        capture = self._captured(model, batch.x[:1])
         target = capture.target(self.protocol.target, labels=None if batch.y is None else batch.y[:1].to(capture.x.device))
         for record in [record for record in self.records if record.name in self.optional]:
             try:
@@ -216,11 +216,11 @@ class Plan:
 
     def run(self, model: nn.Module, batch: Batch, number: int = 0) -> Results:
         """Measure one batch; costs are measured where it is one of the first."""
-        capture = Capture(model, batch.x, self.layer, head=self.head, precision=self.precision)
+        capture = self._captured(model, batch.x)
         batch = batch.to(capture.x.device)
         if batch.y is not None:
             capture.target("label", labels=batch.y)  # a label out of range stops the run before the work
-        scored = choose(self.metrics, batch)
+        scored = choose(self.metrics, batch, bool(capture.layers))
         target = capture.target(self.protocol.target, labels=batch.y)
         shared = log_probability(capture.logits.detach(), capture.pred, capture.head).exp()
         part = Results(
@@ -257,6 +257,16 @@ class Plan:
                 part.values |= {(MODEL, name): array for name, array in _arrays(result, columns).items()}
         return part
 
+    def _captured(self, model: nn.Module, x: Tensor) -> Capture:
+        """One run; at no layer where the model has none and no method but the controls asks for one."""
+        try:
+            return Capture(model, x, self.layer, head=self.head, precision=self.precision)
+        except LayerError:
+            if self.layer != "auto" or not all(record.whole or record.control for record in self.records):
+                raise
+        self.layer = None
+        return Capture(model, x, None, head=self.head, precision=self.precision)
+
     def _map(
         self, model: nn.Module, capture: Capture, batch: Batch, record: Method, target: Any, costed: bool
     ) -> tuple[Tensor, Spent | None, dict[str, Tensor]]:
@@ -266,7 +276,7 @@ class Plan:
 
         def run() -> tuple[Capture, Tensor, float]:
             start = time.perf_counter()
-            fresh = Capture(model, batch.x, list(capture.layers), head=self.head, precision=self.precision)
+            fresh = Capture(model, batch.x, list(capture.layers) or None, head=self.head, precision=self.precision)
             raw = record(fresh, None, fresh.target(self.protocol.target, labels=batch.y), **own).detach()
             if raw.is_cuda:
                 torch.cuda.synchronize(raw.device)
@@ -311,14 +321,14 @@ class Plan:
         return values
 
 
-def choose(metrics: str | Sequence[str], batch: Batch) -> list[tuple[Metric, list[str]]]:
+def choose(metrics: str | Sequence[str], batch: Batch, layer: bool = True) -> list[tuple[Metric, list[str]]]:
     """The metrics to compute with the columns to keep of each.
 
     Raises:
         FoveateError: an unknown name, or one that needs what the batch has not.
     """
     has = {"mask": batch.mask is not None, "boxes": batch.boxes is not None, "labels": batch.y is not None}
-    has["region"] = has["mask"] or has["boxes"]
+    has |= {"region": has["mask"] or has["boxes"], "layer": layer}
     chosen: dict[str, tuple[Metric, list[str]]] = {}
     for name in [metrics] if isinstance(metrics, str) else metrics:
         if name == "all":
@@ -328,7 +338,8 @@ def choose(metrics: str | Sequence[str], batch: Batch) -> list[tuple[Metric, lis
             continue
         record = METRICS.get(name)
         if missing := ["boxes or masks" if need == "region" else need for need in record.needs if not has[need]]:
-            raise FoveateError(f"metric {name!r} needs {' and '.join(missing)}, and this data has none")
+            owner = "model" if missing == ["layer"] else "data"
+            raise FoveateError(f"metric {name!r} needs {' and '.join(missing)}, and this {owner} has none")
         columns = [column for column in record.columns if column.lower() == name.lower() != record.name]
         columns = columns or list(record.columns)
         kept = chosen.setdefault(record.name, (record, []))[1]

@@ -60,7 +60,7 @@ def size(capture: Capture, M: None, batch: Batch) -> dict[str, Tensor]:
     title="Foreground share of contrastive maps",
     paper="Setpal, contrastive optimization (2025): 1 - context ratio",
     columns={"foreground_share": "up"},
-    needs=("mask", "labels"),
+    needs=("mask", "labels", "layer"),
     of_model=True,
     digits=3,
 )
