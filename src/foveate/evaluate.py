@@ -25,7 +25,7 @@ from foveate.precision import Precision
 from foveate.protocol import Protocol, preset
 from foveate.registry import METHODS, METRICS, Explained, Method, Metric, Spent
 from foveate.results import MAP, MAP_SIDE, MODEL, Results, joined
-from foveate.targets import Head, log_probability
+from foveate.targets import Head, check_single, log_probability
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -118,7 +118,8 @@ def measure(
         target: the class that is explained and scored: ``label``, ``pred`` or ``second``; the protocol's where it is None.
         protocol: ``foveate``, ``opti_cam``, ``ca_stream``, ``rise``, ``legacy``, or a :class:`foveate.protocol.Protocol`.
         settings: of methods and metrics, by name: ``{"opti_cam": {"steps": 50}, "insertion_deletion": {"kernel": 5}}``.
-        head: ``softmax``, ``binary`` or ``multilabel``; by the number of outputs where it is None.
+        head: ``softmax``, ``binary`` or ``multilabel``; by the number of outputs where it is None. One output is then
+            binary where all labels are 0 or 1, and refused elsewhere: it may be a regression.
         keep_maps: keep a small copy of each map, for pictures of the data as a whole.
 
     Raises:
@@ -218,6 +219,7 @@ class Plan:
         """Measure one batch; costs are measured where it is one of the first."""
         capture = self._captured(model, batch.x)
         batch = batch.to(capture.x.device)
+        check_single(capture.logits, self.head, batch.y)
         if batch.y is not None:
             capture.target("label", labels=batch.y)  # a label out of range stops the run before the work
         scored = choose(self.metrics, batch, bool(capture.layers))

@@ -99,6 +99,7 @@ def evaluate(
     with sentences(debug), ExitStack() as stack:
         from foveate import runs, statistics
         from foveate.evaluate import Plan
+        from foveate.models.normalisation import IMAGES, better_normalisation
         from foveate.precision import check_precision
         from foveate.registry import METHODS
         from foveate.report import evaluation
@@ -148,6 +149,9 @@ def evaluate(
         if kept is not None:
             err.print(f"[yellow]note:[/] the run that was in {escape(out)} is kept in {escape(str(kept))}", soft_wrap=True)
         if workers.rank == 0:
+            first = spread(source, IMAGES, batch_size) if classifier.assumed else ()
+            if advice := better_normalisation(classifier, first, plan.head):
+                classifier.notes.append(advice)
             print_notes(classifier)  # before the work: an assumption that is wrong costs it
         with workers.together(), measuring(len(source), as_json or workers.rank > 0, workers.count) as tick:
             runs.run(classifier, source, plan, folder, batch_size=batch_size, workers=workers, strict=strict, tick=tick)
@@ -186,6 +190,13 @@ def open_data(data: str, classifier: Any, unclipped: bool, limit: int | None) ->
 
     source = renumbered(open_benchmark(data, classifier.preprocess, clip_boxes=not unclipped), classifier, data)
     return Subset(source, range(limit)) if limit is not None and limit < len(source) else source
+
+
+def spread(source: Any, count: int, batch_size: int) -> Any:
+    """Batches of some images from all over a data set: the first ones are often of one class."""
+    from foveate.evaluate import batches, readable
+
+    return batches(readable(source, range(0, len(source), max(1, len(source) // count)), []), batch_size)
 
 
 def names_of(source: Any) -> list[str]:

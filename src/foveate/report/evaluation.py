@@ -19,6 +19,7 @@ from foveate._version import __version__
 from foveate.errors import DegenerateMapWarning, ImageError
 from foveate.evaluate import Plan
 from foveate.images import to_image
+from foveate.models.normalisation import about_input
 from foveate.prevalence import EVERY, Prevalence, prevalence
 from foveate.registry import is_control, title_of
 from foveate.report import pictures, tables
@@ -101,7 +102,7 @@ def write(
     """Everything that is made of the rows of a run, which is finished with this."""
     runs.write_record(folder, runs.read_record(folder) | {"finished": True})  # the rows are complete, whatever comes now
     frame = results.table(baseline)
-    said = findings(frame, results)
+    said = findings(frame, results) + about_input(classifier, results.labels.tolist(), results.predicted.tolist())
     written = Written(frame, results, plan, said)
     digests = [metric_of(column) for column in frame.index.get_level_values("column")]
     stored = frame.assign(protocol=[plan.protocol.digest(record) if record else "" for record in digests])
@@ -110,6 +111,7 @@ def write(
     main = frame.attrs["baseline"]
     files = sorted((folder / runs.ROWS).glob("*.parquet"))
     whole = prevalence(lambda: map(read, files), results.methods, main) if plan.keep_maps else {}
+    whole = {name: one for name, one in whole.items() if EVERY in one.table.index}  # not where every map is constant
     if whole:
         import pandas as pd
 
