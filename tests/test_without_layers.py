@@ -9,8 +9,8 @@ import torch
 import torch.utils.checkpoint
 from torch import Tensor, nn
 
-from foveate import Capture, FoveateError, LayerError, explain, measure, normalized
-from foveate._torchvision import timm
+from foveate import Capture, Explanation, FoveateError, LayerError, explain, measure, normalized
+from foveate._torchvision import timm, torchvision
 
 SETTINGS = {"rise": {"masks": 16}, "occlusion": {"window": 8, "stride": 8}, "meaningful_perturbation": {"steps": 3}}
 FORWARD = ("rise", "occlusion")
@@ -182,3 +182,24 @@ def test_timms_checkpoints() -> None:
     model.set_grad_checkpointing(True)
     found = explain(model, x, ["grad_cam", "gradient"])
     assert all(torch.equal(found.raw[name], plain.raw[name]) for name in plain.raw)
+
+
+# -- one map in any batch ------------------------------------------------------------------------------------------
+
+
+def test_opti_cam_alone_is_one_map_in_any_batch() -> None:
+    torch.manual_seed(0)
+    model = torchvision().models.squeezenet1_1(weights=None).eval()
+    x = torch.rand(3, 3, 96, 96)
+
+    def asked(images: Tensor, alone: bool) -> Explanation:
+        own = {"opti_cam": {"steps": 8, "alone": alone}}
+        return explain(model, images, "opti_cam", target=[1, 2, 3][: len(images)], settings=own)
+
+    together = asked(x, alone=True)
+    assert torch.equal(together.maps["opti_cam"][:1], asked(x[:1], alone=True).maps["opti_cam"])
+    assert torch.equal(together.maps["opti_cam"][:2], asked(x[:2], alone=True).maps["opti_cam"])
+    torch.testing.assert_close(together.raw["opti_cam"], asked(x, alone=False).raw["opti_cam"], rtol=0.1, atol=0.01)
+    assert not together.remarks["opti_cam"]
+    assert not asked(x[:1], alone=False).remarks["opti_cam"]
+    assert all("alone=true" in remark for remark in asked(x, alone=False).remarks["opti_cam"])
