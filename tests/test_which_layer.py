@@ -225,6 +225,21 @@ def test_a_layer_that_looks_at_another_picture_is_refused() -> None:
         Capture(model, torch.rand(1, 3, 24, 24), "other", frozen=False)
 
 
+def test_a_model_that_takes_no_single_image_is_looked_at_as_before() -> None:
+    class Pairs(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Conv2d(3, 4, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            if len(x) % 2:
+                raise ValueError("an odd number")
+            return self.layer(x).relu().mean((2, 3))  # type: ignore[no-any-return]
+
+    capture = Capture(Pairs().eval(), torch.rand(2, 3, 12, 12), "layer")
+    assert capture.grad(None, capture.target()).any()
+
+
 def test_several_calls_that_saw_it_are_said() -> None:
     relu = nn.ReLU()
     model = nn.Sequential(nn.Conv2d(3, 4, 3), relu, nn.Conv2d(4, 4, 3), relu, nn.AdaptiveAvgPool2d(1), nn.Flatten()).eval()

@@ -367,7 +367,10 @@ def run_of(model: nn.Module, x: Tensor, forward: Callable[[Tensor], Any], name: 
     """
     known: dict[str, Run | None] = _runs.of(model)
     if name not in known:
-        events, logits = _trace(model, x[:1], forward, {name: module})
+        try:
+            events, logits = _trace(model, x[:1], forward, {name: module})
+        except FoveateError:  # it takes no single image, and has run for these
+            return Run(-1, False)
         seeing = [event for event in events if event.output.requires_grad]
         if len(events) > 1 and len(seeing) > 1 and logits.requires_grad:
             nodes = behind(logits)

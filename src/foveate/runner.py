@@ -8,7 +8,7 @@ from functools import partial
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from foveate import memory
 from foveate.attention import WrittenAttention
@@ -32,6 +32,7 @@ AT_ONCE: dict[str, dict[Pass, int]] = {
     "kept": {"forward": 8, "backward": 8, "tail": 64},
     "other": {"forward": 64, "backward": 32, "tail": 512},
 }
+FIXED = (fx.GraphModule, torch.jit.ScriptModule)  # programs, which may have the size of a batch in them
 TAIL_BYTES = 64 * 2**20  # of features that run through a tail at once, on a CPU
 # So many images, or so many pixels, are faster channels-last. On a CPU fewer are too in bf16, and with depthwise convolutions.
 CHANNELS_LAST_FROM, CHANNELS_LAST_PIXELS = 4, 2 * 224 * 224
@@ -239,7 +240,7 @@ class Runner:
         except (FoveateError, torch.OutOfMemoryError):
             raise
         except (RuntimeError, AssertionError, ValueError, TypeError, IndexError) as error:
-            if self._took not in (0, len(x)):
+            if self._took not in (0, len(x)) and any(isinstance(m, FIXED) for m in modules_of(self.model)):
                 with suppress(RuntimeError, AssertionError, ValueError, TypeError, IndexError):
                     logits = _in_batches(function, x, self._took)
                     known["batch"] = self._took
