@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import itertools
 import logging
 import warnings
@@ -10,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from foveate._torchvision import torchvision
-from foveate.errors import FoveateError
+from foveate.errors import FoveateError, not_imported
 
 
 def ready() -> None:
@@ -36,8 +37,9 @@ def made_loggers(names: Sequence[str], folder: Path | None) -> list[Any]:
         elif name == "tensorboard":
             try:
                 made.append(loggers.TensorBoardLogger(folder, name="logs", version=""))
-            except ModuleNotFoundError:
-                raise FoveateError("the logger 'tensorboard' needs it installed: pip install tensorboard") from None
+            except ModuleNotFoundError as error:
+                error = _without("tensorboard") or error  # Lightning's own has no name
+                raise not_imported("the logger 'tensorboard'", "tensorboard", "tensorboard", error) from None
         else:
             raise FoveateError(f"logger {name!r} is unknown: use 'csv' or 'tensorboard'")
     return made
@@ -46,6 +48,15 @@ def made_loggers(names: Sequence[str], folder: Path | None) -> list[Any]:
 def _free(logs: Path) -> str:
     """A folder for the figures of a run that goes on: Lightning deletes a ``metrics.csv`` that is there."""
     return next(name for name in (f"part_{number}" for number in itertools.count(2)) if not (logs / name).exists())
+
+
+def _without(package: str) -> ModuleNotFoundError | None:
+    """The error of a package's import, where something is missing."""
+    try:
+        importlib.import_module(package)
+    except ModuleNotFoundError as error:
+        return error
+    return None
 
 
 class quiet:

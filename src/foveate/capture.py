@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -31,7 +32,8 @@ class Capture:
     Args:
         model: any classifier; images in [0, 1] go in (see :func:`foveate.normalized`).
         x: ``[B,3,H,W]``; moved to the model's device and precision.
-        layers: a dotted path or module, several of them, ``"auto"``, or ``"input"`` for the image itself.
+        layers: a dotted path or module, several of them, ``"auto"``, ``"input"`` for the image itself, or None where no
+            method asks for one: any model that runs will then do, a scripted or quantised one too.
         frozen: post hoc: what comes before the layers runs without a graph, and gradients of parameters are never
             built. False for training: real parameters, and every map differentiable in them (``create_graph``).
         head: ``softmax``, ``binary`` or ``multilabel``; by the number of logits where it is None.
@@ -60,7 +62,7 @@ class Capture:
         self,
         model: nn.Module,
         x: Tensor,
-        layers: str | nn.Module | Sequence[str | nn.Module] = "auto",
+        layers: str | nn.Module | Sequence[str | nn.Module] | None = "auto",
         *,
         frozen: bool = True,
         head: T.Head | None = None,
@@ -80,15 +82,8 @@ class Capture:
         live = model if isinstance(model, nn.parallel.DistributedDataParallel) else self.model
         self._run = Runner(self.model, live, frozen, precision, chunk, self.passes)
         self.autocast = self._run.autocast
-        self._options: dict[str, Any] = {
-            "frozen": frozen,
-            "layout": layout,
-            "precision": precision,
-            "chunk": chunk,
-            "closed_form": closed_form,
-            "guided": guided,
-            "from_image": from_image,
-        }
+        self._options: dict[str, Any] = {"frozen": frozen, "layout": layout, "precision": precision, "chunk": chunk}
+        self._options |= {"closed_form": closed_form, "guided": guided, "from_image": from_image}
         self._closed_form = closed_form
         self.guided, self._guide = guided, G.Guide(twice=not frozen) if guided else None
         self.from_image = from_image
@@ -109,11 +104,12 @@ class Capture:
             x = x.clone() if x.is_inference() else x
             self.x = x.detach() if frozen else x
             self._features = {}
-            for name, module in L.resolve(self.model, self.x, self._run, layers):
+            for name, module in L.resolve(self.model, self.x, self._run.detached, layers):
                 self._features[name] = Feature(name, module)
             self._forward(modules)
-        for feature in self._features.values():
-            feature.settle(self.x, layout, self.model, self._nearest, self._advice)
+            for feature in self._features.values():
+                seen = partial(self._call_of, feature, any_range)
+                feature.settle(self.x, layout, self.model, seen, partial(self._advice, feature.name))
         self.head: T.Head = T.head_of(self.logits, head)
 
     # -- what is known after the run -------------------------------------------------------------------------------
@@ -126,7 +122,9 @@ class Capture:
     @property
     def layer(self) -> str:
         """The first captured layer, the default of every method."""
-        return next(iter(self._features))
+        for name in self._features:
+            return name
+        raise LayerError("this run looked at no layer, and what was asked for needs one: name one, or 'auto'")
 
     @property
     def size(self) -> tuple[int, int]:
@@ -230,17 +228,17 @@ class Capture:
 
     def _check_graph(self, feature: Feature) -> None:
         if not self.logits.requires_grad:
-            raise LayerError(f"the logits do not depend on layer {feature.name!r}: {self._advice()}")
+            raise LayerError(f"the logits do not depend on layer {feature.name!r}: {self._advice(feature.name)}")
 
     def _grid(self, feature: Feature, gradient: Tensor | None) -> Tensor:
         """A gradient at a layer as a grid; an error where the layer cannot explain anything."""
         if gradient is None:
-            raise LayerError(f"the score does not depend on layer {feature.name!r}: {self._advice()}")
+            raise LayerError(f"the score does not depend on layer {feature.name!r}: {self._advice(feature.name)}")
         grid = feature.grid(gradient)
         if feature.layout.prefix and gradient.any() and not grid.any():
             raise LayerError(
                 f"the gradient at layer {feature.name!r} is exactly 0 on every patch, because the class token has already "
-                f"gathered what it reads: {self._advice()}"
+                f"gathered what it reads: {self._advice(feature.name)}"
             )
         return grid
 
@@ -288,6 +286,7 @@ class Capture:
         way = nullcontext() if self._guide is None else self._guide.backward(guided)
         with torch.inference_mode(False), torch.enable_grad(), way:
             seed, live = self._by_logits(target), not self.frozen
+            self._run.check_graph(self.logits, self._leaf)
             (gradient,) = torch.autograd.grad(self.logits, self._leaf, seed, retain_graph=True, create_graph=live)
         self.passes.backward += len(self.x)
         return at_least_float32(gradient)
@@ -302,14 +301,14 @@ class Capture:
             (gradient,) = torch.autograd.grad(score.sum(), logits, create_graph=not self.frozen)
         return gradient
 
-    def _nearest(self) -> str:
-        return L.find(self.model, self.x, self._run)
+    def _call_of(self, feature: Feature, known: bool) -> L.Run | None:
+        """Which call of a layer saw the images; of other images of a run before it is asked only where there are several."""
+        if feature.module is None or (known and len(feature.calls) == 1):
+            return L.Run(-1, True)
+        return L.run_of(self.model, self.x, self._run.detached, feature.name, feature.module)
 
-    def _advice(self) -> str:
-        try:
-            return f"try {self._nearest()!r}"
-        except FoveateError:
-            return "name an earlier layer"
+    def _advice(self, tried: str) -> str:
+        return L.advice(self.model, self.x, self._run.detached, tried)
 
     # -- linear heads ----------------------------------------------------------------------------------------------
 
@@ -392,7 +391,7 @@ class Capture:
         **changed: Any,
     ) -> Capture:
         """The same capture of other images, layers or a changed model: options as they are or ``changed``, one count."""
-        wanted, options = list(self.layers) if layers is None else layers, {**self._options, **changed}
+        wanted, options = (list(self.layers) or None) if layers is None else layers, {**self._options, **changed}
         with self._run.as_caller():
             other = Capture(self._run.live if model is None else model, x, wanted, head=self.head, any_range=True, **options)
         self.passes.add(other.passes)
@@ -472,7 +471,8 @@ class Capture:
             self._features[L.INPUT].read_as = L.Layout("nchw", *self.size)
         with ExitStack() as stack:
             stack.enter_context(self._run.lock)
-            stack.enter_context(torch.enable_grad())
+            graph = not self.frozen or bool(self._features) or self.from_image
+            stack.enter_context(torch.set_grad_enabled(graph))
             stack.enter_context(eager(modules))
             if self._guide is not None:
                 stack.enter_context(self._guide.forward())
@@ -491,7 +491,7 @@ class Capture:
         """Run the model with nothing kept of an attempt before."""
         self._linears.clear()
         for feature in self._features.values():
-            feature.runs = 0
+            feature.calls.clear()
         return self._run(x)
 
     def _keep_linear(self, module: nn.Linear, inputs: Any, output: Any) -> None:

@@ -7,10 +7,12 @@ import warnings
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
+from types import SimpleNamespace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+import torch.utils.checkpoint as checkpointing
+from torch import Tensor, fx, nn
 
 from foveate.errors import FoveateError, NotFiniteError
 
@@ -79,7 +81,7 @@ def unwrap(model: nn.Module) -> nn.Module:
     """The module that does the work: without DataParallel, DistributedDataParallel and ``torch.compile`` around it.
 
     Raises:
-        FoveateError: not a module, or a TorchScript module, which has no hooks on its layers.
+        FoveateError: not a module.
     """
     while True:
         if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
@@ -88,8 +90,6 @@ def unwrap(model: nn.Module) -> nn.Module:
             model = model._orig_mod  # type: ignore[assignment]
         else:
             break
-    if isinstance(model, torch.jit.ScriptModule):
-        raise FoveateError("a TorchScript model cannot be looked into: give the module that it was scripted or traced from")
     if not isinstance(model, nn.Module):
         raise FoveateError(f"a model is a torch.nn.Module, and this is a {type(model).__name__}")
     return model
@@ -137,13 +137,82 @@ def swapped(places: Sequence[Place]) -> Iterator[None]:
                 own[name] = value
 
 
+def detached(modules: Sequence[nn.Module]) -> Iterator[Place]:
+    """Where a model keeps its parameters, and what stands there for those that no gradient may reach.
+
+    A model made in inference mode has parameters and buffers that no graph may hold: copies of them.
+    """
+    made: dict[int, Tensor] = {}  # a parameter in two places stays one tensor
+    for module in modules:
+        if isinstance(module, torch.jit.ScriptModule):
+            continue  # compiled code does not read them here
+        for own, always in ((module._parameters, True), (module._buffers, False)):
+            for name, tensor in own.items():
+                if tensor is not None and (always or tensor.is_inference()):
+                    copy = made.setdefault(id(tensor), tensor.detach().clone() if tensor.is_inference() else tensor.detach())
+                    yield own, name, copy
+
+
 @contextmanager
 def eager(modules: Sequence[nn.Module]) -> Iterator[None]:
-    """Run compiled parts of a model, given as :func:`modules_of` it, eagerly, so that hooks on their layers are seen."""
+    """Run a model, given as :func:`modules_of` it, so that hooks on its layers are seen, and seen once.
+
+    Compiled parts run eagerly, and checkpointed ones keep their activations: what runs again on the way back would do so
+    without the hooks, and with other parameters where they were swapped.
+    """
     # Looked up where they are stored: a module's own __getattr__ is slow to say that there is none.
     compiled = any(m.__dict__.get("_compiled_call_impl") or "_orig_mod" in m._modules for m in modules)
-    with torch.compiler.set_stance("force_eager") if compiled else nullcontext():
+    with torch.compiler.set_stance("force_eager") if compiled else nullcontext(), _once:
         yield
+
+
+class _Once:
+    """Inside, ``torch.utils.checkpoint`` calls its function and does no more, in this thread alone.
+
+    Both kinds of checkpoints are looked up in that module by name at each call, also where ``checkpoint`` was imported from
+    it; a PyTorch that has other names keeps its own behaviour.
+    """
+
+    NAMES = ("CheckpointFunction", "_checkpoint_without_reentrant_generator")
+
+    def __init__(self) -> None:
+        self.inside = threading.local()
+        self.threads = 0
+        self.before: tuple[Any, ...] = ()
+
+    def __enter__(self) -> None:
+        self.inside.depth = getattr(self.inside, "depth", 0) + 1
+        with _LOCK:
+            self.threads += 1
+            if self.threads == 1 and all(hasattr(checkpointing, name) for name in self.NAMES):
+                self.before = tuple(getattr(checkpointing, name) for name in self.NAMES)
+                for name, way in zip(self.NAMES, self._ways(*self.before), strict=True):
+                    setattr(checkpointing, name, way)
+
+    def __exit__(self, *error: object) -> None:
+        self.inside.depth -= 1
+        with _LOCK:
+            self.threads -= 1
+            if not self.threads:
+                for name, way in zip(self.NAMES, self.before, strict=False):
+                    setattr(checkpointing, name, way)
+
+    def _ways(self, function: Any, generator: Any) -> tuple[Any, Any]:
+        def apply(run: Callable[..., Any], preserve: bool, *args: Any) -> Any:
+            return run(*args) if getattr(self.inside, "depth", 0) else function.apply(run, preserve, *args)
+
+        def around(*args: Any, **options: Any) -> Iterator[None]:
+            return _nothing() if getattr(self.inside, "depth", 0) else generator(*args, **options)
+
+        return SimpleNamespace(apply=apply), around
+
+
+def _nothing() -> Iterator[None]:
+    """What stands around a checkpoint, before and after its function."""
+    yield
+
+
+_once = _Once()
 
 
 @contextmanager
@@ -253,7 +322,21 @@ def _warn_of_range(x: Tensor, model: nn.Module) -> None:
 
 def check_eval(modules: Sequence[nn.Module]) -> None:
     """Raise a FoveateError where any module is in training mode, which would change what is explained, and itself."""
-    if any(module.training for module in modules):
-        model = modules[0]
-        first = next(name or type(model).__name__ for name, module in model.named_modules() if module.training)
+    if not any(module.training for module in modules):
+        return
+    model = modules[0]
+    fixed: set[nn.Module] = set()  # of exported programs, whose eval() raises: how they run is written into their graph
+    for module in modules:
+        if isinstance(module, fx.GraphModule) and "eval" in module.__dict__:
+            fixed.update(module.modules())
+            if any(_in_training(node) for node in module.graph.nodes):
+                raise FoveateError("the model was exported in training mode: call eval() on it before torch.export.export")
+    first = next((name or type(model).__name__ for name, m in model.named_modules() if m.training and m not in fixed), None)
+    if first is not None and not (model.training and set(model.children()) <= fixed):  # a wrapper has the mode of its model
         raise FoveateError(f"the model is in training mode ({first!r} is): call model.eval() before it is explained")
+
+
+def _in_training(node: fx.Node) -> bool:
+    """Whether a node of an exported graph drops out at random, or normalises by the batch."""
+    name, flag = str(node.target), {"aten.dropout": 2, "aten.batch_norm": 5}
+    return any(name.startswith(kind) and len(node.args) > i and node.args[i] is True for kind, i in flag.items())

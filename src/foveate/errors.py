@@ -61,3 +61,15 @@ class NotFiniteError(FoveateError):
 
 class TableWarning(UserWarning):
     """A table was read in another way than it stands there: its encoding, its delimiter, lines that repeat each other."""
+
+
+def not_imported(what: str, package: str, install: str, error: ImportError) -> FoveateError:
+    """Why ``what`` cannot have its ``package``: it is not installed, or what it imports itself is not there or is broken.
+
+    Args:
+        install: what is given to ``pip install``.
+    """
+    if isinstance(error, ModuleNotFoundError) and error.name is not None and error.name.split(".")[0] == package:
+        return FoveateError(f"{what} needs {package}, which is not installed: pip install {install}")
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return FoveateError(f"{what} needs {package}, which is installed and cannot be imported: {lines[0]}")

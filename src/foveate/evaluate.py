@@ -20,14 +20,14 @@ from foveate import maps, memory, missing
 from foveate.batch import Batch
 from foveate.boxes import objects
 from foveate.capture import Capture
-from foveate.errors import DegenerateMapWarning, FoveateError, ImageError, NotFiniteError
+from foveate.errors import DegenerateMapWarning, FoveateError, ImageError, LayerError, NotFiniteError
 from foveate.explain import chosen_methods
 from foveate.methods.cam import contrast_of
 from foveate.precision import Precision
 from foveate.protocol import Protocol, preset
 from foveate.registry import METHODS, METRICS, Explained, Method, Metric, Spent
 from foveate.results import MAP, MAP_SIDE, MODEL, Results, add_missing, joined
-from foveate.targets import Head, log_probability
+from foveate.targets import Head, check_single, log_probability
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -123,7 +123,8 @@ def measure(
         target: the class that is explained and scored: ``label``, ``pred`` or ``second``; the protocol's where it is None.
         protocol: ``foveate``, ``opti_cam``, ``ca_stream``, ``rise``, ``legacy``, or a :class:`foveate.protocol.Protocol`.
         settings: of methods and metrics, by name: ``{"opti_cam": {"steps": 50}, "insertion_deletion": {"kernel": 5}}``.
-        head: ``softmax``, ``binary`` or ``multilabel``; by the number of outputs where it is None.
+        head: ``softmax``, ``binary`` or ``multilabel``; by the number of outputs where it is None. One output is then
+            binary where all labels are 0 or 1, and refused elsewhere: it may be a regression.
         keep_maps: keep a small copy of each map, for pictures of the data as a whole.
 
     Raises:
@@ -170,7 +171,7 @@ class Plan:
     optional: set[str]
     metrics: str | list[str]
     protocol: Protocol
-    layer: str | nn.Module = "auto"
+    layer: str | nn.Module | None = "auto"
     head: Head | None = None
     precision: Precision = "fp32"
     keep_maps: bool = False
@@ -220,7 +221,7 @@ class Plan:
             for i in range(len(batch)):
                 with suppress(NotFiniteError):
                     one = batch.only([i])
-                    self._settle(Capture(model, one.x, self.layer, head=self.head, precision=self.precision), one)
+                    self._settle(self._capture(model, one.x), one)
                     return
 
     def _settle(self, capture: Capture, batch: Batch) -> None:
@@ -245,9 +246,10 @@ class Plan:
         if capture is None:
             return Results(failures=failures)
         batch = kept.to(capture.x.device)
+        check_single(capture.logits, self.head, batch.y)
         if batch.y is not None:
             capture.target("label", labels=batch.y)  # a label out of range stops the run before the work
-        scored = choose(self.metrics, batch)
+        scored = choose(self.metrics, batch, bool(capture.layers))
         target = capture.target(self.protocol.target, labels=batch.y)
         shared = log_probability(capture.logits.detach(), capture.pred, capture.head).exp()
         part = Results(
@@ -296,11 +298,10 @@ class Plan:
 
     def _captured(self, model: nn.Module, batch: Batch) -> tuple[Capture | None, Batch, list[tuple[str, str]]]:
         """The run of a batch, without the images that it cannot be made of; those with the reason."""
-        options: dict[str, Any] = {"head": self.head, "precision": self.precision}
         lost = dict.fromkeys(missing.not_finite(batch.x).nonzero()[:, 0].tolist(), "the image holds NaN or infinity")
         if not lost:
             try:
-                return Capture(model, batch.x, self.layer, **options), batch, []
+                return self._capture(model, batch.x), batch, []
             except NotFiniteError as error:
                 if not error.rows:
                     raise
@@ -318,13 +319,23 @@ class Plan:
         for i in range(len(batch)):
             one = batch.only([i])
             with suppress(NotFiniteError):
-                alone = Capture(model, one.x, list(capture.layers), head=self.head, precision=self.precision)
+                alone = Capture(model, one.x, list(capture.layers) or None, head=self.head, precision=self.precision)
                 target = alone.target(self.protocol.target, labels=one.y)
                 found.append(record(alone, None, target, **self.own.get(record.name, {})).detach())
                 continue
             found.append(None)
         like = next((raw for raw in found if raw is not None), capture.x.new_zeros(1, 1, 1))
         return torch.cat([torch.full_like(like, torch.nan) if raw is None else raw for raw in found])
+
+    def _capture(self, model: nn.Module, x: Tensor) -> Capture:
+        """One run; at no layer where the model has none and no method but the controls asks for one."""
+        try:
+            return Capture(model, x, self.layer, head=self.head, precision=self.precision)
+        except LayerError:
+            if self.layer != "auto" or not all(record.whole or record.control for record in self.records):
+                raise
+        self.layer = None
+        return Capture(model, x, None, head=self.head, precision=self.precision)
 
     def _map(
         self, model: nn.Module, capture: Capture, batch: Batch, record: Method, target: Any, costed: bool
@@ -335,7 +346,7 @@ class Plan:
 
         def run() -> tuple[Capture, Tensor, float]:
             start = time.perf_counter()
-            fresh = Capture(model, batch.x, list(capture.layers), head=self.head, precision=self.precision)
+            fresh = Capture(model, batch.x, list(capture.layers) or None, head=self.head, precision=self.precision)
             raw = record(fresh, None, fresh.target(self.protocol.target, labels=batch.y), **own).detach()
             if raw.is_cuda:
                 torch.cuda.synchronize(raw.device)
@@ -383,15 +394,15 @@ class Plan:
         return found
 
 
-def choose(metrics: str | Sequence[str], batch: Batch) -> list[tuple[Metric, list[str]]]:
+def choose(metrics: str | Sequence[str], batch: Batch, layer: bool = True) -> list[tuple[Metric, list[str]]]:
     """The metrics to compute with the columns to keep of each.
 
     Raises:
         FoveateError: an unknown name, or one that needs what the batch has not.
     """
     has = {"mask": batch.mask is not None, "boxes": batch.boxes is not None, "labels": batch.y is not None}
-    has["region"] = has["mask"] or has["boxes"]
-    if batch.mask is not None and batch.mask.dtype != torch.bool:
+    has |= {"region": has["mask"] or has["boxes"], "layer": layer}
+    if batch.mask is not None and bool(((batch.mask > 0) & (batch.mask < 1)).any()):
         raise FoveateError("a mask of shares between 0 and 1 has no edge to measure at: compare it first, as in mask > 0.5")
     chosen: dict[str, tuple[Metric, list[str]]] = {}
     for name in [metrics] if isinstance(metrics, str) else metrics:
@@ -402,7 +413,8 @@ def choose(metrics: str | Sequence[str], batch: Batch) -> list[tuple[Metric, lis
             continue
         record = METRICS.get(name)
         if missing := ["boxes or masks" if need == "region" else need for need in record.needs if not has[need]]:
-            raise FoveateError(f"metric {name!r} needs {' and '.join(missing)}, and this data has none")
+            owner = "model" if missing == ["layer"] else "data"
+            raise FoveateError(f"metric {name!r} needs {' and '.join(missing)}, and this {owner} has none")
         columns = [column for column in record.columns if column.lower() == name.lower() != record.name]
         columns = columns or list(record.columns)
         kept = chosen.setdefault(record.name, (record, []))[1]

@@ -37,7 +37,7 @@ class Explanation:
         raw: for each method ``S [B,h,w]``, signed, as the paper defines it.
         target: what was explained, with the class of each image in ``target.y``.
         targets: the same for each method: a contrast where the method makes one of it.
-        layer: the layer that was looked at, or several, separated by commas.
+        layer: the layer that was looked at, or several, separated by commas; empty where no method asks for one.
         completeness_error: for methods that promise it, ``[B]``, relative to the score; None elsewhere.
         seconds: time of each method, beyond what all share: the run, its gradients, growing maps to the images' size.
         degenerate: for each method which of its maps say nothing, ``[B]`` bool.
@@ -177,8 +177,16 @@ def explain_each(
     return answers
 
 
-def _captured(records: Sequence[Method], model: nn.Module, x: Tensor, layer: Layers, **options: Any) -> Capture:
+def _captured(records: Sequence[Method], model: nn.Module, x: Tensor, layer: Layers | None, **options: Any) -> Capture:
     """The run that all methods share; it begins at the image where one of them wants the image's gradient, guided or not."""
+    if layer == "auto" and all(record.whole or record.control for record in records):
+        if not any(record.control for record in records):
+            layer = None  # nobody asks for one, and not every model has one
+        else:
+            try:
+                return Capture(model, x, layer, **options)
+            except LayerError:
+                layer = None
     needs = {need for record in records for need in record.needs}
     if needs.isdisjoint(("image_gradient", "relu")) or not isinstance(x, Tensor) or x.numel() > 3 * MOST_FROM_IMAGE:
         return Capture(model, x, layer, **options)
@@ -251,7 +259,8 @@ def _run(record: Method, explanation: Explanation, settings: Mapping[str, Any], 
         elif "layers" in parameters and "over" not in parameters:
             settings = {"layers": capture.layers, **settings}
     start = time.perf_counter()
-    raw = run(capture, capture.layer, target, **settings).detach()
+    layer = capture.layer if capture.layers else None
+    raw = run(capture, layer, target, **settings).detach()
     explanation.facts[record.name], explanation.remarks[record.name] = capture.facts, capture.remarks
     maps.check(raw)
     if raw.is_cuda:
@@ -267,7 +276,7 @@ def _run(record: Method, explanation: Explanation, settings: Mapping[str, Any], 
             DegenerateMapWarning,
             stacklevel=4,
         )
-    error = run.complete(capture, capture.layer, target, raw, **settings) if run.complete is not None else None
+    error = run.complete(capture, layer, target, raw, **settings) if run.complete is not None else None
     explanation.completeness_error[record.name] = error
 
 

@@ -36,13 +36,14 @@ class Passes:
 
 @dataclass
 class Feature:
-    """One captured layer: its module, its raw output as a node of the graph, how it lies, how often it ran."""
+    """One captured layer: its module, its raw output as a node of the graph, how it lies, what each of its calls gave."""
 
     name: str
     module: nn.Module | None
     kept: Tensor | None = None
     read_as: L.Layout | None = None
-    runs: int = 0
+    calls: list[Tensor] = field(default_factory=list)
+    number: int = -1  # of the call that is kept
     gradients: dict[int, Tensor] = field(default_factory=dict)
 
     @property
@@ -66,36 +67,49 @@ class Feature:
         raw = L.first_tensor(output)
         if raw is None:
             raise LayerError(f"layer {self.name!r} returns a {type(output).__name__}, not a tensor")
-        self.runs += 1
         if not raw.requires_grad:
             raw = raw.detach().requires_grad_(True)  # nothing before it is differentiated
         self.kept = raw
+        self.calls.append(raw)
         return L.with_first(output, raw.clone())  # an in-place ReLU behind the layer must not overwrite it
 
     def settle(
-        self, x: Tensor, layout: L.Layout | None, model: nn.Module, nearest: Callable[[], str], advice: Callable[[], str]
+        self,
+        x: Tensor,
+        layout: L.Layout | None,
+        model: nn.Module,
+        looked_at: Callable[[], L.Run | None],
+        advice: Callable[[], str],
     ) -> None:
-        """Check that the layer ran for all images, and settle how its output is read as a grid.
+        """Check that the layer ran for all images, take the call that saw them, and settle how its output is a grid.
 
         Args:
             layout: how to read it, where the automatic reading does not fit.
-            nearest, advice: a layer that would do, and the same as a sentence; asked only where this one does not.
+            looked_at: which call depends on the image; None where none does.
+            advice: what works instead, as a sentence; asked only where this layer does not.
 
         Raises:
-            LayerError: it did not run, ran for other images, or has no grid.
+            LayerError: it did not run, does not depend on the image, ran for other images, or has no grid.
         """
         if self.module is None:
             return
         if self.kept is None:
             raise LayerError(f"layer {self.name!r} did not run for this input: {advice()}")
+        run = looked_at()
+        if run is None:
+            raise LayerError(f"layer {self.name!r} does not depend on the image, but on something the model holds: {advice()}")
+        last = len(self.calls) - 1
+        self.number = run.number if 0 <= run.number <= last else last
+        self.kept = self.calls[self.number]
+        self.calls.clear()
         if len(self.kept) != len(x):
             raise LayerError(
                 f"layer {self.name!r} gives {len(self.kept)} rows for {len(x)} image(s), one a window perhaps: {advice()}"
             )
-        if self.runs > 1:
+        if last and not run.alone:
             warnings.warn(
-                f"layer {self.name!r} runs {self.runs} times in one forward pass: its last output is used", stacklevel=4
+                f"layer {self.name!r} runs {last + 1} times in one forward pass: its last output is used", stacklevel=4
             )
         size = (x.shape[-2], x.shape[-1])
         found = layout or L.layout_of(self.kept.shape, size, self.module, model)
-        self.read_as = L.check_grid(self.name, self.kept, found, nearest)
+        self.read_as = L.check_grid(self.name, self.kept, found, advice)

@@ -16,7 +16,7 @@ from foveate._lightning import ready
 from foveate.batch import Batch
 from foveate.capture import Capture
 from foveate.classifier import evaluating
-from foveate.errors import FoveateError
+from foveate.errors import FoveateError, not_imported
 from foveate.files import is_regular
 from foveate.registry import METHODS
 from foveate.targets import log_probability
@@ -192,12 +192,12 @@ def hugging_face_callback(
             ``lambda model: foveate.normalized(model, mean, std)``.
 
     Raises:
-        FoveateError: transformers is not installed.
+        FoveateError: transformers is not installed, or cannot be imported.
     """
     try:
         from transformers import TrainerCallback
-    except ImportError:
-        raise FoveateError("a callback for its Trainer needs transformers: pip install transformers accelerate") from None
+    except ImportError as error:
+        raise not_imported("a callback for its Trainer", "transformers", "transformers accelerate", error) from None
 
     class FilmStrip(TrainerCallback):  # type: ignore[misc]
         def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -11,7 +12,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from foveate.classifier import core, eager, evaluating, modules_of, read_logits
+from foveate.classifier import core, detached, eager, evaluating, modules_of, read_logits, swapped
 from foveate.errors import FoveateError, LayerError
 from foveate.memo import Memo
 
@@ -73,13 +74,25 @@ def get(model: nn.Module, name: str) -> nn.Module:
 
 
 def resolve(
-    model: nn.Module, x: Tensor, run: Callable[[Tensor], Any], given: str | nn.Module | Sequence[str | nn.Module]
+    model: nn.Module,
+    x: Tensor,
+    run: Callable[[Tensor], Any],
+    given: str | nn.Module | Sequence[str | nn.Module] | None,
 ) -> list[tuple[str, nn.Module | None]]:
     """What a person writes for a layer, or several, as paths and modules; no module for the image itself.
+
+    None is for those who need no layer.
 
     Raises:
         LayerError: none was given, or one that the model does not have.
     """
+    if given is None:
+        return []
+    if isinstance(core(model)[0], torch.jit.ScriptModule):
+        raise LayerError(
+            "a TorchScript model cannot be looked into: give the module that it was scripted or traced from, or take a method "
+            f"that asks for no layer: {WITHOUT_LAYERS}"
+        )
     items = list(given) if isinstance(given, Sequence) and not isinstance(given, (str, nn.Module)) else [given]
     if not items:
         raise LayerError("no layer was given: name one, or 'auto'")
@@ -179,26 +192,47 @@ def token_layout(count: int, image: tuple[int, int], model: nn.Module) -> Layout
 
 @dataclass
 class _Event:
-    """One module that has run: its place in the model and what it gave."""
+    """One module that has run: its place in the model, what it was given and what it gave."""
 
     name: str
     module: nn.Module
-    output: Tensor
+    given: Tensor | None
+    output: Tensor  # a view of what it returned, which all that runs afterwards reads
     layout: Layout | None
-    source: Tensor | None  # what it was given
+    number: int  # of earlier calls of the module
+    root: int  # the event whose tensor this one handed on, perhaps its own
+
+
+class _NoGradient(LayerError):
+    """Nothing in the model has a gradient to the image."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """Which call of a layer to look at: its number, and whether another one would do as well."""
+
+    number: int
+    alone: bool
 
 
 _found = Memo()
+_runs = Memo()
+WITHOUT_GRADIENTS = "'rise' and 'occlusion' need neither a layer nor a gradient"
+WITHOUT_LAYERS = f"'gradient' and 'integrated_gradients' need no layer, and {WITHOUT_GRADIENTS}"
+_NORMS = ("norm", "batchnorm", "bn")
 
 
 def find(model: nn.Module, x: Tensor, forward: Callable[[Tensor], Any] | None = None) -> str:
     """The layer that a class activation map should look at: the last one with a grid that the logits depend on.
 
     One image runs forward and backward once with a look at every layer. Of all layers before the classifier, the last
-    grid is taken that what the classifier reads depends on; pooling layers are passed over (a map behind a max-pool is
-    full of holes), and the outermost module is named: ``layer4``, not ``layer4.2.relu``, which runs three times. In a
-    transformer that classifies from its class token, the patches of the last block's output have a gradient of
-    exactly 0: the choice is then the last norm in front of an attention. It is kept for as long as the model lives.
+    grid is taken that depends on the image and that what the classifier reads depends on; pooling layers are passed over
+    (a map behind a max-pool is full of holes), and the outermost module is named: ``layer4``, not ``layer4.2.relu``,
+    which runs three times. A layer with a grid is the classifier only where its channels are the classes: everything of
+    the logits goes through it, and each logit depends on a channel of its own (SqueezeNet); a head may have no parameters
+    at all, or be missing. In a transformer that classifies from its class token, the patches of the last block's output
+    have a gradient of exactly 0: the choice is then the last norm in front of an attention. It is kept for as long as
+    the model lives.
 
     Raises:
         LayerError: no layer has a grid and a gradient.
@@ -208,21 +242,22 @@ def find(model: nn.Module, x: Tensor, forward: Callable[[Tensor], Any] | None = 
     if key in known:
         return known[key]
     events, logits = _trace(model, x[:1], forward or model)
-    owners = [i for i, event in enumerate(events) if any(p is not None for p in event.module._parameters.values())]
-    read = logits
-    if owners:
-        source = events[owners[-1]].source
-        # What the classifier reads, not what it says: networks are often initialised with a classifier of zeros.
-        read = source if source is not None and source.requires_grad and source.ndim == 2 else logits
-        events = events[: owners[-1]]
-    pooled = [event.output for event in events if _passes_over(event.module)]
+    name = type(core(model)[0]).__name__
+    nodes, counted = behind(logits), Counter(event.name for event in events)
+    if not _sees_image(nodes):
+        raise _NoGradient(
+            f"no layer of this {name} has a gradient: it runs under torch.no_grad, is quantised, or detaches what it "
+            f"computes: {WITHOUT_GRADIENTS}"
+        )
+    events = [event for event in events if event.output.requires_grad and event.output.grad_fn in nodes]
+    events, read = _before_classifier(core(model)[0], events, logits)
+    roots = {event.root for event in events if _passes_over(event.module)}
     candidates = [
         event
         for event in events
         if event.layout is not None
         and event.layout.height * event.layout.width > 1
-        and event.output.requires_grad
-        and not any(event.output is output for output in pooled)
+        and event.root not in roots
         and not _beside_the_stream(event)
     ]
     if candidates:
@@ -232,38 +267,157 @@ def find(model: nn.Module, x: Tensor, forward: Callable[[Tensor], Any] | None = 
         for event, gradient in zip(reversed(candidates), reversed(gradients), strict=True):
             if event.layout is None or gradient is None or not to_grid(gradient, event.layout).any():
                 continue
-            same = [other for other in candidates if other.output is event.output]
+            same = [other for other in candidates if other.root == event.root]
             depth = min(other.name.count(".") for other in same)
-            known[key] = [other.name for other in same if other.name.count(".") == depth][-1]
-            return known[key]
+            chosen = known[key] = [other.name for other in same if other.name.count(".") == depth][-1]
+            if counted[chosen] == 1:
+                _runs.of(model)[chosen] = Run(0, True)
+            return chosen
+    unread = any(event.layout is None and event.output.ndim in (3, 4) for event in events)
     raise LayerError(
-        f"no layer of this {type(core(model)[0]).__name__} has both a spatial grid and a gradient at the image size "
-        f"{x.shape[-2]}x{x.shape[-1]}: name a layer yourself"
+        f"no layer of this {name} has both a spatial grid and a gradient at the image size {x.shape[-2]}x{x.shape[-1]}: "
+        + ("name one and give its layout, or take another method: " if unread else "")
+        + WITHOUT_LAYERS
     )
 
 
-def _trace(model: nn.Module, x: Tensor, forward: Callable[[Tensor], Any]) -> tuple[list[_Event], Tensor]:
-    """Run one image with a look at every module; what each gave, in the order in which they finished."""
+def advice(model: nn.Module, x: Tensor, forward: Callable[[Tensor], Any], tried: str) -> str:
+    """What works for a model where the layer ``tried`` does not: another one, or methods that need none."""
+    try:
+        found = find(model, x, forward)
+    except _NoGradient:
+        return f"no other has a gradient either; {WITHOUT_GRADIENTS}"
+    except FoveateError:
+        found = tried
+    return f"try {found!r}" if found != tried else f"no other layer will do; {WITHOUT_LAYERS}"
+
+
+def _before_classifier(inner: nn.Module, events: list[_Event], logits: Tensor) -> tuple[list[_Event], Tensor]:
+    """The events in front of the classifier, and what it reads; where it is no layer, all of them, and the logits.
+
+    What it reads and not what it says: networks are often initialised with a classifier of zeros.
+    """
+    owners = [i for i, event in enumerate(events) if any(p is not None for p in event.module._parameters.values())]
+    if not owners:
+        return events, logits
+    last = events[owners[-1]]
+    alone = not _sees_image(behind(logits, last.output))
+    if last.layout is None or last.layout.height * last.layout.width == 1:
+        source = last.given
+        reads = alone and source is not None and source.requires_grad and source.ndim == 2
+        return events, source if reads and source is not None else logits
+    # timm's word for a network without a head, and what people put in the place of one.
+    headless = getattr(inner, "num_classes", None) == 0 or any(
+        isinstance(event.module, nn.Identity) and event.output.ndim == 2 for event in events[owners[-1] :]
+    )
+    if alone and not headless and _is_classes(last, logits):
+        return events[: owners[-1]], logits
+    return events, logits
+
+
+def _is_classes(event: _Event, logits: Tensor) -> bool:
+    """Whether the channels of a layer are the classes: each logit depends on a channel of its own, and on no other."""
+    name = type(event.module).__name__.lower()
+    if event.layout is None or any(word in name for word in _NORMS):
+        return False
+    columns = logits.shape[1]
+    if to_grid(event.output, event.layout).shape[1] != columns:
+        return False
+    for column in {0, columns - 1}:
+        (gradient,) = torch.autograd.grad(logits[:, column].sum(), event.output, retain_graph=True, allow_unused=True)
+        if gradient is None:
+            return False
+        used = to_grid(gradient, event.layout).ne(0).any(3).any(2).any(0)  # [K]
+        used[column] = False
+        if used.any():
+            return False
+    return True
+
+
+def behind(tensor: Tensor, but: Tensor | None = None) -> set[Any]:
+    """The nodes of the graph that a gradient of ``tensor`` reaches, on ways that do not lead through ``but``.
+
+    An operation without a derivative, of a quantised layer say, ends a way: the gradient is lost there in silence.
+    """
+    seen, waiting = set[Any](), [tensor.grad_fn]
+    end = None if but is None else but.grad_fn
+    while waiting:
+        node = waiting.pop()
+        if node is None or node is end or node in seen or "NotImplemented" in node.name():
+            continue
+        seen.add(node)
+        waiting += [source for source, _ in node.next_functions]
+    return seen
+
+
+def reaches(output: Tensor, source: Tensor) -> bool:
+    """Whether a gradient of ``output`` reaches ``source``."""
+    return any(node is source.grad_fn or getattr(node, "variable", None) is source for node in behind(output))
+
+
+def _sees_image(nodes: set[Any]) -> bool:
+    return any(hasattr(node, "variable") for node in nodes)  # no other leaf of such a run has a gradient
+
+
+def run_of(model: nn.Module, x: Tensor, forward: Callable[[Tensor], Any], name: str, module: nn.Module) -> Run | None:
+    """Which call of a layer to look at: the last one that depends on the image and that the logits depend on, if any do.
+
+    None where none of its calls depends on the image: it looks at another picture, or at a table of prototypes. One image
+    runs forward once, and backward where the layer runs several times; it is kept for as long as the model lives.
+    """
+    known: dict[str, Run | None] = _runs.of(model)
+    if name not in known:
+        try:
+            events, logits = _trace(model, x[:1], forward, {name: module})
+        except FoveateError:  # it takes no single image, and has run for these
+            return Run(-1, False)
+        seeing = [event for event in events if event.output.requires_grad]
+        if len(events) > 1 and len(seeing) > 1 and logits.requires_grad:
+            nodes = behind(logits)
+            seeing = [event for event in seeing if event.output.grad_fn in nodes] or seeing
+        if not events:  # it does not run for this image, which is said elsewhere
+            return Run(-1, True)
+        blind = not logits.requires_grad and not seeing  # under no_grad nobody can tell
+        known[name] = Run(-1, len(events) == 1) if blind else Run(seeing[-1].number, len(seeing) == 1) if seeing else None
+    return known[name]
+
+
+def _trace(
+    model: nn.Module, x: Tensor, forward: Callable[[Tensor], Any], only: Mapping[str, nn.Module] | None = None
+) -> tuple[list[_Event], Tensor]:
+    """Run one image with a look at every module, or some; what each gave, in the order in which they finished.
+
+    No parameter takes part in the graph, so that whatever has a gradient depends on the image.
+    """
     inner, _ = core(model)
     image = (x.shape[-2], x.shape[-1])
     events: list[_Event] = []
+    roots: dict[int, int] = {}  # by the id of a view, which its event keeps
+    runs: dict[str, int] = {}
     handles = []
 
-    def look(name: str) -> Callable[..., None]:
-        def hook(module: nn.Module, inputs: Any, output: Any) -> None:
+    def look(name: str) -> Callable[..., Any]:
+        def hook(module: nn.Module, inputs: Any, output: Any) -> Any:
+            number = runs[name] = runs.get(name, -1) + 1
             tensor = first_tensor(output)
-            if tensor is not None and tensor.is_floating_point():
-                layout = layout_of(tensor.shape, image, module, model)
-                events.append(_Event(name, module, tensor, layout, first_tensor(inputs)))
+            if tensor is None or not tensor.is_floating_point():
+                return None
+            # What is read afterwards: a module may return beside its result what it was given or used inside.
+            view = tensor.view_as(tensor) if tensor.requires_grad else tensor
+            root = roots.setdefault(id(view), roots.get(id(tensor), len(events)))
+            layout = None if only else layout_of(tensor.shape, image, module, model)
+            events.append(_Event(name, module, first_tensor(inputs), view, layout, number, root))
+            return with_first(output, view)
 
         return hook
 
     try:
-        for name, module in inner.named_modules():
+        for name, module in inner.named_modules() if only is None else only.items():
             if name:
                 handles.append(module.register_forward_hook(look(name)))
-        with torch.enable_grad(), eager(modules_of(model)), evaluating(model):  # batch norm must not learn from a look
-            logits = read_logits(forward(x.detach().clone().requires_grad_(True)))
+        modules = modules_of(model)
+        with torch.enable_grad(), eager(modules), evaluating(model), swapped(list(detached(modules))):
+            logits = read_logits(forward(x.detach().clone().requires_grad_(True).clone()))
     finally:
         for handle in handles:
             handle.remove()
@@ -295,18 +449,15 @@ def describe(layer: str, layout: Layout, channels: int) -> str:
     return f"{layer} ({channels} x {layout})"
 
 
-def check_grid(layer: str, raw: Tensor, layout: Layout | None, suggestion: Callable[[], str]) -> Layout:
+def check_grid(layer: str, raw: Tensor, layout: Layout | None, advice: Callable[[], str]) -> Layout:
     """The layout of a layer that was named, when it has a grid of more than one cell.
 
     Raises:
-        LayerError: it has none; the message quotes the shape and names a layer that has.
+        LayerError: it has none; the message quotes the shape and says what works instead.
     """
     if layout is not None and layout.height * layout.width > 1:
         return layout
-    try:
-        instead = f"try {suggestion()!r}"
-    except FoveateError:
-        instead = "name an earlier one"
+    given = ", or give its layout" if raw.ndim in (3, 4) else ""
     raise LayerError(
-        f"layer {layer!r} has no spatial grid that can be told from its shape {list(raw.shape)}: {instead}, or give its layout"
+        f"layer {layer!r} has no spatial grid that can be told from its shape {list(raw.shape)}: {advice()}{given}"
     )

@@ -122,7 +122,7 @@ class Metric:
             kept beside the columns. Parameters called ``target``, ``explained`` and ``columns`` (the wanted
             ones) are filled in.
         columns: each column with the direction that is better.
-        needs: what the batch must have: of ``labels``, ``mask`` and ``region`` (boxes or masks).
+        needs: what there must be: of ``labels``, ``mask`` and ``region`` (boxes or masks) in the batch, ``layer`` of the model.
         pooled: columns that belong to the whole data and not to one image: the function gives ``{column: [B,k]}``, and this
             makes the column of the mean over images, ``[...,k] -> [...]``, such as the best of k thresholds.
         ranges: the least and the largest value of each column, on which its intervals rest; what is not here has no bounds.

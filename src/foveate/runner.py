@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from functools import partial
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from foveate import memory
 from foveate.attention import WrittenAttention
 from foveate.chunks import in_chunks
-from foveate.classifier import Place, check_eval, eager, lock_of, modules_of, read_logits, swapped
+from foveate.classifier import Place, check_eval, detached, eager, lock_of, modules_of, read_logits, swapped
 from foveate.errors import FoveateError
 from foveate.feature import Passes
 from foveate.folding import folded
+from foveate.layers import WITHOUT_GRADIENTS, reaches
 from foveate.linear_head import at_least_float32
 from foveate.memo import Memo
 from foveate.precision import CPU, Precision, autocast_dtype, casting, check_precision, warn_if_slow
@@ -30,6 +32,7 @@ AT_ONCE: dict[str, dict[Pass, int]] = {
     "kept": {"forward": 8, "backward": 8, "tail": 64},
     "other": {"forward": 64, "backward": 32, "tail": 512},
 }
+FIXED = (fx.GraphModule, torch.jit.ScriptModule)  # programs, which may have the size of a batch in them
 TAIL_BYTES = 64 * 2**20  # of features that run through a tail at once, on a CPU
 # So many images, or so many pixels, are faster channels-last. On a CPU fewer are too in bf16, and with depthwise convolutions.
 CHANNELS_LAST_FROM, CHANNELS_LAST_PIXELS = 4, 2 * 224 * 224
@@ -62,6 +65,7 @@ class Runner:
         self.lock = lock_of(model)
         self._folded: list[Place] | None = None
         self._frozen: list[Place] | None = None
+        self._took = 0  # images in the first batch that the model has run
         first = next((p for p in model.parameters() if p.is_floating_point()), None)
         self.device: torch.device | None = None if first is None else first.device
         self.dtype: torch.dtype | None = None if first is None else first.dtype
@@ -112,7 +116,7 @@ class Runner:
     def detached(self, x: Tensor) -> Any:
         """The model on ``x`` with parameters that no gradient reaches."""
         if self._frozen is None:  # once: an optimisation calls the model a hundred times
-            self._frozen = list(_frozen(self.model))
+            self._frozen = list(detached(modules_of(self.model)))
         with self.lock, swapped(self._frozen):
             return self._guarded(self.model, x)
 
@@ -127,6 +131,8 @@ class Runner:
         with torch.inference_mode(False), torch.enable_grad(), eager(modules_of(self.model)), self._cast(images, cast):
             logits = at_least_float32(read_logits(self.laid_out(self, images)))
         self.passes.forward += len(images)
+        if images.requires_grad:
+            self.check_graph(logits, images)
         return logits
 
     def gradient(self, images: Tensor, target: Target) -> Tensor:
@@ -135,12 +141,21 @@ class Runner:
             images = images.detach().clone().requires_grad_(True)
             score = target(self.differentiable(images))
             if not score.requires_grad:
-                raise FoveateError(
-                    f"the score {target.name!r} does not depend on the image: something in the model detaches it"
-                )
+                raise FoveateError(f"the score {target.name!r} is not a differentiable function of the logits")
             (gradient,) = torch.autograd.grad(score.sum(), images, create_graph=not self.frozen)
         self.passes.backward += len(images)
         return at_least_float32(gradient)
+
+    def check_graph(self, logits: Tensor, images: Tensor) -> None:
+        """Raise a FoveateError where no gradient of the logits can reach the image; looked at once for a model."""
+        known = _formats.of(self.model)
+        if not known.get("differentiable"):
+            if not reaches(logits, images):
+                raise FoveateError(
+                    "the logits have no gradient to the image: the model runs under torch.no_grad, is quantised, or detaches "
+                    f"what it computes: {WITHOUT_GRADIENTS}"
+                )
+            known["differentiable"] = True
 
     def logits(self, images: Tensor | Iterable[Tensor], many: bool = False) -> Iterable[Tensor]:
         """Logits of changed images without a graph, a chunk at a time, in the faster layout, in bf16 where asked for.
@@ -163,7 +178,7 @@ class Runner:
     def _plain(self, images: Tensor) -> Tensor:
         images = self.placed(images.detach())
         with torch.inference_mode(), eager(modules_of(self.model)), self._cast(images):
-            logits = at_least_float32(read_logits(self.laid_out(self.model, images)))
+            logits = at_least_float32(read_logits(self.laid_out(partial(self._guarded, self.model), images)))
         self.passes.forward += len(images)
         if not torch.isfinite(logits.sum()):
             self.passes.spoilt += int((~torch.isfinite(logits).all(1)).sum())
@@ -213,27 +228,33 @@ class Runner:
         return not known["depthwise"]
 
     def _guarded(self, function: Callable[[Tensor], Any], x: Tensor) -> Any:
-        """The model's own errors as a sentence with the shape that it was given."""
+        """The model's own errors as a sentence with the shape that it was given.
+
+        A model that was exported for batches of one size is given batches of that size.
+        """
+        known: dict[str, Any] = _formats.of(self.model)
+        if known.get("batch", len(x)) != len(x):
+            return _in_batches(function, x, known["batch"])
         try:
-            return function(x)
+            output = function(x)
+            self._took = self._took or len(x)
+            return output
         except (FoveateError, torch.OutOfMemoryError):
             raise
         except (RuntimeError, AssertionError, ValueError, TypeError, IndexError) as error:
+            if self._took not in (0, len(x)) and any(isinstance(m, FIXED) for m in modules_of(self.model)):
+                with suppress(RuntimeError, AssertionError, ValueError, TypeError, IndexError):
+                    logits = _in_batches(function, x, self._took)
+                    known["batch"] = self._took
+                    return logits
             reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
             raise FoveateError(f"the model cannot take images of shape {list(x.shape)}: {reason}") from error
 
 
-def _frozen(model: nn.Module) -> Iterator[Place]:
-    """Where a model keeps its parameters, and what stands there for those that no gradient may reach.
-
-    A model made in inference mode has parameters and buffers that no graph may hold: copies of them.
-    """
-    made: dict[int, Tensor] = {}  # a parameter in two places stays one tensor
-    for module in modules_of(model):
-        for own, always in ((module._parameters, True), (module._buffers, False)):
-            for name, tensor in own.items():
-                if tensor is not None and (always or tensor.is_inference()):
-                    detached = made.setdefault(
-                        id(tensor), tensor.detach().clone() if tensor.is_inference() else tensor.detach()
-                    )
-                    yield own, name, detached
+def _in_batches(function: Callable[[Tensor], Any], x: Tensor, size: int) -> Tensor:
+    """Logits of images that run ``size`` at a time, the last of them again and again where one is short."""
+    logits = []
+    for part in x.split(size):
+        full = torch.cat([part, part[-1:].expand(size - len(part), -1, -1, -1)])
+        logits.append(read_logits(function(full))[: len(part)])
+    return torch.cat(logits)

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from itertools import count
 
 from torch import Tensor
+from torch.nn import Module
 
 from foveate import layers as L
 from foveate.classifier import eager, hooked, modules_of, read_logits
@@ -25,8 +27,12 @@ def tail_behind(run: Runner, feature: Feature, x: Tensor, logits: Tensor) -> tup
     def replaced(native: Tensor, rows: Tensor) -> Tensor:
         if feature.module is None:
             return read_logits(run.detached(native))
-        swap = hooked(feature.module, lambda module, inputs, output: L.with_first(output, native.clone()))
-        with swap, eager(modules_of(run.model)):
+        calls = count()
+
+        def swap(module: Module, inputs: object, output: object) -> object:
+            return L.with_first(output, native.clone()) if next(calls) == feature.number else output
+
+        with hooked(feature.module, swap), eager(modules_of(run.model)):
             return read_logits(run.detached(x[rows]))
 
     raw, layout = feature.raw.detach(), feature.layout

@@ -21,6 +21,8 @@ NOISE = 2e-5  # of the largest logit, or of 1: far more than two ways of running
 def head_of(logits: Tensor, head: Head | None = None) -> Head:
     """The kind of head behind ``logits [B,C]``: as named, else ``binary`` for one column and ``softmax`` for more.
 
+    A regression has one column too: its output, or minus it where that is negative, is then explained as a logit is.
+
     Raises:
         FoveateError: the named head does not fit the number of columns.
     """
@@ -32,6 +34,22 @@ def head_of(logits: Tensor, head: Head | None = None) -> Head:
     if (head == "binary") != (columns == 1) and head != "multilabel":
         raise FoveateError(f"head {head!r} does not fit a model with {columns} output(s)")
     return head
+
+
+def check_single(logits: Tensor, head: Head | None, labels: Tensor | None) -> None:
+    """Raise a FoveateError where one output is measured as a binary classifier, and nothing says that it is one.
+
+    A regression has one output too, and no classes whose probability could rise or fall: ``head`` says that there are, or
+    labels that are all 0 or 1 do.
+    """
+    if logits.shape[1] != 1 or head is not None:
+        return
+    if labels is None or labels.is_floating_point() or not bool(((labels == 0) | (labels == 1)).all()):
+        found = "the data has no labels" if labels is None else "its labels are not all 0 or 1"
+        raise FoveateError(
+            f"the model has one output and {found}, so that it may be a regression, which has no classes to measure: where the "
+            "output is the logit of a class, say head='binary' (--head binary)"
+        )
 
 
 def num_classes(logits: Tensor, head: Head) -> int:

@@ -196,8 +196,8 @@ def _entry(
     first = asked[0].explanation
     item: dict[str, Any] = {
         "file": printable(picture.path),
-        "layer": first.layer,
-        "grid": str(first.capture.layout()),
+        "layer": first.layer or None,  # none where no method asked for one
+        "grid": str(first.capture.layout()) if first.layer else None,
         "target": int(first.target.y[i]),
         "target_name": classifier.class_name(int(first.target.y[i])),
         "top": _top(first.capture.logits[i].detach(), first.capture.head, classifier),

@@ -106,6 +106,7 @@ def evaluate(
         from foveate.evaluate import Plan
         from foveate.files import locked
         from foveate.identity import fingerprint
+        from foveate.models.normalisation import IMAGES, better_normalisation
         from foveate.precision import check_precision
         from foveate.registry import METHODS
         from foveate.report import evaluation
@@ -155,6 +156,9 @@ def evaluate(
                 for sentence in runs.prepare(folder, identity, resume, evaluation.about(plan, call), images):
                     err.print(f"[yellow]note:[/] {escape(sentence)}", soft_wrap=True)
         if workers.rank == 0:
+            first = spread(source, IMAGES, batch_size) if classifier.assumed else ()
+            if advice := better_normalisation(classifier, first, plan.head):
+                classifier.notes.append(advice)
             print_notes(classifier)  # before the work: an assumption that is wrong costs it
         with workers.together(), measuring(len(source), as_json or workers.rank > 0, workers.count) as tick:
             runs.run(classifier, images, plan, folder, identity, workers=workers, strict=strict, tick=tick)
@@ -194,6 +198,13 @@ def open_data(data: str, classifier: Any, unclipped: bool, limit: int | None, en
     opened = open_benchmark(data, classifier.preprocess, clip_boxes=not unclipped, encoding=encoding)
     source = renumbered(opened, classifier, data)
     return Subset(source, range(limit)) if limit is not None and limit < len(source) else source
+
+
+def spread(source: Any, count: int, batch_size: int) -> Any:
+    """Batches of some images from all over a data set: the first ones are often of one class."""
+    from foveate.evaluate import batches, readable
+
+    return batches(readable(source, range(0, len(source), max(1, len(source) // count)), []), batch_size)
 
 
 class measuring:

@@ -223,7 +223,8 @@ def _print_image(item: dict[str, Any]) -> None:
 def _print_answer(console: Console, answer: dict[str, Any], item: dict[str, Any]) -> None:
     from foveate.registry import is_control
 
-    console.print(f"[bold]{escape(why(answer))}[/], at layer {escape(item['layer'])} ({escape(item['grid'])})")
+    where = f", at layer {escape(item['layer'])} ({escape(item['grid'])})" if item["layer"] else ""
+    console.print(f"[bold]{escape(why(answer))}[/]{where}")
     table = Table(box=None, padding=(0, 1), header_style="dim")
     table.add_column("method", no_wrap=True)
     found = answer["maps"].values()

@@ -197,7 +197,9 @@ def open_torchvision(where: str, preprocess: Preprocess, train: bool = False) ->
     for split in wanted if "split" in parameters else (None,):
         try:
             source = kind(root, **options, **({} if split is None else {"split": split}))
-        except (RuntimeError, ValueError, TypeError, OSError, ImportError) as error:
+        except ImportError as error:
+            raise FoveateError(f"torchvision's {name} cannot be opened: {error}: install what it needs") from None
+        except (RuntimeError, ValueError, TypeError, OSError) as error:
             reason = reason or (str(error).splitlines() or [type(error).__name__])[0]
             continue
         names = getattr(source, "classes", None)

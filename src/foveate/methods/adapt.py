@@ -21,7 +21,7 @@ from foveate import layers as L
 from foveate._torchvision import torchvision
 from foveate.capture import Capture
 from foveate.classifier import eager, modules_of, read_logits, unwrap
-from foveate.errors import FoveateError
+from foveate.errors import FoveateError, not_imported
 from foveate.linear_head import at_least_float32
 from foveate.methods.gradient import Colour, over_colour
 from foveate.precision import casting
@@ -305,7 +305,7 @@ def by_name(name: str) -> Method | None:
     """The method that ``captum.Lime`` names; None for other names.
 
     Raises:
-        FoveateError: the library is not installed, or has no such class.
+        FoveateError: the library is not installed, cannot be imported, or has no such class.
     """
     library, _, kind = name.partition(".")
     if library not in FOLDERS or not kind:
@@ -313,9 +313,8 @@ def by_name(name: str) -> Method | None:
     torchvision()  # before theirs is imported
     try:
         module = importlib.import_module(FOLDERS[library])
-    except ImportError:
-        extra = EXTRAS[library]
-        raise FoveateError(f"{name!r} needs {library}, which is not installed: pip install 'foveate[{extra}]'") from None
+    except ImportError as error:
+        raise not_imported(repr(name), library, f"'foveate[{EXTRAS[library]}]'", error) from None
     if not inspect.isclass(getattr(module, kind, None)):
         raise FoveateError(f"{FOLDERS[library]} has no class {kind!r}")
     return adapt(getattr(module, kind), name)

@@ -15,6 +15,9 @@ from foveate.targets import Target
 
 
 def _grid(capture: Capture, layer: str | None) -> tuple[int, int]:
+    """The grid of the layer; where the model has none cells of 32 pixels, as in most networks, and 7 a side at least."""
+    if layer is None and not capture.layers:
+        return max(7, capture.size[0] // 32), max(7, capture.size[1] // 32)
     layout = capture.layout(layer)
     return layout.height, layout.width
 

@@ -88,7 +88,7 @@ def _missed_by(capture: Capture) -> float:
         fine, coarse = torch.rand(2, 2, *capture.x.shape[1:], generator=generator(0))
         coarse = maps.upsample(F.adaptive_avg_pool2d(coarse, 8).flatten(0, 1), capture.size).view_as(coarse)
         images = torch.cat([fine, coarse]).to(capture.x)
-        probes = capture.again(images, capture.layer, frozen=True, guided=False, from_image=False)
+        probes = capture.again(images, frozen=True, guided=False, from_image=False)
         target, rows = probes.target(), torch.arange(4, device=capture.x.device)
         known[key] = max(
             float(full_gradients(probes, target, part).error.max()) for part in rows.split(capture.chunk_size("backward"))

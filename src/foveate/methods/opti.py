@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Literal
 
 import torch
@@ -17,6 +17,7 @@ from foveate.targets import Target
 
 Objective = Literal["logit", "probability", "margin", "difference"]
 Normaliser = Literal["range", "max", "sigmoid", "sigmoid_2"]
+TOGETHER = "optimised in a batch: alone, its rounding and so its map would be somewhat different (alone=true: the same in any)"
 
 
 @dataclass(frozen=True)
@@ -50,13 +51,14 @@ def opti_cam(
     lr: float = 0.1,
     patience: int | None = None,
     layers: Sequence[str] | None = None,
+    alone: bool = False,
 ) -> Tensor:
     """``S = sum_k softmax(u*)_k A_k`` with ``u* = argmax_u score(x * n(up(S(u))))``, ``[B,h,w]``; see :func:`optimise`.
 
     Tables and pictures scale every map to its range. With another normaliser the mask that was optimised is
     ``optimise(...).mask``.
     """
-    return optimise(
+    found = optimise(
         capture,
         layer,
         target,
@@ -66,7 +68,11 @@ def opti_cam(
         lr=lr,
         patience=patience,
         layers=layers,
-    ).saliency
+        alone=alone,
+    )
+    if len(capture.x) > 1 and capture.x.dtype != torch.float64 and not alone:
+        capture.remarks = [TOGETHER] * len(capture.x)
+    return found.saliency
 
 
 def optimise(
@@ -80,12 +86,15 @@ def optimise(
     lr: float = 0.1,
     patience: int | None = None,
     layers: Sequence[str] | None = None,
+    alone: bool = False,
 ) -> Optimised:
     """Opti-CAM with its trajectory: ``steps`` forward and backward passes of the batch, one forward more.
 
     ``A = relu(features)`` is computed once and stays; ``u [B,K]`` starts at 0 for every channel, where S is the mean
-    feature map; Adam on ``u`` alone. Every image is optimised for itself: its result does not depend on the batch, but
-    for the rounding of the network's own arithmetic, which a hundred steps carry on (about .01 of a mask in float32).
+    feature map; Adam on ``u`` alone. Every image is optimised for itself, and no step mixes the images of a batch. But
+    the network's own arithmetic rounds as the number of images has it, and a hundred steps make much of that: in float32
+    the masks of SqueezeNet for one photograph, alone and in a batch, differ by .02 to .05 in the mean and by .15 to .48
+    where they differ most; in float64 by 3e-12. ``alone=True`` makes it one map.
 
     Args:
         objective: ``logit``: the target's score, as the paper has it (a contrast, where the target is one);
@@ -97,6 +106,8 @@ def optimise(
         steps, lr: of Adam.
         patience: an image stops when its best score is this many steps old; never where it is None.
         layers: several captured layers at once: their channels share one softmax, on the largest of their grids.
+        alone: run each image by itself, so that its map is the same in any batch, to the last bit; on a CPU a batch of 8
+            took 1.1 (SqueezeNet), 1.3 (MobileNet-V2) and 2.1 times (ResNet-18) as long.
 
     Deviations: the best iterate of each image is kept, because the objective is not monotone under Adam (the release
     keeps the last); the release stops the whole batch when its summed loss rises, which couples its images.
@@ -108,6 +119,8 @@ def optimise(
     if not isinstance(target, Target):
         raise FoveateError(f"the target is what capture.target({target!r}) gives, and this is {target!r}")
     layers = [layers] if isinstance(layers, str) else layers
+    if alone and len(capture.x) > 1:
+        return _each(capture, layer, target, layers, (objective, normaliser, steps, lr, patience))
     activations = _channels(capture, list(layers) if layers else [layer])  # [B,K,h,w]
     search = _Search(capture, activations, target, objective, normaliser, steps, lr, patience)
     every = torch.arange(len(activations), device=activations.device)
@@ -118,6 +131,29 @@ def optimise(
         mask = _mask(saliency, normaliser, capture.size)
         scores, taken = torch.cat([one.scores for one in found], 1), torch.cat([one.taken for one in found])
         return Optimised(saliency, mask, u.softmax(1), scores, taken)
+
+
+def _each(
+    capture: Capture,
+    layer: str | None,
+    target: Target,
+    layers: Sequence[str] | None,
+    options: tuple[Objective, Normaliser, int, float, int | None],
+) -> Optimised:
+    """The same of each image on a run of its own, so that no operation sees how many there are."""
+    objective, normaliser, steps, lr, patience = options
+    own = {"objective": objective, "normaliser": normaliser, "steps": steps, "lr": lr, "patience": patience}
+    found = []
+    for row in torch.arange(len(capture.x), device=capture.x.device).split(1):
+        one = capture.again(capture.x[row])
+        found.append(optimise(one, layer, target.rows(row), layers=layers, **own))  # type: ignore[arg-type]
+    along = {"scores": 1}
+    return Optimised(
+        **{
+            each.name: torch.cat([getattr(one, each.name) for one in found], along.get(each.name, 0))
+            for each in fields(Optimised)
+        }
+    )
 
 
 @dataclass(frozen=True)

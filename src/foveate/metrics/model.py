@@ -62,7 +62,7 @@ def size(capture: Capture, M: None, batch: Batch) -> dict[str, Tensor]:
     paper="Setpal, contrastive optimization (2025): 1 - context ratio",
     columns={"foreground_share": "up"},
     ranges={"foreground_share": (0, 1)},
-    needs=("mask", "labels"),
+    needs=("mask", "labels", "layer"),
     of_model=True,
     digits=3,
 )

@@ -286,6 +286,6 @@ def ca_stream(model: nn.Module, stages: Sequence[str] | None = None, size: tuple
     if not isinstance(model, Classifier):
         return CAStream(model, stages, size or (224, 224))
     made = CAStream(model.model, stages, size or model.preprocess.crop)
-    classifier = Classifier(made, model.preprocess, f"ca_stream:{model.name}", model.class_names, model.notes)
+    classifier = Classifier(made, model.preprocess, f"ca_stream:{model.name}", model.class_names, model.notes, model.assumed)
     classifier.wordnet_ids = model.wordnet_ids
     return classifier

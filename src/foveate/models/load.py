@@ -32,6 +32,7 @@ class Classifier(Normalized):
         wordnet_ids: other names of the classes, where they came with the names (``n01440764 tench``); ImageNet's own
             names need them not.
         notes: what was assumed while it was loaded, one sentence each.
+        assumed: nobody said how the input is normalised, so that ImageNet's mean and std were taken.
     """
 
     def __init__(
@@ -41,12 +42,14 @@ class Classifier(Normalized):
         name: str = "",
         class_names: Sequence[str] | None = None,
         notes: Sequence[str] = (),
+        assumed: bool = False,
     ) -> None:
         super().__init__(model, preprocess.mean, preprocess.std)
         self.name = name
         self.preprocess = preprocess
         self.class_names = list(class_names) if class_names is not None else None
         self.notes = list(notes)
+        self.assumed = assumed
 
     @property
     def class_names(self) -> list[str] | None:
@@ -177,6 +180,7 @@ def load(
         raise FoveateError(f"model source {kind!r} is unknown: use timm, torchvision, foveate or a Python file")
     if weights is not None:
         load_weights(model, weights)
+    assumed = preprocess is None and mean is None
     if preprocess is None:
         preprocess = Preprocess()
         if mean is None:
@@ -190,7 +194,7 @@ def load(
         preprocess = Preprocess(preprocess.crop, preprocess.resize, preprocess.interpolation, _three(mean), _three(std))
     if size is not None:
         preprocess = preprocess.sized(size)
-    return Classifier(model, preprocess, spec, class_names if class_names is not None else names, notes)
+    return Classifier(model, preprocess, spec, class_names if class_names is not None else names, notes, assumed)
 
 
 def code_of(spec: str) -> str | None:

@@ -20,6 +20,7 @@ from foveate.errors import DegenerateMapWarning, ImageError
 from foveate.evaluate import Plan
 from foveate.files import replacing, write_text
 from foveate.images import to_image
+from foveate.models.normalisation import about_input
 from foveate.prevalence import EVERY, Prevalence, prevalence
 from foveate.registry import is_control, title_of
 from foveate.report import pictures, tables
@@ -105,7 +106,7 @@ def write(
     runs.write_record(folder, runs.read_record(folder) | {"finished": True})  # the rows are complete, whatever comes now
     results = with_accuracy(results)
     frame = results.table(baseline)
-    said = [*findings(frame, results), *_accuracy(frame)]
+    said = [*findings(frame, results), *_accuracy(frame), *about_input(classifier)]
     written = Written(frame, results, plan, said)
     digests = [metric_of(column) for column in frame.index.get_level_values("column")]
     stored = frame.assign(protocol=[plan.protocol.digest(record) if record else "" for record in digests])
@@ -115,6 +116,7 @@ def write(
     main = frame.attrs["baseline"]
     files = runs.chunks(folder)
     whole = prevalence(lambda: map(read, files), results.methods, main) if plan.keep_maps else {}
+    whole = {name: one for name, one in whole.items() if EVERY in one.table.index}  # not where every map is constant
     if whole:
         import pandas as pd
 
