@@ -276,8 +276,9 @@ class TestEvaluate:
         inner = -(-pixels // -(-pixels // 28)) - 1  # images of a curve between its two ends, which are known
         masked = 3 * (4 + 2 * 4 * inner)  # AD, AG and AI share one
         # The capture that all share; the images through score; the curves' ends; one image twice a set of curves, to see
-        # which batch norms can be folded. Nothing runs for what a method costs, which was not asked for.
-        assert sum(calls) == 4 + 4 + masked + 4 + 1 + 2
+        # which batch norms can be folded; one image to see whether the layer depends on it, once for a model. Nothing runs
+        # for what a method costs, which was not asked for.
+        assert sum(calls) == 4 + 4 + masked + 4 + 1 + 2 + 1
 
 
 def test_noise_on_the_object_is_noise_on_the_object() -> None:
