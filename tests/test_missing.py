@@ -265,7 +265,7 @@ class TestMeasure:
 
         counted = Counted().eval()
         foveate.measure(counted, [boxed(4)], "grad_cam", ["AD", "AG", "AI"], layer="features")
-        assert counted.count == 4 * 2  # the images, and the masked ones
+        assert counted.count == 4 * 2 + 1  # the images, and the masked ones; one looks at how the layer is called
 
 
 class TestCommand:

@@ -621,7 +621,8 @@ class TestWhatAReviewerFound:
         assert set(with_them["table"]) == {"grad_cam", "fake_cam", "random", "centre"}
         without = json.loads(call(*base, "--methods", "grad_cam", "--no-controls", "--out", place / "b").stdout)
         assert set(without["table"]) == {"grad_cam"}
-        assert without["findings"][0].startswith("There is no control in this table")
+        assert without["findings"][0].startswith("13 images are few")
+        assert without["findings"][1].startswith("There is no control in this table")
 
     def test_no_number_lies_outside_its_interval(self) -> None:
         from foveate.prevalence import prevalence

@@ -468,7 +468,9 @@ def _loaders(
     return train_loader, DataLoader(val_data, 128, **options)
 
 
-def _trainer(recipe: Recipe, devices: int, loggers: list[Any], callbacks: list[Callback], plugins: list[Any]) -> L.Trainer:
+def _trainer(
+    recipe: Recipe, devices: int, loggers: list[Any], callbacks: list[Callback], plugins: Sequence[Any] = ()
+) -> L.Trainer:
     accelerator = "cuda" if torch.cuda.is_available() else "cpu"
     if recipe.precision == "bf16":
         warn_if_slow(torch.device(accelerator))
@@ -489,7 +491,7 @@ def _trainer(recipe: Recipe, devices: int, loggers: list[Any], callbacks: list[C
             num_sanity_val_steps=0,
             use_distributed_sampler=False,
             callbacks=callbacks,
-            plugins=plugins,
+            plugins=list(plugins),
         )
     except (RuntimeError, ValueError) as error:
         raise FoveateError(f"{devices} device(s) cannot be used here: {str(error).splitlines()[0]}") from None
