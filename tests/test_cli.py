@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from PIL import Image
@@ -23,7 +24,9 @@ from foveate.data import scenes
 from foveate.errors import FoveateError
 from foveate.models.load import load
 from foveate.models.small import small_cnn
+from foveate.registry import METHODS
 from foveate.report import pictures
+from pages import tables_of
 
 FACTORY = """
 import torch
@@ -708,6 +711,21 @@ class TestTrain:
         sources = re.findall(r"""(?:src|href)=["']([^"']*)""", page) + re.findall(r"url\(([^)]*)\)", page)
         assert sources
         assert all(source.startswith(("data:", "#")) for source in sources)
+        (table,) = tables_of(page)
+        assert table[0] == ["on the swapped test set", "on the animal, % ↑", "AD ↓", "AG ↑", "AI ↑"]
+        blocks = {"Plain": "plain", "With the CAM loss": "cam_loss"}
+        key, seen = "", 0
+        for first, *cells in table[1:]:
+            if first in blocks:
+                key = blocks[first]
+                known = pd.read_csv(place / "demo" / key / "table.csv").set_index(["method", "column"])
+                continue
+            method = METHODS.get(first.removesuffix(" (control)")).name
+            for column, factor, cell in zip(("mass_inside", "AD", "AG", "AI"), (100, 1, 1, 1), cells, strict=True):
+                line = factor * known.loc[(method, column), ["mean", "low", "high"]].astype(float)
+                assert cell == "{:.1f} {:.1f} to {:.1f}".format(*line), (method, column)
+                seen += 1
+        assert seen == 2 * 6 * 4
         document = json.loads(call("demo", "--out", place / "demo", "--seed", 3, "--json").stdout)
         assert set(document["runs"]) == {"plain", "cam_loss"}
         for run in document["runs"].values():

@@ -19,10 +19,10 @@ from foveate.data import scenes
 from foveate.errors import FoveateError
 from foveate.evaluate import evaluate
 from foveate.explain import Explanation, explain
-from foveate.files import locked
+from foveate.files import locked, replacing
 from foveate.recipe import Recipe, read_recipe
-from foveate.registry import METHODS, METRICS
-from foveate.report import pictures
+from foveate.registry import METHODS
+from foveate.report import pictures, tables
 from foveate.report.page import Look, render
 from foveate.trained import is_trained, name_of
 
@@ -104,6 +104,8 @@ def _demo(
         run = train.train(recipe, out / key, data=data, callbacks=callbacks(key), overwrite=True)
         say(f"explaining and measuring {RUNS[key][1].lower()}")
         measured[key] = measure(run)
+        with replacing(out / key / "table.csv") as waiting:
+            measured[key].table.to_csv(waiting)
     page = _page(out, seed, data, measured)
     document: dict[str, Any] = {"runs": {}, "report": str(page), "seed": seed}
     for key, one in measured.items():
@@ -180,11 +182,7 @@ def _page(out: Path, seed: int, data: dict[str, scenes.Scenes], measured: dict[s
             _group("Test, backgrounds swapped", test, plain.test, cam.test, plain.inside_test, cam.inside_test, 3),
         ],
         "changed": _changed(test, plain.test, cam.test),
-        "columns": [
-            {"label": "on the animal" if name == "mass_inside" else name, "arrow": "↓" if way == "down" else "↑"}
-            for metric in METRICS.all().values()
-            for name, way in metric.columns.items()
-        ],
+        "columns": [_heading(column) for column in COLUMNS],
         "tables": [{"title": RUNS[key][1], "lines": _lines(one.table)} for key, one in measured.items()],
         "area": float(test.masks.float().mean()),
         "findings": _findings(measured),
@@ -250,6 +248,10 @@ def _changed(test: scenes.Scenes, plain: Explanation, cam: Explanation) -> dict[
         "both_right": int((before & after).sum()),
         "both_wrong": int((~before & ~after).sum()),
     }
+
+
+def _heading(column: str) -> str:
+    return f"on the animal, % {tables.ARROW['up']}" if column == "mass_inside" else tables.title(column)
 
 
 def _lines(table: pd.DataFrame) -> list[dict[str, Any]]:
