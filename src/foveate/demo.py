@@ -275,7 +275,8 @@ def _findings(measured: dict[str, Measured]) -> list[str]:
         own, prior = (float(table[(name, "mass_inside")]) for name in (METHOD, "centre"))
         if own < prior:
             sentences.append(f"{title}: less of its map lies on the animal than of a blob in the middle that knows nothing.")
-        sentences += [f"{title}: {sentence}" for sentence in one.table.attrs["findings"]]
+        said = one.table.attrs["findings"]
+        sentences += [f"{title}: {sentence}" for sentence in said if "mass_inside" not in sentence]  # said above
         share, name = one.masked
         if share > 0.9:
             sentences.append(
