@@ -160,6 +160,16 @@ def equal_methods(repeats: int) -> None:
             print(f"| {name} | {n} | {100 * ((low > 0) | (high < 0)).mean():.1f} | {100 * flipped:.1f} |", flush=True)
 
 
+def families(repeats: int) -> None:
+    """Of 100 columns of eight methods of one distribution, those in which any is called better than another."""
+    print("\n| values | images | any of eight called better |\n|---|---:|---:|")
+    for name in ("90 % zeros, else Beta(2, 2)", "Beta(5, 1.5)"):
+        for n in SIZES:
+            columns = DRAWN[name][0](8 * repeats, n).reshape(repeats, 8, n)
+            share = np.mean([(Paired(column.T).adjusted() <= 0.05).any() for column in columns])
+            print(f"| {name} | {n} | {100 * share:.1f} |", flush=True)
+
+
 def controls(repeats: int) -> None:
     """How often one method and three controls, all of one distribution, end with "won by a control"; 2.5 is asked."""
     names = ("grad_cam", "random", "centre", "fake_cam")
@@ -185,6 +195,7 @@ def main() -> None:
     coverage(DRAWN if call.run is None else of_run(call.run), call.repeats)
     if call.run is None:
         equal_methods(call.repeats)
+        families(call.repeats)
         controls(call.repeats)
 
 

@@ -25,6 +25,7 @@ from foveate.cli import app
 from foveate.compare import Limit, compare
 from foveate.evaluate import Plan
 from foveate.files import locked
+from foveate.report import tables
 from foveate.results import Results, joined, read, write
 from foveate.statistics import disagreement, findings, table
 from foveate.testing import example, networks
@@ -316,6 +317,17 @@ class TestStatistics:
         assert said == ["LE is won by Fake-CAM (0.0): on this data it does not measure the explanation."]
         half = made(grad_cam={"AG": good}, layer_cam={"AG": bad}, centre={"AG": bad + 3})
         assert "AG: Centre (3.0), which ignores the model, beats 1 of 2 methods." in findings(table(half), half)[0]
+
+    def test_what_no_method_is_told_apart_in_is_one_sentence(self) -> None:
+        noise = {name: np.random.default_rng(i).normal(size=(2, 60)) for i, name in enumerate(("grad_cam", "centre"))}
+        results = made(**{name: {"AD": a, "AG": b} for name, (a, b) in noise.items()})
+        frame = table(results)
+        assert findings(frame, results) == ["No method can be told apart from Centre, which ignores the model, in AD and AG."]
+        assert not any(tables.is_best(frame, *key) for key in frame.index)  # a mark on all of them says nothing
+        few = made(**{name: {"AD": a[:8], "AG": b[:8]} for name, (a, b) in noise.items()})
+        assert findings(table(few), few)[0].startswith("8 images are few: hardly any difference")
+        fewer = made(**{name: {"AD": a[:4], "AG": b[:4]} for name, (a, b) in noise.items()})
+        assert findings(table(fewer), fewer)[0].startswith("4 images are few: no difference")
 
     def test_columns_that_disagree(self) -> None:
         columns = {

@@ -17,6 +17,7 @@ FEW = 10  # values that differ from the rest: with fewer, resampling does not kn
 NEAR = 0.01  # of the largest deviation from the median: what is nearer does not differ from the rest
 HUGE = 1e12  # for infinity, between which and infinity nothing can be interpolated
 BLOCK = 1_000_000  # numbers of resampling weights at a time
+DRAWN, LEAST = 25_000_000, 500  # of such numbers in all, where that leaves so many samples: 500 of ImageNet's 50 000 images
 EXACT = 13  # images up to which every pattern of signs is tried
 PATTERNS = (1_999, 9_999)  # of random ones: at least, and at most
 
@@ -40,7 +41,8 @@ def intervals(
     or more differ from the rest (by more than a 100th of the largest deviation from the median), the bootstrap-t interval
     ``mean - t* s / sqrt(n)``, ``t*`` the quantiles of ``(mean* - mean) / (s* / sqrt(n))``, cuts them.
 
-    A column without bounds has the bootstrap-t interval, and Student's below 10 images. Of a single image there is none.
+    A column without bounds has the bootstrap-t interval on the same condition, and Student's otherwise, which is too short
+    where few values differ: nothing bounds what was not seen. Of a single image there is none.
     An interval of width 0 says that all values are equal, and not that the mean is known.
 
     Args:
@@ -61,7 +63,8 @@ def intervals(
     low, high = mean - half, mean + half
     bounded = np.array([limits is not None for limits in within])
     low[(n < 2) & ~bounded] = high[(n < 2) & ~bounded] = np.nan
-    varied = (n >= FEW) & (spread > 0)
+    differing = np.array([_differing(values[known[:, k], k]) for k in range(len(within))])
+    varied = (differing >= FEW) & (spread > 0)
     if varied.any():
         t_low, t_high = _studentised(away[:, varied], known[:, varied], samples, seed)
         low[varied] = mean[varied] - t_high * spread[varied] / np.sqrt(n[varied])
@@ -74,8 +77,7 @@ def intervals(
         least = special.betaincinv(hits, n[k] - hits + 1, LEVEL / 2) if hits > 0 else 0.0
         most = special.betaincinv(hits + 1, n[k] - hits, 1 - LEVEL / 2) if hits < n[k] else 1.0
         least, most = a + (b - a) * least, a + (b - a) * most
-        column = values[known[:, k], k]
-        trusted = n[k] >= FEW and _differing(column) >= FEW and len(np.unique(column[:1000])) > 2
+        trusted = differing[k] >= FEW and len(np.unique(values[known[:, k], k])) > 2
         low[k] = max(least, low[k]) if trusted else least
         high[k] = min(most, high[k]) if trusted else most
     return np.minimum(low, mean), np.maximum(high, mean)  # rounding, where all is equal
@@ -83,6 +85,8 @@ def intervals(
 
 def _differing(column: np.ndarray) -> int:
     """How many values differ from the bulk."""
+    if not len(column):
+        return 0
     away = np.abs(column - np.median(column))
     return int((away > NEAR * away.max()).sum())
 
@@ -103,6 +107,7 @@ def _studentised(away: np.ndarray, known: np.ndarray, samples: int, seed: int) -
 def _draws(n: int, samples: int, seed: int) -> Any:
     """How often each image is drawn, ``[s,N]`` at a time; the same for the same N and seed."""
     rng = np.random.default_rng(seed)
+    samples = min(samples, max(LEAST, DRAWN // max(1, n)))
     step = max(1, BLOCK // max(1, n))
     for start in range(0, samples, step):
         yield rng.multinomial(n, np.full(n, 1 / n), min(step, samples - start)).astype(float)
@@ -129,9 +134,12 @@ def pseudo_values(values: np.ndarray, pool: Callable[[Any], Any]) -> np.ndarray:
     return found
 
 
-@lru_cache(maxsize=8)
-def _signs(n: int, seed: int) -> np.ndarray:
-    """Patterns of -1 and 1, ``[B,N]`` int8, the first without a -1: all of them for few images, else random ones."""
+@lru_cache(maxsize=2)  # 100 MB for 50 000 images
+def _signs(n: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Patterns of -1 and 1, ``[B,N]`` int8, the first without a -1, and how many -1 each has, ``[B]``.
+
+    All of them for few images, else random ones.
+    """
     if n <= EXACT:  # a pattern and its opposite are one: the last image keeps its sign
         places = np.arange(2 ** max(0, n - 1))
         flipped = (places[:, None] >> np.arange(n)) & 1
@@ -139,7 +147,7 @@ def _signs(n: int, seed: int) -> np.ndarray:
         count = int(np.clip(10_000_000 // n, *PATTERNS))
         flipped = np.random.default_rng(seed).integers(0, 2, (count + 1, n), dtype=np.int8)
         flipped[0] = 0
-    return np.asarray(1 - 2 * flipped, dtype=np.int8)
+    return np.asarray(1 - 2 * flipped, dtype=np.int8), flipped.sum(1)
 
 
 class Paired:
@@ -147,7 +155,8 @@ class Paired:
 
     If two methods could be exchanged, image by image, then the sign of each image's difference is a coin's. ``p`` is the
     share of patterns of signs under which the mean difference is as far from 0 as it is, or farther; all patterns up to 13
-    images, else 2 to 10 thousand random ones. The interval has all shifts that this test does not reject, which is the range
+    images, else 2 to 10 thousand random ones, and Hoeffding's bound ``2 exp(-z^2 / 2)``, ``z = sum d / sqrt(sum d^2)``, where
+    that is less than such a count can show. The interval has all shifts that this test does not reject, which is the range
     of means over random halves of the images (Hartigan's typical values): 0 is outside just where ``p <= .05``.
 
     With k images on which two methods differ ``p`` is at least ``2^(1-k)``: below 6 there is no interval without 0. Where
@@ -184,7 +193,7 @@ class Paired:
         d, sums = self._both(i, j)
         if not len(d):
             return (float("nan"),) * 3
-        mean, scale, turned = float(d.mean()), self._rounding(i, j) / len(d), self._turned(len(d))
+        mean, scale, turned = float(d.mean()), self._rounding(i, j) / len(d), _signs(len(d), self.seed)[1]
         with np.errstate(invalid="ignore", divide="ignore"):
             ends = np.stack([(d.sum() - sums) / (2 * turned), (d.sum() + sums) / (2 * (len(d) - turned))])
         ends[np.abs(ends) <= scale] = 0.0  # rounding
@@ -200,21 +209,34 @@ class Paired:
             d, sums = self._both(*key)
             if not len(d):
                 return 1.0
-            self._p[key] = float((np.abs(sums) >= abs(d.sum()) - self._rounding(*key)).mean())
+            share = float((np.abs(sums) >= abs(d.sum()) - self._rounding(*key)).mean())
+            bound = 2 * np.exp(-(d.sum() ** 2) / (2 * (d**2).sum())) if len(d) > EXACT and d.any() else 1.0
+            self._p[key] = min(share, float(bound))
         return self._p[key]
 
-    def above(self, i: int, j: int) -> float:
-        """How often ``i`` lies as far above ``j`` as now, if the two could be exchanged; one-sided, 1 where it does not."""
-        d = self._both(i, j)[0]
-        return self.p(i, j) / 2 if len(d) and d.sum() > 0 else 1.0
+    def mean(self, i: int, j: int) -> float:
+        """Mean of ``i`` less that of ``j``, over the images that both have; NaN where there are none."""
+        rows = self.known[:, i] & self.known[:, j]
+        return float((self.values[rows, i] - self.values[rows, j]).mean()) if rows.any() else float("nan")
 
-    def beaten_by_any(self, i: int, rivals: Sequence[int]) -> float:
+    def above(self, i: int, j: int, sign: int = 1) -> float:
+        """How often ``i`` lies as far above ``j`` as now, if the two could be exchanged; one-sided, 1 where it does not.
+
+        Args:
+            sign: -1 for below.
+        """
+        return self.p(i, j) / 2 if sign * self.mean(i, j) > 0 else 1.0
+
+    def beaten_by_any(self, i: int, rivals: Sequence[int], sign: int = 1) -> float:
         """How often the best of several rivals lies as far above ``i`` as now, if all could be exchanged with ``i``; one-sided.
 
         The best rival is taken under each pattern of signs, so that many rivals are no more often better by chance than one.
+
+        Args:
+            sign: -1 for below.
         """
         rows = self.known[:, [i, *rivals]].all(1)
-        d = self.values[rows][:, list(rivals)] - self.values[rows][:, [i]]
+        d = sign * (self.values[rows][:, list(rivals)] - self.values[rows][:, [i]])
         size = np.sqrt((d**2).sum(0))
         d, size = d[:, size > 0], size[size > 0]
         if not d.size:
@@ -223,16 +245,13 @@ class Paired:
         now = float((d.sum(0) / size).max()) - 1e-12 * len(d)
         return float(((flipped.max(1) >= now).mean() + ((-flipped).max(1) >= now).mean()) / 2)
 
-    def adjusted(self, places: Sequence[int]) -> np.ndarray:
-        """``p`` of each two of some methods, corrected for how many each is compared with, ``[k,k]``.
-
-        By Holm for each method among the others; of the two values of a pair the larger, so that both say the same.
-        """
-        raw = np.array([[1.0 if i == j else self.p(i, j) for j in places] for i in places]).reshape(len(places), -1)
-        for row in range(len(places)):
-            others = np.arange(len(places)) != row
-            raw[row, others] = holm(raw[row, others])
-        return np.maximum(raw, raw.T)
+    def adjusted(self) -> np.ndarray:
+        """``p`` of each two methods, corrected by Holm for all pairs of them, ``[m,m]``."""
+        count = self.values.shape[1]
+        rows, columns = np.triu_indices(count, 1)
+        found = np.ones((count, count))
+        found[rows, columns] = holm(np.array([self.p(i, j) for i, j in zip(rows.tolist(), columns.tolist(), strict=True)]))
+        return np.minimum(found, found.T)
 
     def _rounding(self, i: int, j: int) -> float:
         """What sums of two methods may differ by without a difference."""
@@ -240,13 +259,9 @@ class Paired:
 
     def _flipped(self, d: np.ndarray) -> np.ndarray:
         """Sums of differences ``[n,k]`` under each pattern, ``[B,k]``."""
-        signs = _signs(len(d), self.seed)
+        signs, _ = _signs(len(d), self.seed)
         step = max(1, 16 * BLOCK // len(d))
         return np.concatenate([signs[start : start + step].astype(float) @ d for start in range(0, len(signs), step)])
-
-    def _turned(self, n: int) -> np.ndarray:
-        """How many signs each pattern flips, ``[B]``."""
-        return np.asarray((_signs(n, self.seed) < 0).sum(1))
 
 
 def holm(p: np.ndarray) -> np.ndarray:

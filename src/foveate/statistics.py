@@ -52,7 +52,7 @@ class Judged:
     paired: dict[str, tuple[list[str], Paired]]
     samples: int
     seed: int
-    _adjusted: dict[str, np.ndarray] = field(default_factory=dict)
+    _better: dict[str, np.ndarray] = field(default_factory=dict)
 
     def difference(self, key: Key, other: Key) -> tuple[float, float, float]:
         """Of two methods in a column, paired by image, with its interval; NaN where there is none."""
@@ -62,22 +62,21 @@ class Judged:
         mean, low, high = paired.difference(names.index(key[0]), names.index(other[0]))
         return mean, *((low, high) if np.isfinite([low, high]).all() else (float("nan"),) * 2)
 
-    def better(self, name: str, other: str, column: str) -> bool:
-        """Whether a method is better than another, corrected for the number of methods in the column: see :class:`Paired`."""
-        names, paired = self.paired[column]
-        if column not in self._adjusted:
-            self._adjusted[column] = paired.adjusted(range(len(names)))
-        i, j = names.index(name), names.index(other)
-        return bool(self._adjusted[column][i, j] <= LEVEL) and sign_of(column) * paired.difference(i, j)[0] > 0
+    def better(self, column: str) -> np.ndarray:
+        """Which methods of a column are better than which, ``[m,m]`` bool, corrected for all pairs: see :class:`Paired`."""
+        if column not in self._better:
+            names, paired = self.paired[column]
+            means = np.array([[paired.mean(i, j) for j in range(len(names))] for i in range(len(names))])
+            self._better[column] = (paired.adjusted() <= LEVEL) & (sign_of(column) * means > 0)
+        return self._better[column]
 
     def rank(self, key: Key) -> tuple[int, int]:
         """The first and the last place that a method can have; (0, 0) for what has none."""
         names = self.paired.get(key[1], ([], None))[0]
         if key[0] not in names:
             return 0, 0
-        others = [name for name in names if name != key[0]]
-        ahead = sum(self.better(name, key[0], key[1]) for name in others)
-        return 1 + ahead, 1 + len(others) - sum(self.better(key[0], name, key[1]) for name in others)
+        better, i = self.better(key[1]), names.index(key[0])
+        return 1 + int(better[:, i].sum()), len(names) - int(better[i].sum())
 
 
 def range_of(column: str) -> tuple[float, float] | None:
@@ -199,14 +198,17 @@ def findings(frame: pd.DataFrame, results: Results) -> list[str]:
     found = judged(results)
     sentences = []
     if 0 < len(results) < SMALL:
+        pairs = max((len(names) * (len(names) - 1) // 2 for names, _ in found.paired.values()), default=0)
+        shown = "no" if pairs * 2.0 ** (1 - len(results)) > LEVEL else "hardly any"
         sentences.append(
-            f"{len(results)} images are few: below {SMALL}, hardly any difference between methods can be shown, and most of "
-            "what is seen is chance."
+            f"{len(results)} images are few: {shown} difference between methods can be shown with them, and most of what is "
+            f"seen is chance; take {SMALL} at least."
         )
     controls = [name for name in results.methods if is_control(name)]
     real = [name for name in results.methods if name not in controls and name not in results.same]
     if not controls:
         sentences.append("There is no control in this table: nothing shows here which columns measure the explanation.")
+    tied: dict[str, list[str]] = {}
     for column in ordered(dict.fromkeys(frame.index.get_level_values("column"))):
         record = metric_of(column)
         if record is None or record.of_model or record.statistic == "median" or record.name in UNJUDGED:
@@ -214,7 +216,12 @@ def findings(frame: pd.DataFrame, results: Results) -> list[str]:
         there = found.paired.get(column, ([], None))[0]
         rivals, ignorant = ([name for name in names if name in there] for names in (real, controls))
         if rivals and ignorant:
-            sentences += _against_controls(found, column, rivals, ignorant)
+            said, control = _against_controls(found, column, rivals, ignorant)
+            sentences += said
+            if control:
+                tied.setdefault(control, []).append(column)
+    for control, columns in tied.items():
+        sentences.append(f"No method can be told apart from {title_of(control)}, which ignores the model, in {_and(columns)}.")
     points = [(key, point) for key, point in found.points.items() if np.isfinite(point[0]) and point[3] > 1]
     flat = [f"{c} of {m}" if m != MODEL else c for (m, c), p in points if p[1] == p[2] and (m, c) in frame.index and _judges(c)]
     if flat:
@@ -235,24 +242,26 @@ def _judges(column: str) -> bool:
     return record is not None and record.statistic == "mean" and not (record.of_model and record.costly)
 
 
-def _against_controls(found: Judged, column: str, rivals: list[str], controls: list[str]) -> list[str]:
-    """One sentence where a column does not tell methods from controls, or none."""
+def _and(words: Sequence[str]) -> str:
+    return " and ".join([", ".join(words[:-1]), words[-1]] if len(words) > 1 else words)
+
+
+def _against_controls(found: Judged, column: str, rivals: list[str], controls: list[str]) -> tuple[list[str], str]:
+    """What to say where a column does not tell methods from controls; and the control that none can be told apart from."""
     names, paired = found.paired[column]
-    sign = sign_of(column)
-    turned = paired if sign > 0 else Paired(-paired.values, paired.seed)
+    sign, place = sign_of(column), names.index
     score = lambda name: sign * found.points[name, column][0]  # noqa: E731
     control, best = max(controls, key=score), max(rivals, key=score)
     title, value = title_of(control), number(found.points[control, column][0], column)
-    rival = f"{title_of(best)} ({number(found.points[best, column][0], column)})"
-    if turned.beaten_by_any(names.index(best), [names.index(name) for name in controls]) <= LEVEL / 2:
-        return [f"{column} is won by {title} ({value}): on this data it does not measure the explanation."]
-    above = [max(turned.above(names.index(r), names.index(c)) for c in controls) for r in rivals]
+    if paired.beaten_by_any(place(best), [place(name) for name in controls], sign) <= LEVEL / 2:
+        return [f"{column} is won by {title} ({value}): on this data it does not measure the explanation."], ""
+    above = [max(paired.above(place(r), place(c), sign) for c in controls) for r in rivals]
     if holm(np.array(above)).min() > LEVEL / 2:
-        return [f"{column}: the best, {rival}, cannot be told apart from {title} ({value}), which ignores the model."]
-    beaten = [name for name in rivals if found.better(control, name, column)]
+        return [], control
+    beaten = [name for name in rivals if found.better(column)[place(control), place(name)]]
     if 2 * len(beaten) >= len(rivals) and len(rivals) > 1:
-        return [f"{column}: {title} ({value}), which ignores the model, beats {len(beaten)} of {len(rivals)} methods."]
-    return []
+        return [f"{column}: {title} ({value}), which ignores the model, beats {len(beaten)} of {len(rivals)} methods."], ""
+    return [], ""
 
 
 def ordered(columns: Iterable[str]) -> list[str]:

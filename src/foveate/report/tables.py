@@ -53,8 +53,13 @@ def cell(frame: pd.DataFrame, method: str, column: str) -> tuple[str, str, str]:
 
 
 def is_best(frame: pd.DataFrame, method: str, column: str) -> bool:
-    """Whether no other method is better in the column, by paired differences corrected for the number of methods."""
-    return (method, column) in frame.index and int(frame.loc[(method, column)]["rank"]) == 1
+    """Whether no other method is better in the column, by paired differences corrected for all pairs, and any is worse.
+
+    Where no two methods differ nothing is marked.
+    """
+    if (method, column) not in frame.index or int(frame.loc[(method, column)]["rank"]) != 1:
+        return False
+    return int(frame.xs(column, level="column")["rank"].max()) > 1
 
 
 def markdown(frame: pd.DataFrame, findings: Sequence[str] = ()) -> str:
