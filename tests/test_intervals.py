@@ -239,6 +239,11 @@ class TestOfThree:
         values = np.stack([draw(3000, n), draw(3000, n)], 2)
         assert np.mean([Paired(pair).p(0, 1) <= 0.05 for pair in values]) <= 0.06
 
+    @pytest.mark.parametrize("share", [0.0, 0.9])
+    def test_a_column_of_equal_methods_rarely_has_a_better_one(self, share: float) -> None:
+        columns = zeros(share)(8 * 500, 50).reshape(500, 8, 50)
+        assert np.mean([(Paired(column.T).adjusted() <= 0.05).any() for column in columns]) <= 0.08
+
     @pytest.mark.parametrize("n", [20, 50, 200])
     def test_controls_that_are_methods_rarely_win(self, n: int) -> None:
         won = 0
