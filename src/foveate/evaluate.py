@@ -150,7 +150,10 @@ def measure(
         raise FoveateError(f"no image can be measured, the first: {results.failures[0][1]}")
     if results.failures:
         warnings.warn(f"{len(results.failures)} image(s) are left out, the first: {results.failures[0][1]}", stacklevel=2)
-    for sentence in missing.said(results.missing, len(results), (missing.UNDEFINED, missing.NOTHING)):
+    quiet = [missing.UNDEFINED, missing.NOTHING]
+    if plan.protocol.metrics.get("localization", {}).get("clip", True) is False:
+        quiet.append(missing.OUTSIDE)  # of data whose boxes are not clipped, the crop cut the object away
+    for sentence in missing.said(results.missing, len(results), quiet):
         warnings.warn(sentence.removesuffix("."), stacklevel=2)
     if flat := {name: count for name, count in results.degenerate.items() if count}:
         warnings.warn(
@@ -454,17 +457,21 @@ def _measured(
         if not (lost := lost if lost.ndim == 1 else lost.any(1)).any():
             continue
         whole = torch.full_like(lost, capture.passes.spoilt > before)
-        others = [(missing.NOTHING, _nothing(metric, batch, capture.size, settings)), (missing.LOGITS, whole)]
+        others = [*_nothing(metric, batch, capture.size, settings), (missing.LOGITS, whole)]
         found.missing[name] = missing.reasons(lost, metric.without_value(M, batch, settings), others)
     return found
 
 
-def _nothing(metric: Metric, batch: Batch, size: tuple[int, int], settings: Mapping[str, Any]) -> Tensor:
-    """The images of which a metric that needs the object has none."""
+def _nothing(metric: Metric, batch: Batch, size: tuple[int, int], settings: Mapping[str, Any]) -> list[tuple[str, Tensor]]:
+    """The images of which a metric that needs the object has none, by reason."""
     region: Any = settings.get("region", "auto") if "region" in metric.needs else "mask"
     if not {"region", "mask"} & set(metric.needs):
-        return torch.zeros(len(batch), dtype=torch.bool)
-    return torch.tensor([not len(thing.areas) for thing in objects(batch, size, region)])
+        return []
+    nothing = torch.tensor([not len(thing.areas) for thing in objects(batch, size, region)])
+    if batch.boxes is None or region == "mask":
+        return [(missing.NOTHING, nothing)]
+    outside = torch.tensor([missing.outside(boxes, size) for boxes in batch.boxes])
+    return [(missing.OUTSIDE, nothing & outside), (missing.NOTHING, nothing)]
 
 
 def _same(a: Tensor, b: Tensor) -> bool:
