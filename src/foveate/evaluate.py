@@ -228,6 +228,7 @@ class Plan:
                     return
 
     def _settle(self, capture: Capture, batch: Batch) -> None:
+        check_single(capture.logits, self.head, batch.y, batch.id)  # the sentence on its labels is better than a target's
         target = capture.target(self.protocol.target, labels=None if batch.y is None else batch.y.to(capture.x.device))
         for record in [record for record in self.records if record.name in self.optional]:
             try:
@@ -249,7 +250,7 @@ class Plan:
         if capture is None:
             return Results(failures=failures)
         batch = kept.to(capture.x.device)
-        check_single(capture.logits, self.head, batch.y)
+        check_single(capture.logits, self.head, batch.y, batch.id)
         if batch.y is not None:
             capture.target("label", labels=batch.y)  # a label out of range stops the run before the work
         scored = choose(self.metrics, batch, bool(capture.layers))
