@@ -385,3 +385,11 @@ class TestABoxOutsideTheImage:
     def test_what_a_crop_leaves_is_quiet(self, box: list[float]) -> None:
         found, said = self.columns_of(box)
         assert found.missing["centre"]["LE"] == {missing.NOTHING: 1} and not said
+
+
+def test_a_single_batch_is_data() -> None:
+    batch, options = boxed(), {"methods": "centre", "metrics": "localization", "layer": "features"}
+    whole = foveate.measure(networks()["gap"], [batch], **options)
+    alone = foveate.measure(networks()["gap"], batch, **options)
+    np.testing.assert_array_equal(alone.values["centre", "LE"], whole.values["centre", "LE"])
+    assert foveate.evaluate(networks()["gap"], batch, **options).equals(whole.table(None))

@@ -38,11 +38,11 @@ NOT_FINITE = "the model gives NaN or infinity"
 SAME = 1e-6  # maps in [0, 1] that differ by less are one map: a 4000th of what an 8-bit picture can show
 
 
-def batches(data: Iterable[Any] | Dataset[Batch], batch_size: int = 8) -> Iterator[Batch]:
-    """Batches of any data: batches as they come, data sets of single images collated, ``(x, y)`` pairs of a DataLoader."""
+def batches(data: Batch | Iterable[Any] | Dataset[Batch], batch_size: int = 8) -> Iterator[Batch]:
+    """Batches of any data: one or several as they come, single images collated, ``(x, y)`` pairs of a DataLoader."""
     waiting: list[Batch] = []
     number = 0
-    for item in data:  # type: ignore[union-attr]
+    for item in [data] if isinstance(data, Batch) else data:  # type: ignore[union-attr]
         if not isinstance(item, Batch):
             x, y = item[0], torch.as_tensor(item[1])
             item = Batch(x, y) if x.ndim == 4 else Batch(x[None], y.reshape(1))
@@ -65,7 +65,7 @@ def batches(data: Iterable[Any] | Dataset[Batch], batch_size: int = 8) -> Iterat
 
 def evaluate(
     model: nn.Module,
-    data: Iterable[Any] | Dataset[Batch],
+    data: Batch | Iterable[Any] | Dataset[Batch],
     methods: Methods = "grad_cam",
     metrics: str | Sequence[str] = "all",
     *,
@@ -95,7 +95,7 @@ def evaluate(
 
 def measure(
     model: nn.Module,
-    data: Iterable[Any] | Dataset[Batch],
+    data: Batch | Iterable[Any] | Dataset[Batch],
     methods: Methods = "grad_cam",
     metrics: str | Sequence[str] = "all",
     *,
@@ -115,7 +115,7 @@ def measure(
     a masked image is to blame, the values are not a number, and counted with their reason in ``missing``.
 
     Args:
-        data: batches, a data set of :mod:`foveate.data`, or a DataLoader of ``(x, y)`` with ``x`` in [0, 1].
+        data: a batch, several, a data set of :mod:`foveate.data`, or a DataLoader of ``(x, y)`` with ``x`` in [0, 1].
         methods: names in the registry, or records, such as ``foveate.methods.adapt`` makes; ``all``, ``all-fast`` (those of
             a single pass, and the controls) and ``controls`` stand for several, of which those the model allows are taken.
         metrics: names or columns; ``"all"`` for all that the data has labels, masks or boxes for, but the costly ones,
