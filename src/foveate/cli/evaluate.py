@@ -178,7 +178,7 @@ def evaluate(
             console.print(f"[dim]{escape(written.protocol_line())}[/]")
             for sentence in written.findings:
                 console.print(f"• {escape(sentence)}")
-            console.print(f"written to [bold]{escape(out)}[/]: table.md, rows/, and the page [bold]report.html[/]")
+            console.print(f"written to [bold]{escape(printable(out))}[/]: table.md, rows/, and the page [bold]report.html[/]")
         for name, reason in results.left_out.items():
             err.print(f"[yellow]note:[/] {escape('left out ' + reason_of(name, reason))}", soft_wrap=True)
         for _, reason in results.failures:
