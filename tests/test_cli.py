@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -784,3 +785,30 @@ def test_the_installed_command(place: Path) -> None:
     assert result.stdout == ""
     assert result.stderr.startswith("foveate: ")
     assert "Traceback" not in result.stderr
+
+
+class TestANameThatIsNotUtf8:
+    @pytest.mark.parametrize("pictures", ["all", "overlay", "sheet"])
+    def test_what_is_printed_and_in_json_is_text(self, place: Path, pictures: str) -> None:
+        name = os.fsdecode(b"caf\xe9.png")
+        try:
+            (place / "a.png").rename(place / name)
+        except OSError:
+            pytest.skip("this file system takes UTF-8 alone")
+        out = place / os.fsdecode(b"to\xe9")
+        for more in (["--json"], []):
+            result = explain(place, "--pictures", pictures, "--out", str(out), *more, images=(name,))
+            assert result.exit_code == 0, result.output
+            assert "udce9" not in result.stdout + result.stderr
+            assert r"caf\xe9" in result.stdout.replace("\\\\", "\\")  # JSON doubles it
+        assert any(path.name.startswith(os.fsdecode(b"caf\xe9.")) for path in out.iterdir())
+
+
+def test_a_class_file_that_is_asked_for_is_described(place: Path) -> None:
+    for name in ("cat", "dog"):
+        (place / "data" / name).mkdir(parents=True)
+        shutil.copy(place / "a.png", place / "data" / name / "1.png")
+    result = call("evaluate", place / "data", "--model", f"{place / 'nets.py'}:single", "--out", place / "out")
+    said = sentence(result)
+    assert "has the classes cat, dog" in said
+    assert "--classes FILE" in said and "one class name a line, in the order of the model's outputs" in said

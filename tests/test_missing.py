@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from typer.testing import CliRunner
 
 import foveate
-from foveate import Batch, FoveateError, runs
+from foveate import Batch, FoveateError, missing, runs
 from foveate.capture import Capture
 from foveate.cli import app
 from foveate.metrics.recognition import average_drop, average_gain, average_increase
@@ -360,3 +360,36 @@ def test_nan_is_no_class() -> None:
     logits = torch.tensor([[0.0, 1.0], [torch.nan, 1.0], [torch.inf, 1.0]])
     assert decided(logits, "softmax").tolist() == [1, -1, -1]
     assert correct(decided(logits, "multilabel"), torch.tensor([[0, 1]] * 3)).tolist() == [True, False, False]
+
+
+class TestABoxOutsideTheImage:
+    """A box of another scale than the images is said; an object that the crop cut away is none to speak of."""
+
+    def columns_of(self, box: list[float]) -> tuple[Any, list[str]]:
+        batch = boxed()
+        assert batch.boxes is not None
+        batch = Batch(batch.x, batch.y, None, (torch.tensor([box]), *batch.boxes[1:]))
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            found = foveate.measure(networks()["gap"], [batch], "centre", "localization", layer="features")
+        return found, [str(one.message) for one in caught]
+
+    @pytest.mark.parametrize("box", [[50, 50, 60, 60], [-9, 2, -3, 8], [23, 0, 30, 5], [0, -4, 5, 0], [50, 50, 50, 50]])
+    def test_is_counted_and_said(self, box: list[float]) -> None:
+        found, said = self.columns_of(box)
+        assert found.missing["centre"]["LE"] == {missing.OUTSIDE: 1}
+        assert any(f"1 of {COUNT} images have no value: {missing.OUTSIDE}" in sentence for sentence in said), said
+        assert np.isnan(found.values["centre", "LE"]).tolist() == [True, False, False]
+
+    @pytest.mark.parametrize("box", [[0, 0, 0, 0], [23, 17, 23, 17], [5, 5, 5, 9]])
+    def test_what_a_crop_leaves_is_quiet(self, box: list[float]) -> None:
+        found, said = self.columns_of(box)
+        assert found.missing["centre"]["LE"] == {missing.NOTHING: 1} and not said
+
+
+def test_a_single_batch_is_data() -> None:
+    batch, options = boxed(), {"methods": "centre", "metrics": "localization", "layer": "features"}
+    whole = foveate.measure(networks()["gap"], [batch], **options)
+    alone = foveate.measure(networks()["gap"], batch, **options)
+    np.testing.assert_array_equal(alone.values["centre", "LE"], whole.values["centre", "LE"])
+    assert foveate.evaluate(networks()["gap"], batch, **options).equals(whole.table(None))

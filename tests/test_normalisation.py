@@ -117,3 +117,51 @@ def test_a_classifier_of_anothers_making_assumes_nothing() -> None:
     from foveate.images import Preprocess
 
     assert not Classifier(Regression().eval(), Preprocess()).assumed
+
+
+@pytest.fixture
+def one_output(tmp_path: Path) -> str:
+    """A model of one output, and two images."""
+    (tmp_path / "one.py").write_text(
+        "import torch\nfrom torch import nn\n\n"
+        "class One(nn.Module):\n"
+        "    def __init__(self):\n        super().__init__()\n"
+        "        self.body, self.head = nn.Conv2d(3, 4, 3), nn.Linear(4, 1)\n"
+        "    def forward(self, x):\n        return self.head(self.body(x).relu().mean((2, 3)))\n\n"
+        "def one():\n    torch.manual_seed(0)\n    return One().eval()\n"
+    )
+    for i, name in enumerate("ab"):
+        Image.fromarray(np.full((40, 40, 3), 90 + 70 * i, np.uint8)).save(tmp_path / f"{name}.png")
+    return f"{tmp_path / 'one.py'}:one"
+
+
+def called(one_output: str, command: str, *more: str) -> tuple[int, str, str]:
+    """Status, and what stands on standard output and on standard error."""
+    place = Path(one_output).parent
+    images = [str(place / "a.png"), str(place / "b.png")] if command == "explain" else [str(place)]
+    call = [command, *images, "--model", one_output, "--size", "32", "--layer", "body", "--out", str(place / "out"), *more]
+    result = CliRunner().invoke(app, call)
+    return result.exit_code, result.stdout, result.stderr
+
+
+@pytest.mark.parametrize("target", [None, "pred"])
+def test_the_label_that_one_output_has_no_class_for_is_named(one_output: str, target: str | None) -> None:
+    (Path(one_output).parent / "labels.csv").write_text("file,class_index\na.png,135\nb.png,1\n")
+    more = [] if target is None else ["--target", target]
+    status, _, said = called(one_output, "evaluate", "--metrics", "AD", "--methods", "grad_cam", *more)
+    assert status == 2
+    assert "one output" in said and "135, of image 'a.png'" in said and "--head binary" in said
+    assert "measuring" not in said and "out of range" not in said
+
+
+@pytest.mark.parametrize("command", ["evaluate", "explain"])
+def test_one_output_that_is_taken_as_a_logit_is_said_once(one_output: str, command: str) -> None:
+    (Path(one_output).parent / "labels.csv").write_text("file,class_index\na.png,0\nb.png,1\n")
+    more = (
+        ["--metrics", "AD", "--methods", "grad_cam", "--batch-size", "1"] if command == "evaluate" else ["--pictures", "none"]
+    )
+    status, _, said = called(one_output, command, *more)
+    assert status == 0, said
+    assert said.count("one output is taken as the logit of a binary classifier") == 1
+    status, _, said = called(one_output, command, *more, "--head", "binary")
+    assert status == 0 and "one output" not in said, said

@@ -38,11 +38,11 @@ NOT_FINITE = "the model gives NaN or infinity"
 SAME = 1e-6  # maps in [0, 1] that differ by less are one map: a 4000th of what an 8-bit picture can show
 
 
-def batches(data: Iterable[Any] | Dataset[Batch], batch_size: int = 8) -> Iterator[Batch]:
-    """Batches of any data: batches as they come, data sets of single images collated, ``(x, y)`` pairs of a DataLoader."""
+def batches(data: Batch | Iterable[Any] | Dataset[Batch], batch_size: int = 8) -> Iterator[Batch]:
+    """Batches of any data: one or several as they come, single images collated, ``(x, y)`` pairs of a DataLoader."""
     waiting: list[Batch] = []
     number = 0
-    for item in data:  # type: ignore[union-attr]
+    for item in [data] if isinstance(data, Batch) else data:  # type: ignore[union-attr]
         if not isinstance(item, Batch):
             x, y = item[0], torch.as_tensor(item[1])
             item = Batch(x, y) if x.ndim == 4 else Batch(x[None], y.reshape(1))
@@ -65,7 +65,7 @@ def batches(data: Iterable[Any] | Dataset[Batch], batch_size: int = 8) -> Iterat
 
 def evaluate(
     model: nn.Module,
-    data: Iterable[Any] | Dataset[Batch],
+    data: Batch | Iterable[Any] | Dataset[Batch],
     methods: Methods = "grad_cam",
     metrics: str | Sequence[str] = "all",
     *,
@@ -95,7 +95,7 @@ def evaluate(
 
 def measure(
     model: nn.Module,
-    data: Iterable[Any] | Dataset[Batch],
+    data: Batch | Iterable[Any] | Dataset[Batch],
     methods: Methods = "grad_cam",
     metrics: str | Sequence[str] = "all",
     *,
@@ -115,7 +115,7 @@ def measure(
     a masked image is to blame, the values are not a number, and counted with their reason in ``missing``.
 
     Args:
-        data: batches, a data set of :mod:`foveate.data`, or a DataLoader of ``(x, y)`` with ``x`` in [0, 1].
+        data: a batch, several, a data set of :mod:`foveate.data`, or a DataLoader of ``(x, y)`` with ``x`` in [0, 1].
         methods: names in the registry, or records, such as ``foveate.methods.adapt`` makes; ``all``, ``all-fast`` (those of
             a single pass, and the controls) and ``controls`` stand for several, of which those the model allows are taken.
         metrics: names or columns; ``"all"`` for all that the data has labels, masks or boxes for, but the costly ones,
@@ -150,7 +150,10 @@ def measure(
         raise FoveateError(f"no image can be measured, the first: {results.failures[0][1]}")
     if results.failures:
         warnings.warn(f"{len(results.failures)} image(s) are left out, the first: {results.failures[0][1]}", stacklevel=2)
-    for sentence in missing.said(results.missing, len(results), (missing.UNDEFINED, missing.NOTHING)):
+    quiet = [missing.UNDEFINED, missing.NOTHING]
+    if plan.protocol.metrics.get("localization", {}).get("clip", True) is False:
+        quiet.append(missing.OUTSIDE)  # of data whose boxes are not clipped, the crop cut the object away
+    for sentence in missing.said(results.missing, len(results), quiet):
         warnings.warn(sentence.removesuffix("."), stacklevel=2)
     if flat := {name: count for name, count in results.degenerate.items() if count}:
         warnings.warn(
@@ -225,6 +228,7 @@ class Plan:
                     return
 
     def _settle(self, capture: Capture, batch: Batch) -> None:
+        check_single(capture.logits, self.head, batch.y, batch.id)  # the sentence on its labels is better than a target's
         target = capture.target(self.protocol.target, labels=None if batch.y is None else batch.y.to(capture.x.device))
         for record in [record for record in self.records if record.name in self.optional]:
             try:
@@ -246,7 +250,7 @@ class Plan:
         if capture is None:
             return Results(failures=failures)
         batch = kept.to(capture.x.device)
-        check_single(capture.logits, self.head, batch.y)
+        check_single(capture.logits, self.head, batch.y, batch.id)
         if batch.y is not None:
             capture.target("label", labels=batch.y)  # a label out of range stops the run before the work
         scored = choose(self.metrics, batch, bool(capture.layers))
@@ -454,17 +458,21 @@ def _measured(
         if not (lost := lost if lost.ndim == 1 else lost.any(1)).any():
             continue
         whole = torch.full_like(lost, capture.passes.spoilt > before)
-        others = [(missing.NOTHING, _nothing(metric, batch, capture.size, settings)), (missing.LOGITS, whole)]
+        others = [*_nothing(metric, batch, capture.size, settings), (missing.LOGITS, whole)]
         found.missing[name] = missing.reasons(lost, metric.without_value(M, batch, settings), others)
     return found
 
 
-def _nothing(metric: Metric, batch: Batch, size: tuple[int, int], settings: Mapping[str, Any]) -> Tensor:
-    """The images of which a metric that needs the object has none."""
+def _nothing(metric: Metric, batch: Batch, size: tuple[int, int], settings: Mapping[str, Any]) -> list[tuple[str, Tensor]]:
+    """The images of which a metric that needs the object has none, by reason."""
     region: Any = settings.get("region", "auto") if "region" in metric.needs else "mask"
     if not {"region", "mask"} & set(metric.needs):
-        return torch.zeros(len(batch), dtype=torch.bool)
-    return torch.tensor([not len(thing.areas) for thing in objects(batch, size, region)])
+        return []
+    nothing = torch.tensor([not len(thing.areas) for thing in objects(batch, size, region)])
+    if batch.boxes is None or region == "mask":
+        return [(missing.NOTHING, nothing)]
+    outside = torch.tensor([missing.outside(boxes, size) for boxes in batch.boxes])
+    return [(missing.OUTSIDE, nothing & outside), (missing.NOTHING, nothing)]
 
 
 def _same(a: Tensor, b: Tensor) -> bool:

@@ -20,7 +20,7 @@ from foveate.methods.cam import contrast_of
 from foveate.methods.wrappers import Fusion, check_fusion, over_layers
 from foveate.precision import Precision
 from foveate.registry import METHODS, Method, check_settings, ungrouped
-from foveate.targets import Head, Target, strongest_other
+from foveate.targets import Head, Target, note_single, strongest_other
 
 Methods = str | Method | Sequence[str | Method]
 Layers = str | nn.Module | Sequence[str | nn.Module]
@@ -117,6 +117,8 @@ def explain(
     records, own, optional = chosen_methods(methods, settings)
     capture = _captured(records, model, x, layer, head=head, precision=precision)
     resolved = capture.target(target, score=score, against=against, labels=labels)
+    if resolved.name != "callable":
+        note_single(capture.logits, head)
     return _answer(capture, records, resolved, own, optional, fuse, refused)
 
 
@@ -162,6 +164,7 @@ def explain_each(
     check_fusion(fuse)
     records, own, optional = chosen_methods(methods, settings)
     capture = _captured(records, model, x, layer, head=head, precision=precision)
+    note_single(capture.logits, head)
     answers = {}
     for name, target in zip(names, targets, strict=True):
         aim = capture.target(target, labels=labels)

@@ -15,6 +15,7 @@ MASK = "the mask holds NaN or infinity"
 BOXES = "a box is inverted, NaN or infinite"
 LOGITS = "the model gives NaN or infinity on changed images"
 NOTHING = "no object is in view"
+OUTSIDE = "its boxes lie outside the image (boxes are pixels of x, the image as the model gets it)"
 UNDEFINED = "it is not defined there"
 
 
@@ -31,6 +32,18 @@ def impossible(boxes: Tensor) -> bool:
     """Whether a box of ``[n,4]`` (``x0, y0, x1, y1``) cannot be: NaN, infinite, or its far edge before the near one."""
     boxes = boxes.detach().reshape(-1, 4)
     return not bool((torch.isfinite(boxes).all(1) & (boxes[:, 2:] >= boxes[:, :2]).all(1)).all())
+
+
+def outside(boxes: Tensor, size: tuple[int, int]) -> bool:
+    """Whether a box of ``[n,4]`` lies wholly outside an image of ``size`` (height, width): a wrong scale, mostly.
+
+    A box without area that touches the image does not: it is what clipping leaves of an object that a crop cut away.
+    """
+    boxes = boxes.detach().cpu().double().reshape(-1, 4)
+    far = boxes.new_tensor([size[1], size[0]])
+    apart = ((boxes[:, :2] > far) | (boxes[:, 2:] < 0)).any(1)
+    beside = ((boxes[:, :2] >= far) | (boxes[:, 2:] <= 0)).any(1) & (boxes[:, 2:] > boxes[:, :2]).all(1)
+    return bool((apart | beside).any())
 
 
 def inputs(

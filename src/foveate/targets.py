@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -16,6 +17,8 @@ from foveate.errors import FoveateError
 Head = Literal["softmax", "binary", "multilabel"]
 Score = Callable[[Tensor, Tensor], Tensor]
 NOISE = 2e-5  # of the largest logit, or of 1: far more than two ways of running a network in float32 were seen to differ by
+
+SINGLE = "one output is taken as the logit of a binary classifier: head='binary' (--head binary) says so without this note"
 
 
 def head_of(logits: Tensor, head: Head | None = None) -> Head:
@@ -36,20 +39,36 @@ def head_of(logits: Tensor, head: Head | None = None) -> Head:
     return head
 
 
-def check_single(logits: Tensor, head: Head | None, labels: Tensor | None) -> None:
+def check_single(logits: Tensor, head: Head | None, labels: Tensor | None, names: Sequence[str] = ()) -> None:
     """Raise a FoveateError where one output is measured as a binary classifier, and nothing says that it is one.
 
     A regression has one output too, and no classes whose probability could rise or fall: ``head`` says that there are, or
-    labels that are all 0 or 1 do.
+    labels that are all 0 or 1 do, which is said in a warning.
+
+    Args:
+        names: what the images are called, for the message.
     """
     if logits.shape[1] != 1 or head is not None:
         return
-    if labels is None or labels.is_floating_point() or not bool(((labels == 0) | (labels == 1)).all()):
-        found = "the data has no labels" if labels is None else "its labels are not all 0 or 1"
+    found = "the data has no labels" if labels is None else ""
+    if labels is not None:
+        wrong = torch.ones_like(labels, dtype=torch.bool) if labels.is_floating_point() else (labels != 0) & (labels != 1)
+        if wrong.any():
+            first = int(wrong.nonzero()[0, 0])
+            which = f"of image {names[first]!r}" if len(names) == len(labels) else f"at {first} of the batch"
+            found = f"its labels are not all 0 or 1 (the first other: {labels[first].item():g}, {which})"
+    if found:
         raise FoveateError(
             f"the model has one output and {found}, so that it may be a regression, which has no classes to measure: where the "
             "output is the logit of a class, say head='binary' (--head binary)"
         )
+    note_single(logits, head, 4)
+
+
+def note_single(logits: Tensor, head: Head | None, stacklevel: int = 3) -> None:
+    """Warn where one output is taken as a logit, and nothing says that it is one."""
+    if logits.shape[1] == 1 and head is None:
+        warnings.warn(SINGLE, stacklevel=stacklevel)
 
 
 def num_classes(logits: Tensor, head: Head) -> int:

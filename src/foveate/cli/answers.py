@@ -224,7 +224,7 @@ def _entry(
     if question.written == "sheet" or (question.written == "all" and (several or len(item["maps"]) > 1)):
         path = folder / f"{picture.stem}.{'answers' if several else 'methods'}.png"
         _write_sheet(path, item["answers"], distinct, i)
-        item["picture"] = str(path)
+        item["picture"] = printable(path)
     if not several:
         del item["answers"]
     return item
@@ -262,7 +262,7 @@ def _map(
     if written in ("all", "overlay"):
         path = f"{base}.overlay.png"
         pictures.write(to_image(pictures.overlay(x, saliency)), path)
-        entry["overlay"] = path
+        entry["overlay"] = printable(path)
     if written == "all":
         title = f"{record.title}: {short(classifier.class_name(int(target.y[i])))}"
         if record.control:
@@ -273,7 +273,7 @@ def _map(
         if flat:
             note = "nothing here speaks for the class"
         path = f"{base}.png"
-        entry["picture"] = path
+        entry["picture"] = printable(path)
         measure, first, last = answer.shown(row, i, contrast=other is not None)
         numbers: dict[str, Any] = {"measure": measure, "before": first, "after": last, "note": note}
         pictures.side_by_side(path, x, saliency, raw, signed=record.signed, title=title, **numbers)

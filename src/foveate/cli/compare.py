@@ -11,7 +11,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from foveate.cli.options import FAILURES, Debug, Json, err, sentences
-from foveate.errors import FoveateError
+from foveate.errors import FoveateError, printable
 
 WIDTH = 5  # columns beside each other in a terminal
 
@@ -53,7 +53,7 @@ def compare(
         else:
             _print(result)
             if out is not None:
-                err.print(f"written to [bold]{escape(out)}[/]")
+                err.print(f"written to [bold]{escape(printable(out))}[/]")
         for note in result.notes:
             err.print(f"[yellow]note:[/] {escape(note)}", soft_wrap=True)
         for sentence in failures:
@@ -102,7 +102,7 @@ def _trainings(run: list[str], out: str | None, fail_under: list[str] | None, as
             console.print(table)
         console.print("[dim]mean ± half of the 95 % interval over runs; in colour where the difference to the first is sure[/]")
         if out is not None:
-            err.print(f"written to [bold]{escape(out)}[/]")
+            err.print(f"written to [bold]{escape(printable(out))}[/]")
     for note in result.notes:
         err.print(f"[yellow]note:[/] {escape(note)}", soft_wrap=True)
 

@@ -38,7 +38,7 @@ from foveate.cli.options import (
     print_notes,
     sentences,
 )
-from foveate.errors import FoveateError
+from foveate.errors import FoveateError, printable
 
 
 def confidence(
@@ -99,13 +99,13 @@ def confidence(
             err.print(f"[bold red]left out:[/] {escape(reason)}", soft_wrap=True)
         if as_json:
             networks = {key: asdict(value) for key, value in trends.items()}
-            failures = [{"file": file, "reason": reason} for file, reason in lost]
+            failures = [{"file": printable(file), "reason": reason} for file, reason in lost]
             print(json.dumps({"networks": networks, "figure": str(figure), "failures": failures}, indent=2))
             raise typer.Exit(FAILURES if lost else DONE)
         console = Console(highlight=False, soft_wrap=True)
         for key, value in trends.items():
             console.print(f"• {escape(value.sentence(key))}")
-        console.print(f"written to [bold]{escape(out)}[/]: {called}.csv, and the figure [bold]confidence.png[/]")
+        console.print(f"written to [bold]{escape(printable(out))}[/]: {called}.csv, and the figure [bold]confidence.png[/]")
         raise typer.Exit(FAILURES if lost else DONE)
 
 

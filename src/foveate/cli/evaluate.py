@@ -103,7 +103,7 @@ def evaluate(
     """A table of methods and metrics on a data set, with 95 % intervals, and a page to look at."""
     with sentences(debug), ExitStack() as stack:
         from foveate import runs, statistics
-        from foveate.evaluate import Plan
+        from foveate.evaluate import Plan, readable
         from foveate.files import locked
         from foveate.identity import fingerprint
         from foveate.models.normalisation import IMAGES, better_normalisation
@@ -155,6 +155,8 @@ def evaluate(
                 stack.enter_context(locked(folder))
                 for sentence in runs.prepare(folder, identity, resume, evaluation.about(plan, call), images):
                     err.print(f"[yellow]note:[/] {escape(sentence)}", soft_wrap=True)
+        with workers.together():
+            plan.settle(classifier, readable(source, range(len(source)), []))  # a wrong call ends before notes and work
         if workers.rank == 0:
             first = spread(source, IMAGES, batch_size) if classifier.assumed else ()
             if advice := better_normalisation(classifier, first, plan.head):
@@ -176,7 +178,7 @@ def evaluate(
             console.print(f"[dim]{escape(written.protocol_line())}[/]")
             for sentence in written.findings:
                 console.print(f"• {escape(sentence)}")
-            console.print(f"written to [bold]{escape(out)}[/]: table.md, rows/, and the page [bold]report.html[/]")
+            console.print(f"written to [bold]{escape(printable(out))}[/]: table.md, rows/, and the page [bold]report.html[/]")
         for name, reason in results.left_out.items():
             err.print(f"[yellow]note:[/] {escape('left out ' + reason_of(name, reason))}", soft_wrap=True)
         for _, reason in results.failures:

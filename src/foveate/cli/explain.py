@@ -163,7 +163,7 @@ def explain(
             whole = {"images": document, "complete": stopped is None, "failures": listing}
             print(json.dumps({**whole, "refused": missing.refused, "left_out": missing.left_out}, indent=2))
         elif document and pictures != "none":
-            Console(soft_wrap=True, highlight=False).print(f"pictures in [bold]{escape(str(folder))}[/]")
+            Console(soft_wrap=True, highlight=False).print(f"pictures in [bold]{escape(printable(folder))}[/]")
         print_notes(classifier)
         for name, reason in missing.left_out.items():
             err.print(f"[yellow]note:[/] left out {escape(reason_of(name, reason))}", soft_wrap=True)

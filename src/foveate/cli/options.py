@@ -35,7 +35,7 @@ NumClasses = Annotated[int | None, typer.Option(help="Outputs of the head, where
 Size = Annotated[int | None, typer.Option(help="Input size, where it is not the model's own.")]
 Mean = Annotated[str | None, typer.Option(help="Normalisation, one number or three: 0.485,0.456,0.406.")]
 Std = Annotated[str | None, typer.Option(help="Likewise: 0.229,0.224,0.225.")]
-Classes = Annotated[str | None, typer.Option(help="File with one class name a line.")]
+Classes = Annotated[str | None, typer.Option(help="File with one class name a line, in the order of the model's outputs.")]
 HeadKind = Annotated[
     str | None, typer.Option("--head", help="softmax, binary (one logit) or multilabel; by the number of outputs.")
 ]
@@ -213,7 +213,8 @@ def renumbered(data: Any, classifier: Classifier, where: str) -> Any:
         linear = [m.out_features for m in classifier.modules() if type(m).__name__ == "Linear"]
         if not linear or linear[-1] != len(names):
             raise FoveateError(
-                f"{where} has the classes {', '.join(names[:6])}, and the model's class names are not known: give --classes"
+                f"{where} has the classes {', '.join(names[:6])}, and the model's class names are not known: give "
+                "--classes FILE, with one class name a line, in the order of the model's outputs"
             )
         return data
     try:

@@ -24,7 +24,7 @@ from foveate.cli.options import (
     sentences,
     set_value,
 )
-from foveate.errors import FoveateError
+from foveate.errors import FoveateError, printable
 
 
 def _epoch_bar(name: str) -> Any:
@@ -105,7 +105,7 @@ def train(
         page = training.write(out)
         found = result.outcome
         if as_json:
-            print(json.dumps({"name": settings.name, **found, "seconds": result.seconds, "out": out}, indent=2))
+            print(json.dumps({"name": settings.name, **found, "seconds": result.seconds, "out": printable(out)}, indent=2))
             return
         console = Console(highlight=False, soft_wrap=True)
         console.print("accuracy: " + ", ".join(f"{split} [bold]{value:.3f}[/]" for split, value in found["accuracy"].items()))
@@ -116,9 +116,12 @@ def train(
             console.print("map on the object: " + ", ".join(f"{split} [bold]{value:.3f}[/]" for split, value in inside.items()))
         if "maps_error" in found:
             err.print(f"[yellow]note:[/] the maps could not be measured: {escape(found['maps_error'])}")
-        console.print(f"weights, recipe, curves and film in [bold]{escape(out)}[/]; the page: [bold]{escape(str(page))}[/]")
+        console.print(
+            f"weights, recipe, curves and film in [bold]{escape(printable(out))}[/]; "
+            f"the page: [bold]{escape(printable(page))}[/]"
+        )
         if settings.data == "scenes" and settings.model == "foveate:small_cnn":
-            weights = escape(str(Path(out) / "model.safetensors"))
+            weights = escape(printable(Path(out) / "model.safetensors"))
             console.print(f"look at it: foveate evaluate scenes --model {settings.model} --weights {weights}")
 
 
@@ -169,4 +172,4 @@ def demo(
         console = Console(highlight=False)
         console.print(table)
         console.print("[dim]accuracy; share of the map's mass on the animal in validation[/]")
-        console.print(f"the page: [bold]{escape(str(Path(document['report']).resolve()))}[/]", soft_wrap=True)
+        console.print(f"the page: [bold]{escape(printable(Path(document['report']).resolve()))}[/]", soft_wrap=True)

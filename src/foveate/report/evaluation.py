@@ -16,7 +16,7 @@ import torch
 
 from foveate import runs
 from foveate._version import __version__
-from foveate.errors import DegenerateMapWarning, ImageError
+from foveate.errors import DegenerateMapWarning, ImageError, printable
 from foveate.evaluate import Plan
 from foveate.files import replacing, write_text
 from foveate.images import to_image
@@ -79,7 +79,7 @@ class Written:
         document["accuracy"] = document["model"].get("accuracy")
         failures = [{"file": file, "reason": reason} for file, reason in self.results.failures]
         document |= {"missing": self.results.missing}
-        document |= {"out": str(folder), "failures": failures, "degenerate": self.results.degenerate}
+        document |= {"out": printable(folder), "failures": failures, "degenerate": self.results.degenerate}
         agreement = disagreement(self.frame)
         document["agreement"] = {a: {b: plain(v) for b, v in line.items()} for a, line in agreement.to_dict().items()}
         document |= {"left_out": self.results.left_out, "findings": self.findings, "protocol": self.plan.protocol.record()}
