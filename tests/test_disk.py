@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import random
 import shutil
@@ -210,6 +211,20 @@ class TestTrain:
             for a, b in zip(whole.classifier.parameters(), resumed.classifier.parameters(), strict=True):
                 assert torch.equal(a, b), name
             assert not list(out.rglob(f"*{files.WAITING}"))
+
+    @pytest.mark.usefixtures("few_images")
+    def test_a_finished_run_is_not_written_again(self, tmp_path: Path) -> None:
+        words = ["train", "scenes_plain", "--set", "epochs=1", "--set", "measure.images=0", "--out", str(tmp_path / "run")]
+        first = CliRunner().invoke(app, [*words, "--json"])
+        assert first.exit_code == 0, first.output
+        before = state(tmp_path)
+        again = CliRunner().invoke(app, [*words, "--resume", "--json"])
+        assert again.exit_code == 0, again.output
+        assert "is finished: nothing is left to train" in again.stderr
+        assert json.loads(again.stdout) == json.loads(first.stdout)
+        assert state(tmp_path) == before
+        other = CliRunner().invoke(app, [*words, "--resume", "--set", "seed=1"])
+        assert other.exit_code == 2 and "was started with seed 0, and now it is 1" in other.stderr
 
     def test_a_kill_before_the_first_epoch(self, tmp_path: Path) -> None:
         """Nothing is lost with it: the same call starts anew, and so does --resume; another recipe is refused."""

@@ -123,7 +123,7 @@ class TestTables:
 
     def test_an_image_counts_once(self, tmp_path: Path) -> None:
         path = table(tmp_path, "file,class_index,boxes_xyxy\na.png,1,1 1 5 5\n./a.png,1,1 1 5 5\na.png,1.0,6 6 9 9\nb.png,0,\n")
-        with pytest.warns(TableWarning, match=r"2 line\(s\) are of an image that stands above, which counts once: line 3, 4"):
+        with pytest.warns(TableWarning, match=r"line 3, 4 repeat an image that is listed above; each image counts once"):
             entries, _ = read_labels(path)
         assert [(entry.path.name, entry.boxes) for entry in entries] == [
             ("a.png", ((1, 1, 5, 5), (6, 6, 9, 9))),
@@ -408,7 +408,7 @@ class TestSettings:
             ("[" * 3000, "is nested too deeply"),
             ("9" * 5000, "line 1: '99999.* is too large a number"),
             ("0x" + "f" * 5000, "is too large a number"),
-            (".nan", "line 1: .nan is no number to count with"),
+            (".nan", "line 1: .nan is not a finite number"),
             ("[1, -.inf]", "-.inf is no number"),
             ("a: 1\nb: 2\na: 3", "line 3: the key 'a' stands there twice"),
             ("&a [*a]", "the anchor holds itself"),

@@ -118,6 +118,20 @@ class RunFolder:
         return f"{sentence}; the last finished epoch is kept in {str(self.checkpoint)!r}: go on with --resume"
 
 
+def finished(folder: Path, recipe: Recipe) -> dict[str, Any] | None:
+    """What ``run.json`` says of a run of this recipe that is finished; None of one that is not.
+
+    Raises:
+        FoveateError: the run is of another recipe, or damaged.
+    """
+    record = trained.read_record(folder)
+    if record.get("kind") != trained.KIND or not record.get("finished", True):
+        return None
+    if not RunFolder(folder, recipe, resume=True).resumed:
+        return None
+    return trained.read(folder).record
+
+
 class CheckpointIO(TorchCheckpointIO):
     """Lightning's checkpoints, written beside the one before and read without running code in them.
 

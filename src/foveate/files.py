@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import re
+import secrets
 import stat
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -49,7 +50,8 @@ def replacing(path: str | Path, *, flush: bool = True) -> Iterator[Path]:
             raise FoveateError(f"{str(path)!r} is a folder, and a file is to be written there: name another")
         yield target  # a pipe or a device: there is nothing to keep
         return
-    waiting = target.with_name(f".{_shortened(target.name)}.{os.getpid()}{WAITING}")
+    # Not by the process alone: two threads of one, or two machines on one folder, may write the same file.
+    waiting = target.with_name(f".{_shortened(target.name)}.{os.getpid()}-{secrets.token_hex(4)}{WAITING}")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         mode = target.stat().st_mode & 0o777 if target.exists() else 0o666 & ~_umask()

@@ -20,6 +20,7 @@ from foveate.splits import Part
 from foveate.targets import Head, head_of
 
 COLUMNS = ("AD", "AG", "AI")
+OUTCOME = ("accuracy", "groups", "worst_group", "maps", "maps_error")  # what :func:`outcome` says
 
 
 @torch.inference_mode()

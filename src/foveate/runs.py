@@ -309,7 +309,7 @@ def read_record(folder: Path) -> dict[str, Any]:
         record = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
         raise FoveateError(
-            f"{path} is damaged: foveate evaluate ... --resume writes it anew, and measures no more than does not fit the call"
+            f"{path} is damaged: foveate evaluate ... --resume writes it again, and measures only what does not match"
         ) from None
     return record if isinstance(record, dict) else {}
 
@@ -409,9 +409,8 @@ def _ahead(
 
     def load_one(number: int) -> tuple[Origin, list[Batch], list[tuple[str, str]]]:
         failures: list[tuple[str, str]] = []
-        origin = images.origin(
-            run_digest, number
-        )  # before they are read: an image that changes meanwhile is seen the next time
+        # Before they are read: an image that changes meanwhile is seen the next time.
+        origin = images.origin(run_digest, number)
         return origin, list(batches(readable(images.source, images.batch(number), failures), images.batch_size)), failures
 
     with ThreadPoolExecutor(1) as pool:

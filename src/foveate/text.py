@@ -204,7 +204,7 @@ def _check(node: Any, loader: Any, sizes: dict[int, int], above: set[int]) -> in
 def _check_number(node: Any, loader: Any, line: int) -> None:
     kind = node.tag.rpartition(":")[2]
     if kind == "float" and not math.isfinite(loader.construct_yaml_float(node)):
-        raise FoveateError(f"line {line}: {node.value} is no number to count with")
+        raise FoveateError(f"line {line}: {node.value} is not a finite number")
     if kind == "int":
         try:
             number = loader.construct_yaml_int(node)

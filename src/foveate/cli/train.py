@@ -78,6 +78,8 @@ def train(
     with sentences(debug):
         import os
 
+        from foveate.checkpoints import finished
+        from foveate.outcome import OUTCOME
         from foveate.recipe import read_recipe
         from foveate.report import training
         from foveate.train import train as run
@@ -99,13 +101,23 @@ def train(
         bars = [] if as_json or not first else [_epoch_bar(settings.name)]
         options: dict[str, Any] = {"devices": devices, "loggers": logger or [], "workers": workers, "compiled": compiled}
         options["trust_code"] = trust_code
-        result = run(settings, out, overwrite=overwrite, callbacks=bars, resume=resume, **options)
+        page = Path(out) / "report.html"
+        if resume and (done := finished(Path(out), settings)) is not None:
+            there = escape(printable(out))
+            err.print(f"[yellow]note:[/] the run in {there} is finished: nothing is left to train", soft_wrap=True)
+            found, seconds = done, done["seconds"]
+            if first and not page.exists():
+                training.write(out)
+        else:
+            result = run(settings, out, overwrite=overwrite, callbacks=bars, resume=resume, **options)
+            found, seconds = result.outcome, result.seconds
+            if first:
+                training.write(out)
         if not first:
             return
-        page = training.write(out)
-        found = result.outcome
         if as_json:
-            print(json.dumps({"name": settings.name, **found, "seconds": result.seconds, "out": printable(out)}, indent=2))
+            shown = {key: found[key] for key in OUTCOME if key in found}
+            print(json.dumps({"name": settings.name, **shown, "seconds": seconds, "out": printable(out)}, indent=2))
             return
         console = Console(highlight=False, soft_wrap=True)
         console.print("accuracy: " + ", ".join(f"{split} [bold]{value:.3f}[/]" for split, value in found["accuracy"].items()))

@@ -212,8 +212,9 @@ def read_labels(path: Path, encoding: str | None = None) -> tuple[list[Entry], t
         )
     if repeated:
         lines = ", ".join(map(str, repeated[:5])) + (" and others" if len(repeated) > 5 else "")
+        verb = "repeats" if len(repeated) == 1 else "repeat"
         warnings.warn(
-            f"{printable(path)}: {len(repeated)} line(s) are of an image that stands above, which counts once: line {lines}",
+            f"{printable(path)}: line {lines} {verb} an image that is listed above; each image counts once",
             TableWarning,
             stacklevel=2,
         )
