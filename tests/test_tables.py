@@ -409,7 +409,7 @@ class TestSettings:
             ("9" * 5000, "line 1: '99999.* is too large a number"),
             ("0x" + "f" * 5000, "is too large a number"),
             (".nan", "line 1: .nan is not a finite number"),
-            ("[1, -.inf]", "-.inf is no number"),
+            ("[1, -.inf]", "-.inf is not a finite number"),
             ("a: 1\nb: 2\na: 3", "line 3: the key 'a' stands there twice"),
             ("&a [*a]", "the anchor holds itself"),
             (
