@@ -12,7 +12,7 @@ import numpy as np
 
 from foveate import runs
 from foveate.errors import FoveateError
-from foveate.intervals import Paired, holm, pseudo_values
+from foveate.intervals import Paired, correct, pseudo_values
 from foveate.registry import is_control
 from foveate.results import Key, Results
 from foveate.statistics import metric_of
@@ -150,9 +150,7 @@ def compare(folders: Sequence[str | Path], *, seed: int = 0) -> Comparison:
             change = _change(loaded[0], loaded[k], key, rows, seed) if comparable else (*[np.nan] * 4, 0)
             line |= dict(zip((f"difference {k}", f"low {k}", f"high {k}", f"p {k}", f"n {k}"), change, strict=True))
         for column in {column for _, column in lines}:
-            tested = [line for (_, c), line in lines.items() if c == column and np.isfinite(line[f"p {k}"])]
-            for line, p in zip(tested, holm(np.array([line[f"p {k}"] for line in tested])), strict=True):
-                line[f"p {k}"] = float(p)
+            correct([line for (_, c), line in lines.items() if c == column], f"p {k}")
         notes += [
             f"{metric} was measured by another protocol in {names[k]} ({a} and {b}): its columns are not compared."
             for metric, (a, b) in other_protocol.items()

@@ -141,11 +141,8 @@ def measure(
             yield plan.run(model, batch, number)
 
     results = joined(parts())
-    results.failures, results.left_out, results.protocol = (
-        failures + results.failures,
-        dict(plan.left_out),
-        plan.protocol.record(),
-    )
+    results.failures = failures + results.failures
+    results.left_out, results.protocol = dict(plan.left_out), plan.protocol.record()
     if results.failures and not len(results):
         raise FoveateError(f"no image can be measured, the first: {results.failures[0][1]}")
     if results.failures:

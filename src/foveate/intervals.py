@@ -264,6 +264,13 @@ class Paired:
         return np.concatenate([signs[start : start + step].astype(float) @ d for start in range(0, len(signs), step)])
 
 
+def correct(cells: Sequence[dict[str, float]], name: str) -> None:
+    """Correct the ``p`` that cells of one column hold under a name, by :func:`holm`; those without one, or with NaN, stay."""
+    tested = [cell for cell in cells if np.isfinite(cell.get(name, np.nan))]
+    for cell, p in zip(tested, holm(np.array([cell[name] for cell in tested])), strict=True):
+        cell[name] = float(p)
+
+
 def holm(p: np.ndarray) -> np.ndarray:
     """``p`` of several comparisons, corrected: at most 5 % of such families have an error below .05.
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from foveate import files
-from foveate.errors import FoveateError
+from foveate.errors import FoveateError, printable
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -179,7 +179,7 @@ def write(part: Results, path: Path, origin: Origin | None = None) -> None:
 
     keys, origin = list(part.values), origin or Origin()
     count = len(part)
-    names = [name.encode("utf-8", "backslashreplace").decode() for name in part.ids]  # a file's name may be any bytes
+    names = [printable(name) for name in part.ids]  # a file's name may be any bytes
     rows = {
         "id": pa.array(names * len(keys), pa.string()).dictionary_encode(),
         "method": pa.array([m for m, _ in keys for _ in range(count)], pa.string()).dictionary_encode(),

@@ -129,7 +129,7 @@ def table(results: Results, baseline: str | None = None, *, samples: int = 2000,
     Columns: ``mean``, ``low`` and ``high`` of its 95 % interval over images (:func:`foveate.intervals.intervals`), ``n`` images
     that count; ``difference`` to the baseline with ``difference_low`` and ``difference_high``, paired by image
     (:class:`foveate.intervals.Paired`; NaN for the baseline itself); ``rank`` and ``rank_last``: 1 and more, from the number
-    of methods that are better by their paired differences to that of all that are not worse, corrected for the number of
+    of methods that are better by their paired differences to that of all that are not worse, corrected for all pairs of
     methods. What the whole data decides (BA) enters with the pseudo-values of the jackknife. Costs have the median over
     batches with the range, and no rank.
 

@@ -13,7 +13,7 @@ import numpy as np
 from scipy import stats
 
 from foveate.errors import FoveateError
-from foveate.intervals import holm
+from foveate.intervals import correct
 from foveate.recipe import Recipe
 from foveate.trained import Trained, read
 
@@ -95,9 +95,7 @@ def compare(folders: Sequence[str | Path]) -> Trainings:
                     cell["p"] = float(stats.ttest_1samp(both, 0).pvalue)
             cells[name, column] = cell
     for column in {column for _, column in cells}:
-        tested = [cell for (_, c), cell in cells.items() if c == column and "p" in cell]
-        for cell, p in zip(tested, holm(np.array([cell["p"] for cell in tested])), strict=True):
-            cell["p"] = float(p)
+        correct([cell for (_, c), cell in cells.items() if c == column], "p")
     alike = [f"{c.replace('_', ' ')} of {name}" for (name, c), cell in cells.items() if cell["n"] > 1 and np.isnan(cell["low"])]
     if alike:
         notes.append(f"All runs gave the same value, which leaves no interval: {', '.join(alike)}.")
