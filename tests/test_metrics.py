@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import numpy as np
@@ -14,8 +15,10 @@ from hypothesis import strategies as st
 
 import reference
 from foveate import Batch, Capture, FoveateError, evaluate, measure
+from foveate.evaluate import choose
+from foveate.metrics.model import foreground_sensitivity
 from foveate.metrics.recognition import average_drop, average_gain, average_increase, recognition
-from foveate.registry import METRICS, Metric
+from foveate.registry import METRICS, Column, Metric
 from foveate.targets import apart
 from foveate.testing import SHAPE, check_metric, example, measured, measured_on, networks
 
@@ -35,7 +38,7 @@ def test_a_column_outside_its_range_is_found() -> None:
     def twice(capture: Capture, M: torch.Tensor, batch: Batch) -> dict[str, torch.Tensor]:
         return {"mean_map": 2 * M.double().mean((1, 2))}
 
-    record = Metric("twice", "Twice", twice, "nobody", {"mean_map": "up"}, ranges={"mean_map": (0, 0.9)})
+    record = Metric("twice", "Twice", twice, "nobody", {"mean_map": Column("up", range=(0, 0.9))})
     with pytest.raises(AssertionError, match=r"mean_map promises \[0, 0.9\] and gives"):
         check_metric(record)
 
@@ -314,3 +317,35 @@ def test_equal_maps_share_their_scores_and_nothing_else() -> None:
     assert np.array_equal(results.values["grad_cam", "AD"], results.values["hires_cam", "AD"])
     assert np.isnan(results.values["grad_cam", "completeness_error"]).all()
     assert results.values["hires_cam", "completeness_error"].max() < 1e-9
+
+
+COLUMNS = [(record, short, column) for record in METRICS.all().values() for short, column in record.columns.items()]
+
+
+class TestColumns:
+    """What a reader is told of a column: its long name, its words and its range."""
+
+    @pytest.mark.parametrize(("record", "short", "column"), COLUMNS, ids=[short for _, short, _ in COLUMNS])
+    def test_every_column_has_its_words(self, record: Metric, short: str, column: Column) -> None:
+        assert column.title and column.formula and column.about.endswith("?")
+        if record.statistic == "mean" and record.name != "size":
+            assert column.name == "accuracy" or (column.good and column.bad), f"{short} has no examples"
+
+    @pytest.mark.parametrize(("record", "short", "column"), COLUMNS, ids=[short for _, short, _ in COLUMNS])
+    def test_long_and_short_names_are_the_same(self, record: Metric, short: str, column: Column) -> None:
+        assert METRICS.get(column.name) is METRICS.get(short) is record
+        assert record.column(short) == record.column(column.name) == record.column(column.name.upper()) == short
+
+    def test_a_long_name_is_one_column(self) -> None:
+        batch = Batch(torch.rand(2, 3, 16, 16), torch.tensor([0, 1]))
+        for name, column in (("average_drop", "AD"), ("Deletion", "D"), ("average-increase", "AI")):
+            assert [(r.name, c) for r, c in choose(name, batch)] == [(METRICS.get(column).name, [column])]
+        assert choose("recognition", batch)[0][1] == ["AD", "AG", "AI"]
+
+    def test_the_examples_are_true(self) -> None:
+        log = lambda *values: torch.tensor(values, dtype=torch.float64).log()  # noqa: E731
+        assert average_drop(log(0.9, 0.9), log(0.81, 0.09)).tolist() == pytest.approx([10, 90])
+        assert average_gain(log(0.6), log(0.8)).tolist() == pytest.approx([50])
+        assert math.log(0.1) - math.log(0.9) == pytest.approx(-2.2, abs=0.01)
+        assert -math.log(0.5) == pytest.approx(0.69, abs=0.01)
+        assert foreground_sensitivity(np.array([0.9, 0.5])) == pytest.approx(0.67, abs=0.01)

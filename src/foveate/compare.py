@@ -96,7 +96,7 @@ class Limit:
         record = metric_of(column)
         if record is None:
             raise FoveateError(f"--fail-under {text!r}: there is no column {column!r}")
-        up = record.columns[column] == "up"
+        up = record.columns[column].better == "up"
         if (change > 0) if up else (change < 0):
             way = "negative" if up else "positive"
             raise FoveateError(

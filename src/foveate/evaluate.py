@@ -416,8 +416,8 @@ def choose(metrics: str | Sequence[str], batch: Batch, layer: bool = True) -> li
         if missing := ["boxes or masks" if need == "region" else need for need in record.needs if not has[need]]:
             owner = "model" if missing == ["layer"] else "data"
             raise FoveateError(f"metric {name!r} needs {' and '.join(missing)}, and this {owner} has none")
-        columns = [column for column in record.columns if column.lower() == name.lower() != record.name]
-        columns = columns or list(record.columns)
+        column = record.column(name)
+        columns = list(record.columns) if column is None or name == record.name else [column]
         kept = chosen.setdefault(record.name, (record, []))[1]
         kept += [column for column in columns if column not in kept]
     return list(chosen.values())

@@ -14,7 +14,7 @@ import threading
 import typing
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Generic, Literal, TypeVar
 
 import torch
@@ -114,6 +114,32 @@ class Explained:
 
 
 @dataclass(frozen=True)
+class Column:
+    """A column of a metric, and what a reader needs to understand it.
+
+    Attributes:
+        better: the direction that is better.
+        name: the long name, which stands for the column everywhere: ``average_drop``; the column itself where empty.
+        title: how it is headed and called in sentences: ``Average Drop``; made of the name where empty.
+        unit: ``%``, ``s``, ``MB``, or nothing.
+        range: the least and the largest value, on which its intervals rest; None for what has no bounds.
+        formula: of one image's value.
+        about: what it asks, in one sentence.
+        good, bad: an example of each.
+    """
+
+    better: Direction
+    name: str = ""
+    title: str = ""
+    unit: str = ""
+    range: tuple[float, float] | None = None
+    formula: str = ""
+    about: str = ""
+    good: str = ""
+    bad: str = ""
+
+
+@dataclass(frozen=True)
 class Metric:
     """A number, or several that share their work, that says something about a map.
 
@@ -121,11 +147,10 @@ class Metric:
         function: ``(capture, M [B,H,W], batch, **own settings) -> {column: [B]}``; what else it gives as ``[B,k]`` are curves,
             kept beside the columns. Parameters called ``target``, ``explained`` and ``columns`` (the wanted
             ones) are filled in.
-        columns: each column with the direction that is better.
+        columns: each column with what is known of it, or with the direction that is better alone.
         needs: what there must be: of ``labels``, ``mask`` and ``region`` (boxes or masks) in the batch, ``layer`` of the model.
         pooled: columns that belong to the whole data and not to one image: the function gives ``{column: [B,k]}``, and this
             makes the column of the mean over images, ``[...,k] -> [...]``, such as the best of k thresholds.
-        ranges: the least and the largest value of each column, on which its intervals rest; what is not here has no bounds.
         statistic: of the images that makes the table: ``mean``, or ``median`` with the range instead of an interval.
         of_model: it says something about the model and takes no map (``M`` is None): one row a table.
         costly: it runs the method again, on other networks or for other classes: left out of ``all``.
@@ -136,7 +161,7 @@ class Metric:
     title: str
     function: Callable[..., Any]
     paper: str
-    columns: Mapping[str, Direction]
+    columns: Mapping[str, Column]
     needs: tuple[str, ...] = ()
     pooled: Mapping[str, Callable[[Any], Any]] = field(default_factory=dict)
     of_model: bool = False
@@ -144,7 +169,6 @@ class Metric:
     digits: int = 1
     statistic: Literal["mean", "median"] = "mean"
     aliases: tuple[str, ...] = ()
-    ranges: Mapping[str, tuple[float, float]] = field(default_factory=dict)
 
     def __call__(self, capture: Any, M: torch.Tensor | None, batch: Any, **settings: Any) -> Any:
         """The values: ``(capture, M [B,H,W], batch, **own settings) -> {column: [B]}``.
@@ -157,6 +181,13 @@ class Metric:
         with uncast(capture.x.device.type):
             values = self.function(capture, clean, batch, **settings)
         return missing.marked(values, {} if self.name == "cost" else given, tuple(self.pooled))
+
+    def column(self, name: str) -> str | None:
+        """The column that a name stands for, short or long; None for the metric's own name, which stands for all of them."""
+        if _plain(name) == _plain(self.name) and self.name not in self.columns:
+            return None
+        names = {short: (short, column.name) for short, column in self.columns.items()}
+        return next((short for short, both in names.items() if _plain(name) in map(_plain, both)), None)
 
     def without_value(self, M: torch.Tensor | None, batch: Any, settings: Mapping[str, Any]) -> dict[str, torch.Tensor]:
         """The images that it can say nothing about for what it is given, by reason: ``[B]`` bool."""
@@ -239,7 +270,7 @@ class Register(Generic[Record]):
             record = record or fallback(name)
         if record is None:
             names: list[str] = list(self.groups) if groups else []
-            names += [name for record in self._records.values() for name in getattr(record, "columns", (record.name,))]
+            names += [name for record in self._records.values() for name in _names(record)]
             near = difflib.get_close_matches(name, names, 3, 0.5)
             hint = f"did you mean {' or '.join(near)}?" if near else f"there are {', '.join(sorted(names))}"
             raise FoveateError(f"{self.kind} {name!r} is unknown: {hint}")
@@ -309,6 +340,14 @@ def ungrouped(methods: str | Method | Sequence[str | Method]) -> tuple[list[str 
                 named.append(name)
                 grouped.add(name)
     return named, grouped - asked
+
+
+def _names(record: Method | Metric | Loss) -> list[str]:
+    """The names of a record that a message lists: of a metric its columns, their long names, and itself."""
+    if not isinstance(record, Metric):
+        return [record.name]
+    both = (name for short, column in record.columns.items() for name in (short, column.name))
+    return list(dict.fromkeys((*both, record.name)))
 
 
 def _place(record: Method | Metric | Loss) -> tuple[str, str]:
@@ -411,7 +450,7 @@ def metric(
     *,
     title: str,
     paper: str,
-    columns: Mapping[str, Direction],
+    columns: Mapping[str, Column | Direction],
     needs: tuple[str, ...] = (),
     pooled: Mapping[str, Callable[[Any], Any]] | None = None,
     of_model: bool = False,
@@ -419,18 +458,24 @@ def metric(
     digits: int = 1,
     statistic: Literal["mean", "median"] = "mean",
     aliases: tuple[str, ...] = (),
-    ranges: Mapping[str, tuple[float, float]] | None = None,
 ) -> Callable[[Function], Function]:
     """Register ``(capture, M [B,H,W], batch, **own settings) -> {column: [B]}`` as a metric."""
 
     def add(function: Function) -> Function:
-        names, rest = (*columns, *aliases), (of_model, costly, digits, statistic)
-        METRICS.add(
-            Metric(name, title, function, paper, dict(columns), needs, dict(pooled or {}), *rest, names, dict(ranges or {}))
-        )
+        known = {short: _described(short, column) for short, column in columns.items()}
+        names = (*known, *(column.name for short, column in known.items() if column.name not in (short, name)), *aliases)
+        rest = (of_model, costly, digits, statistic)
+        METRICS.add(Metric(name, title, function, paper, known, needs, dict(pooled or {}), *rest, names))
         return function
 
     return add
+
+
+def _described(short: str, column: Column | Direction) -> Column:
+    """A column with its names filled in."""
+    column = Column(column) if isinstance(column, str) else column
+    name = column.name or short
+    return replace(column, name=name, title=column.title or name.replace("_", " ").capitalize())
 
 
 def loss(

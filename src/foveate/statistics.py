@@ -82,13 +82,13 @@ class Judged:
 def range_of(column: str) -> tuple[float, float] | None:
     """The least and the largest value that a column can have; None where it has no bounds."""
     record = metric_of(column)
-    return None if record is None else record.ranges.get(column)
+    return None if record is None else record.columns[column].range
 
 
 def sign_of(column: str) -> int:
     """1 where more is better, -1 where less is."""
     record = metric_of(column)
-    return -1 if record is not None and record.columns[column] == "down" else 1
+    return -1 if record is not None and record.columns[column].better == "down" else 1
 
 
 def judged(results: Results, samples: int = 2000, seed: int = 0) -> Judged:
@@ -107,7 +107,7 @@ def judged(results: Results, samples: int = 2000, seed: int = 0) -> Judged:
             continue
         values[key] = array if pool is None else pseudo_values(array, pool)
         points[key] = (np.nan, np.nan, np.nan, 0)  # in the order of the results
-        within[key] = record.ranges.get(key[1])
+        within[key] = record.columns[key[1]].range
     if values and len(results):
         low, high = intervals(np.stack(list(values.values()), 1), list(within.values()), samples, seed)
         for i, (key, array) in enumerate(values.items()):
@@ -182,7 +182,7 @@ def disagreement(frame: pd.DataFrame) -> pd.DataFrame:
         if record is None or record.of_model or record.statistic == "median":
             continue
         means = frame.xs(column, level="column")["mean"]
-        usable[column] = means if record.columns[column] == "up" else -means
+        usable[column] = means if record.columns[column].better == "up" else -means
     wide = pd.DataFrame(usable).dropna(axis=1, thresh=3)
     wide = wide.loc[:, wide.nunique() > 1]
     return wide.corr("spearman", min_periods=3)

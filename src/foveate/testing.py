@@ -287,7 +287,7 @@ def check_metric(metric: str | Metric, **settings: Any) -> None:
         assert values.ndim == 1 + curve, f"{record.name}: {column} has shape {list(values.shape)}, one value an image is due"
         assert len(values) == 3, f"{record.name}: {column} has shape {list(values.shape)}, and there are 3 images"
         assert curve or torch.isfinite(values).all(), f"{record.name}: {column} holds NaN or infinity"
-        least, most = record.ranges.get(column, (float("-inf"), float("inf")))
+        least, most = getattr(record.columns.get(column), "range", None) or (float("-inf"), float("inf"))
         outside = (values < least - ROUNDING) | (values > most + ROUNDING)
         assert not outside.any(), f"{record.name}: {column} promises [{least}, {most}] and gives {float(values[outside][0])}"
     for i in range(3):

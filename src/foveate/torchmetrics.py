@@ -113,11 +113,11 @@ class SaliencyMetric(SaliencyMetrics):
 
     def __init__(self, model: nn.Module, column: str, method: str = "grad_cam", **options: Any) -> None:
         record = METRICS.get(column)
-        names = [name for name in record.columns if name.lower() == column.lower()]
-        if not names:
+        name = record.column(column) or next(iter(record.columns))
+        if record.column(column) is None and len(record.columns) > 1:
             raise FoveateError(f"{column!r} has the columns {', '.join(record.columns)}: name one of them")
-        super().__init__(model, method, names[0], **options)
-        self._up = record.columns[names[0]] == "up"
+        super().__init__(model, method, name, **options)
+        self._up = record.columns[name].better == "up"
 
     @property
     def higher_is_better(self) -> bool:  # type: ignore[override]

@@ -68,14 +68,15 @@ def _listing(kind: str) -> list[dict[str, Any]]:
         return [
             {
                 "name": column,
-                "better": way,
+                "long_name": known.name,
+                "better": known.better,
                 "needs": ["boxes or masks" if need == "region" else need for need in metric.needs],
                 "again": metric.costly,
-                "title": metric.title,
+                "title": known.title,
                 "paper": metric.paper,
             }
             for metric in METRICS.all().values()
-            for column, way in metric.columns.items()
+            for column, known in metric.columns.items()
         ]
     if kind == "losses":
         words = {"region": "masks or boxes", "mask": "masks", "linear_head": "a linear head", "guided": "ReLUs"}

@@ -15,7 +15,7 @@ from foveate.batch import Batch
 from foveate.capture import Capture
 from foveate.classifier import Normalized
 from foveate.errors import FoveateError
-from foveate.registry import metric
+from foveate.registry import Column, metric
 from foveate.targets import classes, log_probability
 
 End = tuple[Tensor, Tensor]
@@ -26,8 +26,30 @@ _ends: weakref.WeakKeyDictionary[Capture, dict[object, End]] = weakref.WeakKeyDi
     "insertion_deletion",
     title="Insertion, Deletion",
     paper="Petsiuk et al., BMVC 2018, algorithm 1",
-    columns={"I": "up", "D": "down"},
-    ranges={"I": (0, 100), "D": (0, 100)},
+    columns={
+        "I": Column(
+            "up",
+            "insertion",
+            "Insertion",
+            "%",
+            (0, 100),
+            "100 x area under the probability while the most salient pixels come first into a blurred image",
+            "Is the class recognised early, when the map's most salient pixels are shown first?",
+            "The model is sure after a tenth of the pixels: I about 90.",
+            "The probability rises with the last pixels alone: I about 5.",
+        ),
+        "D": Column(
+            "down",
+            "deletion",
+            "Deletion",
+            "%",
+            (0, 100),
+            "100 x area under the probability while the most salient pixels are taken away first",
+            "Is the class lost early, when the map's most salient pixels are taken away first?",
+            "The probability is gone after a tenth of the pixels: D about 5.",
+            "The model stays sure until most pixels are gone: D about 80.",
+        ),
+    },
 )
 def insertion_deletion(
     capture: Capture,

@@ -7,14 +7,25 @@ from torch import Tensor
 
 from foveate.batch import Batch
 from foveate.capture import Capture
-from foveate.registry import Explained, metric
+from foveate.registry import Column, Explained, metric
 
 
 @metric(
     "cost",
     title="Seconds, passes and memory an image",
     paper="the column T of Zhang et al., CVIU 2024",
-    columns={"T": "down", "forwards": "down", "backwards": "down", "memory": "down"},
+    columns={
+        "T": Column(
+            "down", "seconds", "Time", "s", None, "of one image, with the run of the model", "How long does a map take?"
+        ),
+        "forwards": Column(
+            "down", "forward_passes", "Forward passes", "", None, "of one image", "How often does the model run?"
+        ),
+        "backwards": Column(
+            "down", "backward_passes", "Backward passes", "", None, "passes of one image", "How often are gradients computed?"
+        ),
+        "memory": Column("down", "memory", "Memory", "MB", None, "peak of a batch, beyond what was taken", "What must fit?"),
+    },
     digits=3,
     statistic="median",
 )

@@ -15,7 +15,7 @@ from foveate.batch import Batch
 from foveate.boxes import NONE, Object, Region, intersection_over_union, largest_component, objects, predicted_box
 from foveate.capture import Capture
 from foveate.errors import FoveateError
-from foveate.registry import metric
+from foveate.registry import Column, metric
 from foveate.targets import log_probability
 
 Ties = Literal["expected", "any", "first"]
@@ -27,8 +27,19 @@ LEAST_AREA = 0.05
     "mass_inside",
     title="Mass inside the mask",
     paper="Wang et al., CVPR workshops 2020 (energy-based pointing game), on masks",
-    columns={"mass_inside": "up"},
-    ranges={"mass_inside": (0, 1)},
+    columns={
+        "mass_inside": Column(
+            "up",
+            "mass_inside",
+            "Map on the object",
+            "",
+            (0, 1),
+            "sum of the map inside the object's mask / sum of the map",
+            "Which share of the map lies on the object?",
+            "An object of a fifth of the image holds .8 of the map.",
+            "It holds .2 of the map, as it would of a map that knows nothing.",
+        )
+    },
     needs=("mask",),
     digits=3,
 )
@@ -61,8 +72,85 @@ def best_threshold(mean: Any) -> Any:
     title="Localization: OM LE F1 BA SP EP SM",
     paper="Zhang et al., CVIU 2024 (table); Russakovsky et al., IJCV 2015 (OM, LE); Choe et al., CVPR 2020 (BA); "
     "Zhang et al., ECCV 2016 (SP); Wang et al., CVPR workshops 2020 (EP); Dabkowski and Gal, NeurIPS 2017 (SM)",
-    columns={"OM": "down", "LE": "down", "F1": "up", "BA": "up", "SP": "up", "EP": "up", "SM": "down"},
-    ranges=dict.fromkeys(("OM", "LE", "F1", "BA", "SP", "EP"), (0, 100)),
+    columns={
+        "OM": Column(
+            "down",
+            "official_metric",
+            "Localization error, classified",
+            "%",
+            (0, 100),
+            "0 where the model predicts the label and IoU(P, G) > .5, 100 elsewhere; P the box around the map, G the object's",
+            "How often is the class wrong, or the box around the map not the object's?",
+            "Right class, and the two boxes share .7 of their union: 0.",
+            "Wrong class, whatever the box: 100.",
+        ),
+        "LE": Column(
+            "down",
+            "localization_error",
+            "Localization error",
+            "%",
+            (0, 100),
+            "0 where IoU(P, G) > .5, 100 elsewhere",
+            "How often is the box around the map not the object's?",
+            "The two boxes share .7 of their union: 0.",
+            "The box is that of the whole image around a small bird: 100.",
+        ),
+        "F1": Column(
+            "up",
+            "pixel_f1",
+            "Pixel F1",
+            "%",
+            (0, 100),
+            "100 x 2 P R / (P + R), P = map inside / map, R = map inside / area of the box",
+            "How well does the map fill the object's box, and nothing else?",
+            "The map is 1 all over the box and 0 outside: F1 100.",
+            "One bright point in the box: P is 1 and R nearly 0, F1 about 0.",
+        ),
+        "BA": Column(
+            "up",
+            "box_accuracy",
+            "Box accuracy",
+            "%",
+            (0, 100),
+            "100 x share of images with IoU >= .5, at the threshold that is best over the data",
+            "On how many images is the object found, at the best threshold there is?",
+            "At a threshold of .2 the boxes of 70 of 100 images fit: BA 70.",
+            "At no threshold do more than 20 of 100 fit: BA 20.",
+        ),
+        "SP": Column(
+            "up",
+            "pointing_game",
+            "Pointing game",
+            "%",
+            (0, 100),
+            "100 where the map's maximum is on the object, 0 elsewhere",
+            "How often is the brightest point on the object?",
+            "The brightest point of 90 of 100 maps is on the object: SP 90.",
+            "Of 30 of 100, which is the share of the image that the objects fill: SP 30.",
+        ),
+        "EP": Column(
+            "up",
+            "energy_pointing_game",
+            "Energy pointing game",
+            "%",
+            (0, 100),
+            "100 x sum of the map on the object / sum of the map",
+            "Which share of the map lies on the object?",
+            "The object fills a fifth of the image and holds four fifths of the map: EP 80.",
+            "It holds a fifth of the map, as it would of a map that knows nothing: EP 20.",
+        ),
+        "SM": Column(
+            "down",
+            "saliency_metric",
+            "Saliency metric",
+            "",
+            None,
+            "log max(a, .05) - log p, a the share of the image in the box around the map, p the probability on that box",
+            "How small is the box on which the model still recognises the class?",
+            "A tenth of the image, recognised with p = .9: SM -2.2.",
+            "The whole image, recognised with p = .5: SM .69.",
+        ),
+    },
     needs=("region",),
     pooled={"BA": best_threshold},
 )

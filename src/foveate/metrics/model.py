@@ -11,7 +11,7 @@ from torch import Tensor
 from foveate.batch import Batch
 from foveate.capture import Capture
 from foveate.errors import FoveateError
-from foveate.registry import metric
+from foveate.registry import Column, metric
 from foveate.targets import log_probability
 
 
@@ -19,8 +19,17 @@ from foveate.targets import log_probability
     "accuracy",
     title="Accuracy",
     paper="Russakovsky et al., IJCV 2015 (top-1)",
-    columns={"accuracy": "up"},
-    ranges={"accuracy": (0, 100)},
+    columns={
+        "accuracy": Column(
+            "up",
+            "accuracy",
+            "Accuracy",
+            "%",
+            (0, 100),
+            "100 where the model predicts the label",
+            "How often is the model right?",
+        )
+    },
     needs=("labels",),
     of_model=True,
 )
@@ -34,7 +43,13 @@ def accuracy(capture: Capture, M: None, batch: Batch) -> dict[str, Tensor]:
     "size",
     title="Parameters and operations",
     paper="counted by torch.utils.flop_counter: two operations a multiply-add, as in the CA-Stream table",
-    columns={"parameters": "down", "stream_share": "down", "GFLOPs": "down"},
+    columns={
+        "parameters": Column("down", "parameters", "Parameters", "M", None, "parameters / 10^6", "How large is the model?"),
+        "stream_share": Column(
+            "down", "stream_share", "Parameters of the stream", "%", None, "of the backbone's", "How much does CA-Stream add?"
+        ),
+        "GFLOPs": Column("down", "GFLOPs", "GFLOPs", "", None, "operations of a forward pass / 10^9", "What does a pass cost?"),
+    },
     of_model=True,
     costly=True,
     digits=2,
@@ -60,8 +75,19 @@ def size(capture: Capture, M: None, batch: Batch) -> dict[str, Tensor]:
     "foreground_share",
     title="Foreground share of contrastive maps",
     paper="Setpal, contrastive optimization (2025): 1 - context ratio",
-    columns={"foreground_share": "up"},
-    ranges={"foreground_share": (0, 1)},
+    columns={
+        "foreground_share": Column(
+            "up",
+            "foreground_share",
+            "Foreground share of contrastive maps",
+            "",
+            (0, 1),
+            "sum of |K_tc| on the object / sum of |K_tc| over the classes c, K_tc the map of the label against c",
+            "Which share of what tells the label from the other classes lies on the object?",
+            "The object fills a fifth of the image and holds .7 of the evidence.",
+            "It holds .2: the evidence is in the background.",
+        )
+    },
     needs=("mask", "labels", "layer"),
     of_model=True,
     digits=3,
@@ -102,7 +128,19 @@ def foreground_sensitivity(mean: Any) -> Any:
     "relative_foreground_sensitivity",
     title="Relative foreground sensitivity",
     paper="Moayeri et al., CVPR 2022",
-    columns={"relative_foreground_sensitivity": "up"},
+    columns={
+        "relative_foreground_sensitivity": Column(
+            "up",
+            "relative_foreground_sensitivity",
+            "Relative foreground sensitivity",
+            "",
+            None,
+            "(a_b - a_f) / (2 min(a, 1 - a)), a_b and a_f the accuracies with noise on the background and on the object",
+            "Does noise on the object hurt more than noise behind it?",
+            "Noise behind the object leaves .9 right, noise on it .5: .67.",
+            "Noise on the object leaves .9 right, noise behind it .5: -.67. The model reads the background.",
+        )
+    },
     needs=("mask", "labels"),
     pooled={"relative_foreground_sensitivity": foreground_sensitivity},
     of_model=True,

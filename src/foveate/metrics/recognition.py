@@ -9,7 +9,7 @@ from foveate.batch import Batch
 from foveate.capture import Capture
 from foveate.errors import FoveateError
 from foveate.maps import apply_mask
-from foveate.registry import metric
+from foveate.registry import Column, metric
 from foveate.targets import classes, log_probability
 
 SURE = 1e-12  # a missing probability below this has no digits left to be gained
@@ -49,8 +49,41 @@ def average_increase(log_p: Tensor, log_o: Tensor) -> Tensor:
     "recognition",
     title="Average Drop, Gain, Increase",
     paper="Chattopadhay et al., WACV 2018 (AD, AI); Zhang et al., CVIU 2024 (AG)",
-    columns={"AD": "down", "AG": "up", "AI": "up"},
-    ranges=dict.fromkeys(("AD", "AG", "AI"), (0, 100)),
+    columns={
+        "AD": Column(
+            "down",
+            "average_drop",
+            "Average Drop",
+            "%",
+            (0, 100),
+            "100 max(0, p - o) / p, with p the probability on the image and o on the image seen through its map",
+            "How much of the probability is lost when only what the map shows is left?",
+            "p = .90 and, behind the map, o = .81: AD 10. The map keeps what the model needs.",
+            "p = .90 and o = .09: AD 90. What the model needs lies outside of the map.",
+        ),
+        "AG": Column(
+            "up",
+            "average_gain",
+            "Average Gain",
+            "%",
+            (0, 100),
+            "100 max(0, o - p) / (1 - p)",
+            "How much of the missing probability is gained when only what the map shows is left?",
+            "p = .60 and, behind the map, o = .80: AG 50. The map hides what confuses the model.",
+            "o below p: AG 0. Behind the map the model is less sure than before.",
+        ),
+        "AI": Column(
+            "up",
+            "average_increase",
+            "Average Increase",
+            "%",
+            (0, 100),
+            "100 where o > p, 0 elsewhere",
+            "On how many images is the model surer behind the map than on the image?",
+            "Behind 60 of 100 maps the probability rises: AI 60.",
+            "Behind 5 of 100: AI 5.",
+        ),
+    },
 )
 def recognition(
     capture: Capture, M: Tensor, batch: Batch, *, target: str = "label", baseline: float = 0.0

@@ -16,7 +16,7 @@ from foveate.capture import Capture
 from foveate.errors import FoveateError
 from foveate.missing import not_finite
 from foveate.randomize import Init, Mode, randomized, stages_of
-from foveate.registry import Explained, metric
+from foveate.registry import Column, Explained, metric
 
 KEPT_BYTES = 2**30  # of randomised networks, while a batch is measured
 _captures: weakref.WeakKeyDictionary[Capture, dict[object, list[Capture | None]]] = weakref.WeakKeyDictionary()
@@ -26,7 +26,19 @@ _captures: weakref.WeakKeyDictionary[Capture, dict[object, list[Capture | None]]
     "completeness_error",
     title="Completeness error",
     paper="Draelos and Carin, 2020 (HiResCAM); Sundararajan et al., ICML 2017 (integrated gradients)",
-    columns={"completeness_error": "down"},
+    columns={
+        "completeness_error": Column(
+            "down",
+            "completeness_error",
+            "Completeness error",
+            "",
+            None,
+            "|sum of the map + bias - score| / |score|",
+            "How far is the map from adding up to the score, where a theorem says that it does?",
+            "1e-7: rounding.",
+            "0.3: a third of the score is not in the map.",
+        )
+    },
     digits=4,
 )
 def completeness_error(capture: Capture, M: Tensor, batch: Batch, *, explained: Explained | None = None) -> dict[str, Tensor]:
@@ -46,8 +58,19 @@ def completeness_error(capture: Capture, M: Tensor, batch: Batch, *, explained: 
     "class_sensitivity",
     title="Class sensitivity",
     paper="after Sixt et al., ICML 2020, and Khakzar et al., CVPR 2022",
-    columns={"class_sensitivity": "up"},
-    ranges={"class_sensitivity": (0, 2)},
+    columns={
+        "class_sensitivity": Column(
+            "up",
+            "class_sensitivity",
+            "Class sensitivity",
+            "",
+            (0, 2),
+            "1 - Spearman's correlation of the maps of the two likeliest classes",
+            "Does the map change when another class is asked for?",
+            "The two maps are unrelated: 1.",
+            "The two maps are the same: 0. The map does not know which class was asked for.",
+        )
+    },
     costly=True,
     digits=3,
 )
@@ -65,8 +88,30 @@ def class_sensitivity(capture: Capture, M: Tensor, batch: Batch, *, explained: E
     "randomisation",
     title="Model-parameter randomisation",
     paper="Adebayo et al., NeurIPS 2018",
-    columns={"randomisation": "down", "randomisation_ssim": "down"},
-    ranges={"randomisation": (-1, 1), "randomisation_ssim": (-1, 1)},
+    columns={
+        "randomisation": Column(
+            "down",
+            "randomisation",
+            "Randomisation",
+            "",
+            (-1, 1),
+            "mean over stages of Spearman's correlation with the map of a network whose parameters were drawn anew",
+            "Does the map stay as it is when the network forgets what it learnt?",
+            "0: the maps of the random networks are other maps.",
+            "0.9: nearly the same map without anything learnt, as of an edge detector.",
+        ),
+        "randomisation_ssim": Column(
+            "down",
+            "randomisation_ssim",
+            "Randomisation, SSIM",
+            "",
+            (-1, 1),
+            "the same with the structural similarity",
+            "Does the map look the same when the network forgets what it learnt?",
+            "0.1: another picture.",
+            "0.9: the same picture.",
+        ),
+    },
     costly=True,
     digits=3,
 )

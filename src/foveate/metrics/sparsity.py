@@ -7,15 +7,48 @@ from torch import Tensor
 
 from foveate.batch import Batch
 from foveate.capture import Capture
-from foveate.registry import Explained, metric
+from foveate.registry import Column, Explained, metric
 
 
 @metric(
     "sparsity",
     title="Share of exact zeros (of the map, and of what was solved for), Gini index",
     paper="Singla et al., ICML 2019 (eta); Chalasani et al., ICML 2020 (Gini)",
-    columns={"sparsity": "up", "eta": "up", "gini": "up"},
-    ranges=dict.fromkeys(("sparsity", "eta", "gini"), (0, 1)),
+    columns={
+        "sparsity": Column(
+            "up",
+            "sparsity",
+            "Sparsity",
+            "",
+            (0, 1),
+            "share of the map's values that are exactly 0",
+            "How much of the map is empty?",
+            "0.95: a twentieth of the image is named.",
+            "0: every place has some value.",
+        ),
+        "eta": Column(
+            "up",
+            "eta",
+            "Sparsity of the solution",
+            "",
+            (0, 1),
+            "the same share of what the method solved for",
+            "How much of what was solved for is 0?",
+            "0.95, as CASO was asked for.",
+            "0: nothing was left out.",
+        ),
+        "gini": Column(
+            "up",
+            "gini",
+            "Gini index",
+            "",
+            (0, 1),
+            "sum of (2 i - N - 1) |S|_(i) / (N sum |S|), |S|_(i) ascending",
+            "Is the map concentrated on few places?",
+            "One bright place alone: 1 - 1/N.",
+            "The same value everywhere: 0.",
+        ),
+    },
     digits=3,
 )
 def sparsity(capture: Capture, M: Tensor, batch: Batch, *, explained: Explained | None = None) -> dict[str, Tensor]:

@@ -27,7 +27,7 @@ def lines(comparison: Comparison) -> dict[str, list[tuple[str, list[Cell]]]]:
     for column in ordered(dict.fromkeys(frame.index.get_level_values("column"))):
         record = metric_of(column)
         assert record is not None
-        up = record.columns[column] == "up"
+        up = record.columns[column].better == "up"
         for method, line in frame.xs(column, level="column").iterrows():
             if not np.isfinite([line[f"mean {k}"] for k in range(len(comparison.names))]).any():
                 continue

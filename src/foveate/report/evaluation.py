@@ -213,7 +213,7 @@ def _gallery(count: int, methods: int) -> list[int]:
 def _column(column: str) -> dict[str, Any]:
     record = metric_of(column)
     assert record is not None
-    return {"name": column, "title": tables.title(column), "up": record.columns[column] == "up", "about": record.title}
+    return {"name": column, "title": tables.title(column), "up": record.columns[column].better == "up", "about": record.title}
 
 
 def _cell(frame: pd.DataFrame, method: str, column: str) -> list[Any]:

@@ -40,7 +40,7 @@ def methods(frame: pd.DataFrame) -> list[str]:
 def title(column: str) -> str:
     """A column with its direction: ``AD ↓``."""
     record = metric_of(column)
-    return f"{column} {ARROW[record.columns[column]]}" if record is not None else column
+    return f"{column} {ARROW[record.columns[column].better]}" if record is not None else column
 
 
 def cell(frame: pd.DataFrame, method: str, column: str) -> tuple[str, str, str]:
