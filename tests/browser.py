@@ -94,7 +94,9 @@ def opened(browser: Any, path: Path, width: int = 1280, scheme: str = "light") -
     """A page and what went wrong in it so far: errors of its scripts, and every request but the one for itself."""
     context = browser.new_context(viewport={"width": width, "height": 900}, color_scheme=scheme)
     page, wrong = context.new_page(), []
-    page.on("console", lambda message: wrong.append(f"console: {message.text}") if message.type in ("error", "warning") else None)
+    page.on(
+        "console", lambda message: wrong.append(f"console: {message.text}") if message.type in ("error", "warning") else None
+    )
     page.on("pageerror", lambda error: wrong.append(f"script: {error}"))
     own = path.resolve().as_uri()
 

@@ -26,7 +26,7 @@ from foveate.recipe import read_recipe
 from foveate.report import film as film_page
 
 HOSTILE = ("</style><script>window.hostile = 1</script>", "\"quoted\" 'twice' & {{7*7}}", '=cmd("calc")|A0')
-FILES = ("<img src=x onerror='window.hostile=1'>.png", '"{{7*7}}" & \'more\'.png', '=cmd("calc")|A0.png')
+FILES = ("<img src=x onerror='window.hostile=1'>.png", "\"{{7*7}}\" & 'more'.png", '=cmd("calc")|A0.png')
 METHODS = ("grad_cam", "layer_cam", "gradient", "fake_cam", "random", "centre")
 COUNTS = {"train": {"leopard": 24, "orca": 12}, "val": {"leopard": 6, "orca": 4}, "test": {"leopard": 6, "orca": 6}}
 NETWORK = '''

@@ -342,6 +342,18 @@ class TestColumns:
             assert [(r.name, c) for r, c in choose(name, batch)] == [(METRICS.get(column).name, [column])]
         assert choose("recognition", batch)[0][1] == ["AD", "AG", "AI"]
 
+    def test_a_group_is_those_of_its_columns_that_apply(self) -> None:
+        bare = Batch(torch.rand(2, 3, 16, 16), torch.tensor([0, 1]))
+        masked = replace(bare, mask=torch.ones(2, 16, 16, dtype=torch.bool))
+        columns = lambda name, batch: [c for _, found in choose(name, batch) for c in found]  # noqa: E731
+        assert columns("faithfulness", bare) == ["I", "D", "AD", "AG", "AI"]
+        assert "mass_inside" in columns("localization", masked) and "OM" in columns("localization", masked)
+        assert {"randomisation", "class_sensitivity"} <= set(columns("sanity", bare))
+        with pytest.raises(FoveateError, match="needs boxes or masks"):
+            choose("localization", bare)
+        with pytest.raises(FoveateError, match="did you mean faithfulness"):
+            evaluate(networks()["gap"], [example(count=2)], "centre", "faithfullness")
+
     def test_the_examples_are_true(self) -> None:
         log = lambda *values: torch.tensor(values, dtype=torch.float64).log()  # noqa: E731
         assert average_drop(log(0.9, 0.9), log(0.81, 0.09)).tolist() == pytest.approx([10, 90])

@@ -207,8 +207,8 @@ class Plan:
                 own[name] = {**values, **own.get(name, {})}
         wanted = metrics if metrics == "all" else [metrics] if isinstance(metrics, str) else list(metrics)
         for name in [] if isinstance(wanted, str) else wanted:
-            if name != "all":
-                METRICS.get(name)
+            if name.lower() not in METRICS.groups:
+                METRICS.get(name, groups=True)
         full = base.with_settings({**given, **own}, target)
         return Plan(records, own, optional, wanted, full, layer, head, precision, keep_maps)
 
@@ -407,11 +407,12 @@ def choose(metrics: str | Sequence[str], batch: Batch, layer: bool = True) -> li
         raise FoveateError("a mask of shares between 0 and 1 has no edge to measure at: compare it first, as in mask > 0.5")
     chosen: dict[str, tuple[Metric, list[str]]] = {}
     for name in [metrics] if isinstance(metrics, str) else metrics:
-        if name == "all":
-            for record in METRICS.all().values():
-                if all(has[need] for need in record.needs) and not record.costly:
-                    chosen[record.name] = (record, list(record.columns))
-            continue
+        if (group := name.lower()) in METRICS.groups:
+            there = [r for r in METRICS.all().values() if (r.group == group or (group == "all" and not r.costly))]
+            fits = [record for record in there if all(has[need] for need in record.needs)]
+            chosen |= {record.name: (record, list(record.columns)) for record in fits}
+            if fits:
+                continue
         record = METRICS.get(name)
         if missing := ["boxes or masks" if need == "region" else need for need in record.needs if not has[need]]:
             owner = "model" if missing == ["layer"] else "data"

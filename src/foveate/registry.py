@@ -14,211 +14,14 @@ import threading
 import typing
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any, Generic, Literal, TypeVar
 
-import torch
-
-from foveate import missing
 from foveate.errors import FoveateError
-from foveate.precision import uncast
+from foveate.records import GROUPS, Column, Direction, Explained, Loss, Method, Metric, Spent, plain
 from foveate.text import parse_yaml, quoted
 
-Direction = Literal["up", "down"]
-
-
-@dataclass(frozen=True)
-class Method:
-    """A way to make saliency maps.
-
-    Attributes:
-        function: ``(capture, layer, target, **own settings) -> S [B,h,w]``, raw: no ReLU, no scaling beyond the paper's.
-        paper: where it comes from.
-        signed: its map has negative values with a meaning (evidence against).
-        differentiable: the map is a differentiable function of the model's parameters (``create_graph``).
-        complete: where a theorem says what the map adds up to: ``(capture, layer, target, S, **own settings)`` to how far
-            it misses that, relative to the score, ``[B]``; None where the theorem does not apply to the model at hand.
-        complete_to: what it misses at most by, at the default settings.
-        contrasts: it explains a class against another, the strongest other one where none is named.
-        needs: what the model must offer: of ``gradient`` (at the layer), ``image_gradient``, ``linear_head``, ``relu`` and
-            ``attention``.
-        whole: it looks at the image and not at a layer, so that ``layer`` has no say.
-        control: it ignores the model: every table must contain such rows, to show what a metric lets pass.
-        repeats: it runs the model, or a part of it, many times for one map: seconds and not milliseconds.
-        inner: of a wrapped method, the method inside,
-        around: and the same wrapper around another one.
-        aliases: other names that people know.
-    """
-
-    name: str
-    title: str
-    function: Callable[..., Any]
-    paper: str
-    signed: bool = False
-    differentiable: bool = False
-    complete: Callable[..., Any] | None = None
-    complete_to: float = 1e-10
-    contrasts: bool = False
-    needs: tuple[str, ...] = ()
-    whole: bool = False
-    control: bool = False
-    repeats: bool = False
-    inner: Method | None = None
-    around: Callable[[Method], Method] | None = None
-    aliases: tuple[str, ...] = ()
-
-    def __call__(self, capture: Any, *args: Any, **settings: Any) -> Any:
-        """The raw map: ``(capture, layer, target, **own settings) -> S [B,h,w]``.
-
-        Also under the caller's inference mode, and in full precision under the caller's autocast, which the model keeps.
-        """
-        capture.facts, capture.remarks = {}, []
-        with torch.inference_mode(False), uncast(capture.x.device.type):
-            return self.function(capture, *args, **settings)
-
-
-@dataclass(frozen=True)
-class Spent:
-    """What one image cost a method, its share of the run of the model included."""
-
-    seconds: float
-    forwards: float
-    backwards: float
-    tails: float
-    megabytes: float
-
-
-@dataclass(frozen=True)
-class Explained:
-    """Where a map came from, for metrics that ask for it by a parameter ``explained``.
-
-    Attributes:
-        method: the record that made it.
-        raw: the map as the method gave it, ``[B,h,w]``.
-        target: the score that was explained.
-        settings: the method's own.
-        spent: what it cost, where that was measured.
-        facts: what else the method knows of its maps, ``{name: [B]}``.
-    """
-
-    method: Method
-    raw: torch.Tensor
-    target: Any
-    settings: Mapping[str, Any] = field(default_factory=dict)
-    spent: Spent | None = None
-    facts: Mapping[str, torch.Tensor] = field(default_factory=dict)
-
-    def again(self, capture: Any, target: Any = None) -> torch.Tensor:
-        """The same method on another capture, or for another target: ``[B,h,w]``, without a graph."""
-        return self.method(capture, None, self.target if target is None else target, **self.settings).detach()  # type: ignore[no-any-return]
-
-
-@dataclass(frozen=True)
-class Column:
-    """A column of a metric, and what a reader needs to understand it.
-
-    Attributes:
-        better: the direction that is better.
-        name: the long name, which stands for the column everywhere: ``average_drop``; the column itself where empty.
-        title: how it is headed and called in sentences: ``Average Drop``; made of the name where empty.
-        unit: ``%``, ``s``, ``MB``, or nothing.
-        range: the least and the largest value, on which its intervals rest; None for what has no bounds.
-        formula: of one image's value.
-        about: what it asks, in one sentence.
-        good, bad: an example of each.
-    """
-
-    better: Direction
-    name: str = ""
-    title: str = ""
-    unit: str = ""
-    range: tuple[float, float] | None = None
-    formula: str = ""
-    about: str = ""
-    good: str = ""
-    bad: str = ""
-
-
-@dataclass(frozen=True)
-class Metric:
-    """A number, or several that share their work, that says something about a map.
-
-    Attributes:
-        function: ``(capture, M [B,H,W], batch, **own settings) -> {column: [B]}``; what else it gives as ``[B,k]`` are curves,
-            kept beside the columns. Parameters called ``target``, ``explained`` and ``columns`` (the wanted
-            ones) are filled in.
-        columns: each column with what is known of it, or with the direction that is better alone.
-        needs: what there must be: of ``labels``, ``mask`` and ``region`` (boxes or masks) in the batch, ``layer`` of the model.
-        pooled: columns that belong to the whole data and not to one image: the function gives ``{column: [B,k]}``, and this
-            makes the column of the mean over images, ``[...,k] -> [...]``, such as the best of k thresholds.
-        statistic: of the images that makes the table: ``mean``, or ``median`` with the range instead of an interval.
-        of_model: it says something about the model and takes no map (``M`` is None): one row a table.
-        costly: it runs the method again, on other networks or for other classes: left out of ``all``.
-        digits: decimals that are worth printing.
-    """
-
-    name: str
-    title: str
-    function: Callable[..., Any]
-    paper: str
-    columns: Mapping[str, Column]
-    needs: tuple[str, ...] = ()
-    pooled: Mapping[str, Callable[[Any], Any]] = field(default_factory=dict)
-    of_model: bool = False
-    costly: bool = False
-    digits: int = 1
-    statistic: Literal["mean", "median"] = "mean"
-    aliases: tuple[str, ...] = ()
-
-    def __call__(self, capture: Any, M: torch.Tensor | None, batch: Any, **settings: Any) -> Any:
-        """The values: ``(capture, M [B,H,W], batch, **own settings) -> {column: [B]}``.
-
-        In full precision under the caller's autocast, which the model keeps. An image whose map, mask or boxes hold NaN or
-        infinity, or on which the model gives such values, is not a number in every column, and never a 0.
-        """
-        given = self.without_value(M, batch, settings)
-        clean = M if M is None else missing.without(M, given.get(missing.MAP))
-        with uncast(capture.x.device.type):
-            values = self.function(capture, clean, batch, **settings)
-        return missing.marked(values, {} if self.name == "cost" else given, tuple(self.pooled))
-
-    def column(self, name: str) -> str | None:
-        """The column that a name stands for, short or long; None for the metric's own name, which stands for all of them."""
-        if _plain(name) == _plain(self.name) and self.name not in self.columns:
-            return None
-        names = {short: (short, column.name) for short, column in self.columns.items()}
-        return next((short for short, both in names.items() if _plain(name) in map(_plain, both)), None)
-
-    def without_value(self, M: torch.Tensor | None, batch: Any, settings: Mapping[str, Any]) -> dict[str, torch.Tensor]:
-        """The images that it can say nothing about for what it is given, by reason: ``[B]`` bool."""
-        raw = getattr(settings.get("explained"), "raw", None)
-        return missing.inputs(M, batch, self.needs, raw, settings.get("region", "auto"))
-
-
-@dataclass(frozen=True)
-class Loss:
-    """What is added to cross-entropy: ``(capture, batch, **own settings) -> [B]``, differentiable in the parameters.
-
-    Attributes:
-        needs: of ``mask``, ``region`` (masks or boxes), ``linear_head`` and ``guided``: a capture of the layer and of
-            ``"input"``, made with ``guided=True``.
-        replaces: it is a cross-entropy of its own, and stands instead of the plain one.
-        share: its value is a share in [0, 1], so that 1 less it says how well the map fits.
-    """
-
-    name: str
-    title: str
-    function: Callable[..., Any]
-    paper: str
-    needs: tuple[str, ...] = ()
-    replaces: bool = False
-    share: bool = False
-    aliases: tuple[str, ...] = ()
-
-    def __call__(self, *args: Any, **settings: Any) -> Any:
-        """The loss of each image: ``(capture, batch, **own settings) -> [B]``."""
-        return self.function(*args, **settings)
-
+__all__ = ["Column", "Direction", "Explained", "Loss", "Method", "Metric", "Register", "Spent", "loss", "method", "metric"]
 
 Record = TypeVar("Record", Method, Metric, Loss)
 
@@ -300,10 +103,10 @@ class Register(Generic[Record]):
         return records
 
     def _find(self, name: str) -> Record | None:
-        key = _plain(name)
+        key = plain(name)
         known: Record
         for known in self._records.values():
-            if key in map(_plain, (known.name, *known.aliases)):
+            if key in map(plain, (known.name, *known.aliases)):
                 return known
         return None
 
@@ -330,8 +133,8 @@ def ungrouped(methods: str | Method | Sequence[str | Method]) -> tuple[list[str 
     asked: set[str] = set()
     grouped: set[str] = set()
     for item in [methods] if isinstance(methods, (str, Method)) else methods:
-        group = _plain(item) if isinstance(item, str) else ""
-        if group not in map(_plain, METHODS.groups):
+        group = plain(item) if isinstance(item, str) else ""
+        if group not in map(plain, METHODS.groups):
             named.append(item)
             asked.add(METHODS.get(item, groups=True).name)
             continue
@@ -352,10 +155,6 @@ def _names(record: Method | Metric | Loss) -> list[str]:
 
 def _place(record: Method | Metric | Loss) -> tuple[str, str]:
     return record.function.__module__, record.function.__qualname__
-
-
-def _plain(name: str) -> str:
-    return name.lower().replace("+", "p").replace("_", "").replace("-", "").replace(" ", "")
 
 
 def check_settings(record: Method | Metric | Loss, settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -398,7 +197,7 @@ def _parts(text: str) -> list[Any]:
 
 
 METHODS: Register[Method] = Register("method", "foveate.methods", groups=("all", "all-fast", "controls"))
-METRICS: Register[Metric] = Register("metric", "foveate.metrics")
+METRICS: Register[Metric] = Register("metric", "foveate.metrics", groups=("all", *(name for name in GROUPS if name != "other")))
 LOSSES: Register[Loss] = Register("loss", "foveate.losses")
 
 
@@ -458,14 +257,17 @@ def metric(
     digits: int = 1,
     statistic: Literal["mean", "median"] = "mean",
     aliases: tuple[str, ...] = (),
+    group: str = "other",
 ) -> Callable[[Function], Function]:
     """Register ``(capture, M [B,H,W], batch, **own settings) -> {column: [B]}`` as a metric."""
+    if group not in GROUPS:
+        raise FoveateError(f"metric {name!r} belongs to no group {group!r}: use one of {', '.join(GROUPS)}")
 
     def add(function: Function) -> Function:
         known = {short: _described(short, column) for short, column in columns.items()}
         names = (*known, *(column.name for short, column in known.items() if column.name not in (short, name)), *aliases)
         rest = (of_model, costly, digits, statistic)
-        METRICS.add(Metric(name, title, function, paper, known, needs, dict(pooled or {}), *rest, names))
+        METRICS.add(Metric(name, title, function, paper, known, needs, dict(pooled or {}), *rest, names, group))
         return function
 
     return add

@@ -50,6 +50,7 @@ _ends: weakref.WeakKeyDictionary[Capture, dict[object, End]] = weakref.WeakKeyDi
             "The model stays sure until most pixels are gone: D about 80.",
         ),
     },
+    group="faithfulness",
 )
 def insertion_deletion(
     capture: Capture,

@@ -28,6 +28,7 @@ from foveate.registry import Column, Explained, metric
     },
     digits=3,
     statistic="median",
+    group="cost",
 )
 def cost(capture: Capture, M: Tensor, batch: Batch, *, explained: Explained | None = None) -> dict[str, Tensor]:
     """``T``: seconds; ``forwards``, ``backwards``: passes (also those of the part behind a layer); ``memory``: MB at the peak.

@@ -42,6 +42,7 @@ LEAST_AREA = 0.05
     },
     needs=("mask",),
     digits=3,
+    group="localization",
 )
 def mass_inside(capture: Capture, M: Tensor, batch: Batch) -> dict[str, Tensor]:
     """Share of the map's mass inside the object's mask, in [0, 1], one value an image.
@@ -153,6 +154,7 @@ def best_threshold(mean: Any) -> Any:
     },
     needs=("region",),
     pooled={"BA": best_threshold},
+    group="localization",
 )
 def localization(
     capture: Capture,

@@ -84,6 +84,7 @@ def average_increase(log_p: Tensor, log_o: Tensor) -> Tensor:
             "Behind 5 of 100: AI 5.",
         ),
     },
+    group="faithfulness",
 )
 def recognition(
     capture: Capture, M: Tensor, batch: Batch, *, target: str = "label", baseline: float = 0.0

@@ -40,6 +40,7 @@ _captures: weakref.WeakKeyDictionary[Capture, dict[object, list[Capture | None]]
         )
     },
     digits=4,
+    group="sanity",
 )
 def completeness_error(capture: Capture, M: Tensor, batch: Batch, *, explained: Explained | None = None) -> dict[str, Tensor]:
     """How far the sum of the map misses what a theorem says it adds up to, relative to the score, one value an image.
@@ -73,6 +74,7 @@ def completeness_error(capture: Capture, M: Tensor, batch: Batch, *, explained: 
     },
     costly=True,
     digits=3,
+    group="sanity",
 )
 def class_sensitivity(capture: Capture, M: Tensor, batch: Batch, *, explained: Explained | None = None) -> dict[str, Tensor]:
     """``1 - rho`` of the raw maps for the first and the second class the model names, ``rho`` Spearman's; in [0, 2].
@@ -114,6 +116,7 @@ def class_sensitivity(capture: Capture, M: Tensor, batch: Batch, *, explained: E
     },
     costly=True,
     digits=3,
+    group="sanity",
 )
 def randomisation(
     capture: Capture,

@@ -50,6 +50,7 @@ from foveate.registry import Column, Explained, metric
         ),
     },
     digits=3,
+    group="sparsity",
 )
 def sparsity(capture: Capture, M: Tensor, batch: Batch, *, explained: Explained | None = None) -> dict[str, Tensor]:
     """``sparsity = #(S = 0) / N`` and ``Gini = sum_i (2 i - N - 1) |S|_(i) / (N sum |S|)``, ``|S|_(i)`` ascending; in [0, 1].
