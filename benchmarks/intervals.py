@@ -16,9 +16,10 @@ import numpy as np
 from scipy import optimize, special, stats
 
 from foveate import runs
+from foveate.findings import findings
 from foveate.intervals import Paired, intervals
 from foveate.results import Results
-from foveate.statistics import findings, range_of, table
+from foveate.statistics import range_of, table
 
 Bounds = tuple[np.ndarray, np.ndarray]
 Sampler = Callable[[int, int], np.ndarray]

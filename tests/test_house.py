@@ -50,6 +50,7 @@ FLOORS = [
     {"models"},
     {"data"},
     {"results", "protocol", "statistics"},
+    {"findings"},
     {"prevalence", "evaluate", "testing", "recipe", "film", "groups"},
     {"identity", "runs", "torchmetrics", "confidence", "splits", "trained"},
     {"outcome", "feature_cache", "checkpoints"},

@@ -209,9 +209,9 @@ class TestMeasure:
         why = "the model gives NaN or infinity on changed images"
         said = f"AD, AG and AI of grad_cam: {6 - n['AD']} of 6 images have no value: {why}"
         assert any(str(warning.message) == said for warning in caught)
-        assert (
-            said + "." in foveate.evaluate(network, [batch], "grad_cam", ["AD", "AG", "AI"], layer="features").attrs["findings"]
-        )
+        found_too = foveate.evaluate(network, [batch], "grad_cam", ["AD", "AG", "AI"], layer="features").attrs["findings"]
+        named = "Average Drop (AD), Average Gain (AG) and Average Increase (AI) of Grad-CAM"
+        assert said.replace("AD, AG and AI of grad_cam", named) + "." in found_too
 
     def test_a_map_with_nan(self) -> None:
         @method("holed", title="Holed", paper="none", control=True)

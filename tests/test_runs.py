@@ -25,9 +25,10 @@ from foveate.cli import app
 from foveate.compare import Limit, compare
 from foveate.evaluate import Plan
 from foveate.files import locked
+from foveate.findings import advice, findings
 from foveate.report import tables
 from foveate.results import Results, joined, read, write
-from foveate.statistics import disagreement, findings, table
+from foveate.statistics import disagreement, table
 from foveate.testing import example, networks
 
 NET = """
@@ -314,15 +315,48 @@ class TestStatistics:
         good, bad = self.noise + 10, self.noise
         results = made(grad_cam={"LE": good, "AG": good}, layer_cam={"LE": good, "AG": good}, fake_cam={"LE": bad, "AG": bad})
         said = findings(table(results), results)
-        assert said == ["LE is won by Fake-CAM (0.0): on this data it does not measure the explanation."]
+        assert said == [
+            "Localization error (LE, lower is better): Fake-CAM, a control that ignores the model, is better (0.0) than the "
+            "best method, Grad-CAM (10.0). On this data the column does not measure the explanation."
+        ]
         half = made(grad_cam={"AG": good}, layer_cam={"AG": bad}, centre={"AG": bad + 3})
-        assert "AG: Centre (3.0), which ignores the model, beats 1 of 2 methods." in findings(table(half), half)[0]
+        assert findings(table(half), half) == [
+            "Average Gain (AG, higher is better): Centre (3.0), a control that ignores the model, is better "
+            "than 1 of 2 methods."
+        ]
+
+    def test_which_method_to_use(self) -> None:
+        """The columns that tell methods from controls, who leads in them, and the cost; nothing where nothing is shown."""
+        high, low = self.noise + 50, self.noise
+        cost = lambda seconds: {"T": np.full(300, seconds)}  # noqa: E731
+        columns: dict[str, dict[str, np.ndarray]] = {
+            "grad_cam": {"AG": high, "LE": low + 5, **cost(0.04)},
+            "opti_cam": {"AG": high + 5, "LE": low + 5, **cost(2.0)},
+            "centre": {"AG": low, "LE": low, **cost(0.0)},
+        }
+        results = made(**columns)
+        assert advice(table(results), results) == (
+            "Average Gain (AG) means something on these 300 images: a method is better there than every control. In the "
+            "other column a control is level with the best, or better. No other method is better than Opti-CAM in it. "
+            "Cost of one image: Opti-CAM 2 s."
+        )
+        columns["grad_cam"]["AG"] = columns["opti_cam"]["AG"]
+        alike = made(**columns)
+        assert "no difference is shown, so that the cost decides." in advice(table(alike), alike)
+        assert advice(table(alike), alike).endswith("Cost of one image: Grad-CAM 0.04 s, Opti-CAM 2 s.")
+        nothing = made(grad_cam={"AG": low}, opti_cam={"AG": low}, centre={"AG": high})
+        assert advice(table(nothing), nothing).startswith("Nothing here says which method to use: in none of the 1 columns")
+        for few in (made(grad_cam={"AG": high}, centre={"AG": low}), made(grad_cam={"AG": high}, opti_cam={"AG": low})):
+            assert advice(table(few), few) == ""
 
     def test_what_no_method_is_told_apart_in_is_one_sentence(self) -> None:
         noise = {name: np.random.default_rng(i).normal(size=(2, 60)) for i, name in enumerate(("grad_cam", "centre"))}
         results = made(**{name: {"AD": a, "AG": b} for name, (a, b) in noise.items()})
         frame = table(results)
-        assert findings(frame, results) == ["No method can be told apart from Centre, which ignores the model, in AD and AG."]
+        assert findings(frame, results) == [
+            "No method can be told apart from Centre, a control that ignores the model, in Average Drop (AD) and Average "
+            "Gain (AG): what these columns say of a map may be chance."
+        ]
         assert not any(tables.is_best(frame, *key) for key in frame.index)  # a mark on all of them says nothing
         few = made(**{name: {"AD": a[:8], "AG": b[:8]} for name, (a, b) in noise.items()})
         assert findings(table(few), few)[0].startswith("8 images are few: hardly any difference")

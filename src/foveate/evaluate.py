@@ -80,7 +80,7 @@ def evaluate(
         baseline: the method that others are compared with, image by image.
         options: those of :func:`measure`, which gives every value of every image instead.
     """
-    from foveate.statistics import findings
+    from foveate.findings import findings
 
     results = measure(model, data, methods, metrics, **options)
     frame = results.table(baseline)

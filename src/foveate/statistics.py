@@ -1,4 +1,4 @@
-"""Statistics: the table with its intervals and ranks, how far columns agree, and what to say about them."""
+"""Statistics: the table with its intervals and ranks, and how far columns agree."""
 
 from __future__ import annotations
 
@@ -8,10 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from foveate import missing
 from foveate.errors import FoveateError
-from foveate.intervals import LEVEL, Paired, holm, intervals, pseudo_values
-from foveate.registry import METHODS, METRICS, Metric, is_control, title_of
+from foveate.intervals import LEVEL, Paired, intervals, pseudo_values
+from foveate.registry import METHODS, METRICS, Metric, is_control
 from foveate.results import MODEL, Key, Results
 
 if TYPE_CHECKING:
@@ -20,8 +19,6 @@ if TYPE_CHECKING:
 # The thesis' order first, then what it has not.
 ORDER = ("AD", "AG", "AI", "I", "D", "OM", "LE", "F1", "BA", "SP", "EP", "SM", "mass_inside", "sparsity", "gini")
 LAST = ("T", "forwards", "backwards", "memory")
-UNJUDGED = ("sparsity",)  # it describes a map: nobody wins it
-SMALL = 20  # images, below which it is said first that they are few
 
 
 def metric_of(column: str) -> Metric | None:
@@ -186,82 +183,6 @@ def disagreement(frame: pd.DataFrame) -> pd.DataFrame:
     wide = pd.DataFrame(usable).dropna(axis=1, thresh=3)
     wide = wide.loc[:, wide.nunique() > 1]
     return wide.corr("spearman", min_periods=3)
-
-
-def findings(frame: pd.DataFrame, results: Results) -> list[str]:
-    """What has to be said about a table: too few images, controls that win, methods that are one, maps that say nothing.
-
-    A control wins a column where the best control is better than the best other method, by a paired test that takes the best
-    control under each pattern of signs (:meth:`foveate.intervals.Paired.beaten_by_any`; 2.5 %, one-sided). Where no method is
-    better than every control, corrected for the number of methods, the best cannot be told apart from one.
-    """
-    found = judged(results)
-    sentences = []
-    if 0 < len(results) < SMALL:
-        pairs = max((len(names) * (len(names) - 1) // 2 for names, _ in found.paired.values()), default=0)
-        shown = "no" if pairs * 2.0 ** (1 - len(results)) > LEVEL else "hardly any"
-        sentences.append(
-            f"{len(results)} images are few: {shown} difference between methods can be shown with them, and most of what is "
-            f"seen is chance; take {SMALL} at least."
-        )
-    controls = [name for name in results.methods if is_control(name)]
-    real = [name for name in results.methods if name not in controls and name not in results.same]
-    if not controls:
-        sentences.append("There is no control in this table: nothing shows here which columns measure the explanation.")
-    tied: dict[str, list[str]] = {}
-    for column in ordered(dict.fromkeys(frame.index.get_level_values("column"))):
-        record = metric_of(column)
-        if record is None or record.of_model or record.statistic == "median" or record.name in UNJUDGED:
-            continue
-        there = found.paired.get(column, ([], None))[0]
-        rivals, ignorant = ([name for name in names if name in there] for names in (real, controls))
-        if rivals and ignorant:
-            said, control = _against_controls(found, column, rivals, ignorant)
-            sentences += said
-            if control:
-                tied.setdefault(control, []).append(column)
-    for control, columns in tied.items():
-        sentences.append(f"No method can be told apart from {title_of(control)}, which ignores the model, in {_and(columns)}.")
-    points = [(key, point) for key, point in found.points.items() if np.isfinite(point[0]) and point[3] > 1]
-    flat = [f"{c} of {m}" if m != MODEL else c for (m, c), p in points if p[1] == p[2] and (m, c) in frame.index and _judges(c)]
-    if flat:
-        sentences.append(f"All values are equal, which leaves no interval: {', '.join(flat)}.")
-    groups: dict[str, list[str]] = {}
-    for name, other in results.same.items():
-        groups.setdefault(other, []).append(name)
-    sentences += [f"{', '.join(names)} gave the same maps as {other} on every image." for other, names in groups.items()]
-    sentences += missing.said(results.missing, len(results))
-    for name, count in results.degenerate.items():
-        if count:
-            sentences.append(f"{count} of {len(results)} maps of {name} are constant; they count as maps of zeros.")
-    return sentences
-
-
-def _judges(column: str) -> bool:
-    record = metric_of(column)
-    return record is not None and record.statistic == "mean" and not (record.of_model and record.costly)
-
-
-def _and(words: Sequence[str]) -> str:
-    return " and ".join([", ".join(words[:-1]), words[-1]] if len(words) > 1 else words)
-
-
-def _against_controls(found: Judged, column: str, rivals: list[str], controls: list[str]) -> tuple[list[str], str]:
-    """What to say where a column does not tell methods from controls; and the control that none can be told apart from."""
-    names, paired = found.paired[column]
-    sign, place = sign_of(column), names.index
-    score = lambda name: sign * found.points[name, column][0]  # noqa: E731
-    control, best = max(controls, key=score), max(rivals, key=score)
-    title, value = title_of(control), number(found.points[control, column][0], column)
-    if paired.beaten_by_any(place(best), [place(name) for name in controls], sign) <= LEVEL / 2:
-        return [f"{column} is won by {title} ({value}): on this data it does not measure the explanation."], ""
-    above = [max(paired.above(place(r), place(c), sign) for c in controls) for r in rivals]
-    if holm(np.array(above)).min() > LEVEL / 2:
-        return [], control
-    beaten = [name for name in rivals if found.better(column)[place(control), place(name)]]
-    if 2 * len(beaten) >= len(rivals) and len(rivals) > 1:
-        return [f"{column}: {title} ({value}), which ignores the model, beats {len(beaten)} of {len(rivals)} methods."], ""
-    return [], ""
 
 
 def ordered(columns: Iterable[str]) -> list[str]:

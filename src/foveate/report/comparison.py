@@ -9,6 +9,7 @@ import numpy as np
 
 from foveate.compare import Comparison
 from foveate.intervals import LEVEL
+from foveate.registry import title_of
 from foveate.report import tables
 from foveate.report.page import render
 from foveate.results import MODEL
@@ -44,7 +45,7 @@ def lines(comparison: Comparison) -> dict[str, list[tuple[str, list[Cell]]]]:
                     if np.isfinite(low):
                         text += f" [{number(low, column)}, {number(high, column)}]"
                 cells.append((number(float(line[f"mean {k}"]), column), text, way))
-            found.setdefault(column, []).append(("the model" if method == MODEL else str(method), cells))
+            found.setdefault(column, []).append(("the model" if method == MODEL else title_of(str(method)), cells))
     return found
 
 
@@ -55,11 +56,6 @@ def write(path: str | Path, comparison: Comparison, failures: Sequence[str]) -> 
         "names": comparison.names,
         "notes": comparison.notes,
         "failures": failures,
-        "tables": [(tables.title(column), _about(column), rows) for column, rows in found.items()],
+        "tables": [(tables.heading(column), rows) for column, rows in found.items()],
     }
     return render("comparison.html.j2", path, content)
-
-
-def _about(column: str) -> str:
-    record = metric_of(column)
-    return "" if record is None else record.title

@@ -19,6 +19,7 @@ from foveate._version import __version__
 from foveate.errors import DegenerateMapWarning, ImageError, printable
 from foveate.evaluate import Plan
 from foveate.files import replacing, write_text
+from foveate.findings import findings
 from foveate.images import to_image
 from foveate.models.normalisation import about_input
 from foveate.prevalence import EVERY, Prevalence, prevalence
@@ -26,7 +27,7 @@ from foveate.registry import is_control, title_of
 from foveate.report import pictures, tables
 from foveate.report.page import render
 from foveate.results import MAP, MODEL, Results, plain, read, with_accuracy
-from foveate.statistics import disagreement, findings, metric_of
+from foveate.statistics import disagreement, metric_of
 
 if TYPE_CHECKING:
     import pandas as pd

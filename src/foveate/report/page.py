@@ -9,6 +9,7 @@ from typing import Any
 
 import jinja2
 
+from foveate._version import __version__
 from foveate.files import write_text
 
 TEMPLATES = Path(__file__).parent / "templates"
@@ -32,5 +33,5 @@ def render(template: str, path: str | Path, content: Mapping[str, Any]) -> Path:
         loader=jinja2.FileSystemLoader(TEMPLATES), autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True
     )
     environment.filters["percent"] = lambda value: f"{100 * value:.1f}"
-    write_text(path, environment.get_template(template).render(content))
+    write_text(path, environment.get_template(template).render({"version": __version__, **content}))
     return Path(path)

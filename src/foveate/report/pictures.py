@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import html
 import io
 import math
 import textwrap
@@ -30,6 +31,7 @@ ABREAST = 7  # panels in a line of a sheet
 SPECKLE = 0.1  # of the largest: pixels below do not count as bright, however few are above
 PNG = {"compress_level": 4}  # half the time of the default, and 3 % larger
 MARK = {"Software": "foveate"}
+STAND_INS = ("#c20001", "#0b0002", "#700003", "#5c0004", "#1c0005", "#a60006")  # for the colours of the page, c0 to c5
 INK, MUTED, ACCENT, WRONG = "#1c2733", "#66727f", "#0b7285", "#c2410c"
 
 
@@ -261,28 +263,45 @@ def sheet(path: str | Path, x: Tensor, rows: Sequence[tuple[str, float, Mapping[
         figure.savefig(waiting, format="png", facecolor="white", pil_kwargs=PNG, metadata=MARK)
 
 
-def curves(runs: Mapping[str, Sequence[Mapping[str, float]]], panels: Sequence[tuple[str, str]]) -> str:
-    """Training curves of several runs as one SVG: a panel for each ``(figure, title)`` that any run has."""
+@dataclass(frozen=True)
+class Curves:
+    """Training curves for a page: each panel with its title as SVG, and the runs with their colours."""
+
+    panels: list[tuple[str, str]]
+    runs: list[tuple[str, str]]
+
+
+def curves(runs: Mapping[str, Sequence[Mapping[str, float]]], panels: Sequence[tuple[str, str]]) -> Curves:
+    """Training curves of several runs: a panel for each ``(figure, title)`` that any run has, in the colours of the page."""
+    import matplotlib
     from matplotlib.figure import Figure
 
     shown = [(key, title) for key, title in panels if any(key in line for history in runs.values() for line in history)]
-    figure = Figure(figsize=(3.6 * len(shown), 2.7), layout="constrained")
-    axes: Any = np.atleast_1d(figure.subplots(1, len(shown)))
-    colours = (WRONG, ACCENT, "#7048e8", "#5c940d", "#1c7ed6", "#a61e4d")
-    for axis, (key, title) in zip(axes, shown, strict=True):
-        for (name, history), colour in zip(runs.items(), colours, strict=False):
+    colours = {name: f"var(--c{place % 6})" for place, name in enumerate(runs)}
+    drawn = []
+    for key, title in shown:
+        figure = Figure(figsize=(3.8, 2.5), layout="constrained")
+        axis: Any = figure.subplots()
+        for place, history in enumerate(runs.values()):
             points = [(line["epoch"], line[key]) for line in history if key in line]
             if points:
-                axis.plot(*zip(*points, strict=True), color=colour, linewidth=1.8, label=name.replace("_", " "))
-        axis.set_title(title, fontsize=10, color=INK, loc="left")
-        axis.set_xlabel("epoch", fontsize=8.5, color=MUTED)
-        axis.tick_params(labelsize=8, colors=MUTED)
+                marker = "o" if len(points) == 1 else ""  # a line of one point is not seen
+                axis.plot(*zip(*points, strict=True), color=STAND_INS[place % 6], linewidth=1.8, marker=marker, markersize=4)
+        axis.set_xlabel("epoch", fontsize=9.5, color=MUTED)
+        axis.tick_params(labelsize=9, colors=MUTED)
         axis.grid(alpha=0.25, linewidth=0.6)
         axis.xaxis.get_major_locator().set_params(integer=True)
         for side in ("top", "right"):
             axis.spines[side].set_visible(False)
-    axes[0].legend(fontsize=8.5, frameon=False)
-    buffer = io.StringIO()
-    figure.savefig(buffer, format="svg", transparent=False, facecolor="white", metadata={"Date": None})
-    text = buffer.getvalue()
-    return text[text.index("<svg") :]
+        for side in ("left", "bottom"):
+            axis.spines[side].set_color(MUTED)
+        buffer = io.StringIO()
+        with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": key}):
+            figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
+        text = buffer.getvalue()
+        for place, colour in enumerate(STAND_INS):
+            text = text.replace(colour, f"var(--c{place})")
+        text = text.replace(MUTED, "var(--muted)")
+        label = html.escape(f"{title} by epoch, of {', '.join(runs)}", quote=True)
+        drawn.append((title, text[text.index("<svg") :].replace("<svg", f'<svg role="img" aria-label="{label}"', 1)))
+    return Curves(drawn, list(colours.items()))

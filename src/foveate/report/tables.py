@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -15,6 +16,52 @@ if TYPE_CHECKING:
     import pandas as pd
 
 ARROW = {"up": "↑", "down": "↓"}
+
+
+@dataclass(frozen=True)
+class Heading:
+    """A column as a reader meets it: its name and title, its direction, and what the glossary says of it."""
+
+    name: str
+    title: str
+    arrow: str = ""
+    unit: str = ""
+    better: str = ""
+    about: str = ""
+    formula: str = ""
+    range: str = ""
+    good: str = ""
+    bad: str = ""
+    paper: str = ""
+    key: str = ""
+
+    @property
+    def short(self) -> str:
+        """The name below the title, with the unit; nothing where the title says both."""
+        return ", ".join(part for part in (self.name if self.name != self.key else "", self.unit) if part)
+
+
+def heading(column: str) -> Heading:
+    """What a page says of a column; its name alone where no metric has it."""
+    record = metric_of(column)
+    if record is None:
+        return Heading(column, column)
+    known = record.columns[column]
+    between = "" if known.range is None else f"{known.range[0]:g} to {known.range[1]:g}"
+    return Heading(
+        name=column,
+        title=known.title,
+        arrow=ARROW[known.better],
+        unit=known.unit,
+        better="Higher" if known.better == "up" else "Lower",
+        about=known.about,
+        formula=known.formula,
+        range=between,
+        good=known.good,
+        bad=known.bad,
+        paper=record.paper,
+        key=known.name,
+    )
 
 
 def columns(frame: pd.DataFrame, *, model: bool = False) -> list[str]:

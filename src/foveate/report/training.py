@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import yaml
 
-import foveate
 from foveate.registry import LOSSES, METHODS
-from foveate.report import pictures
+from foveate.report import pictures, tables
 from foveate.report.film import film_strip
 from foveate.report.page import render
+from foveate.statistics import number
 from foveate.trained import Trained, read
 
 TITLES = {"train": "training", "val": "validation", "test": "test"}
-COLUMNS = {"mass_inside": "on the object", "AD": "AD ↓", "AG": "AG ↑", "AI": "AI ↑"}
+COLUMNS = ("AD", "AG", "AI", "mass_inside")
 
 
 def write(folder: str | Path, path: str | Path | None = None) -> Path:
@@ -27,6 +28,9 @@ def write(folder: str | Path, path: str | Path | None = None) -> Path:
     """
     run = read(folder)
     record = run.record
+    known = [(split, measures["mass_inside"]) for split, measures in record["maps"].items() if "mass_inside" in measures]
+    inside = known[-1] if known else None
+    shown = [column for column in COLUMNS if any(column in measures for measures in record["maps"].values())]
     accuracy = {TITLES.get(split, split): value for split, value in record["accuracy"].items()}
     content = {
         "name": run.name,
@@ -38,7 +42,8 @@ def write(folder: str | Path, path: str | Path | None = None) -> Path:
         "seconds": record["seconds"],
         "accuracy": accuracy,
         "worst": record.get("worst_group"),
-        "inside": next((m["mass_inside"] for m in reversed(record["maps"].values()) if "mass_inside" in m), None),
+        "inside": inside and inside[1],
+        "inside_split": inside and TITLES.get(inside[0], inside[0]),
         "film": None if run.film is None or not run.film.frames else film_strip(run.film),
         "method": METHODS.get(run.recipe["measure"]["method"]).title,
         "groups": [
@@ -47,14 +52,24 @@ def write(folder: str | Path, path: str | Path | None = None) -> Path:
             if split != "train"
             for name, group in parts.items()
         ],
-        "columns": [(key, title) for key, title in COLUMNS.items() if any(key in m for m in record["maps"].values())],
-        "maps": {TITLES.get(split, split): values for split, values in record["maps"].items()},
+        "columns": [tables.heading(column) for column in shown],
+        "maps": [_line(split, measures, shown) for split, measures in record["maps"].items()],
         "maps_error": record.get("maps_error"),
         "curves": _curves(run),
         "recipe": yaml.safe_dump(run.recipe, sort_keys=False),
-        "version": foveate.__version__,
     }
     return render("training.html.j2", Path(folder) / "report.html" if path is None else path, content)
+
+
+def _line(split: str, measures: Mapping[str, Mapping[str, float]], shown: Sequence[str]) -> dict[str, Any]:
+    """A split in the table of maps; dashes where a column is not known."""
+    cells = []
+    for column in shown:
+        known = measures.get(column)
+        parts = ("mean", "low", "high")
+        cells.append({part: number(known[part], column) if known else "–" if part == "mean" else "" for part in parts})
+    count = max((int(values["n"]) for values in measures.values()), default=0)
+    return {"split": TITLES.get(split, split), "cells": cells, "n": count}
 
 
 def objective(recipe: dict[str, Any]) -> str:
@@ -84,7 +99,7 @@ def _data(data: Any) -> str:
     return f"{data['train']}{fold}"
 
 
-def _curves(run: Trained) -> str:
+def _curves(run: Trained) -> pictures.Curves:
     panels = [("train_loss", "cross-entropy, training"), ("val_accuracy", "accuracy, validation")]
     panels += [(term["name"], LOSSES.get(term["name"]).title) for term in run.recipe["losses"]]
     history: list[dict[str, float]] = [dict(line) for line in run.history]

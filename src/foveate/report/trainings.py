@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-import foveate
+from foveate.film import Film
 from foveate.intervals import LEVEL
 from foveate.maps import upsample
-from foveate.report import pictures
+from foveate.report import pictures, tables
 from foveate.report.film import picture
 from foveate.report.page import render
-from foveate.report.training import objective
+from foveate.report.training import TITLES, objective
 from foveate.trained import Trained
 from foveate.trainings import Trainings, better
 
@@ -40,13 +41,35 @@ def cell(line: Any, column: str) -> Cell:
     return text, change, way
 
 
-def table(trainings: Trainings) -> list[tuple[str, list[Cell | None]]]:
+def table(trainings: Trainings, columns: Sequence[str] | None = None) -> list[tuple[str, list[Cell | None]]]:
     """A line a recipe, a cell a column."""
-    frame, columns = trainings.frame, trainings.columns
+    frame, columns = trainings.frame, trainings.columns if columns is None else columns
     return [
         (name, [cell(frame.loc[(name, c)], c) if (name, c) in frame.index else None for c in columns])
         for name in trainings.runs
     ]
+
+
+def parts(trainings: Trainings) -> dict[str, list[str]]:
+    """The columns of each table: accuracies with the loss, then the maps of each split."""
+    found: dict[str, list[str]] = {}
+    for column in trainings.columns:
+        split, _, measure = column.rpartition(" ")
+        found.setdefault(f"Maps, {TITLES.get(split, split)}" if measure and split else "Accuracy", []).append(column)
+    return found
+
+
+def heading(column: str) -> tables.Heading:
+    """How a column is called: an accuracy by its split, a measure of the maps as in every table."""
+    split, _, measure = column.rpartition(" ")
+    if split:
+        return tables.heading(measure)
+    title = {"train_loss": "cross-entropy, training", "worst_group": "worst group"}.get(column, TITLES.get(column, column))
+    way = "down" if better(column) < 0 else "up"
+    words = {"train_loss": "The last epoch's plain cross-entropy.", "worst_group": "Accuracy of the worst group."}
+    return tables.Heading(
+        column, title, tables.ARROW[way], about=words.get(column, "Share of images with the right answer."), key=column
+    )
 
 
 def write(path: str | Path, trainings: Trainings) -> Path:
@@ -54,8 +77,10 @@ def write(path: str | Path, trainings: Trainings) -> Path:
     firsts = {name: runs[0] for name, runs in trainings.runs.items()}
     content = {
         "names": list(trainings.runs),
-        "columns": [(c, "lower is better" if better(c) < 0 else "") for c in trainings.columns],
-        "lines": table(trainings),
+        "tables": [
+            (title, [heading(column) for column in columns], table(trainings, columns))
+            for title, columns in parts(trainings).items()
+        ],
         "recipes": [
             (name, objective(run.recipe), len(trainings.runs[name]), run.recipe["model"]) for name, run in firsts.items()
         ],
@@ -65,9 +90,12 @@ def write(path: str | Path, trainings: Trainings) -> Path:
             {name: run.history for name, run in firsts.items()},
             [("train_loss", "cross-entropy, training"), ("val_accuracy", "accuracy, validation")],
         ),
-        "version": foveate.__version__,
     }
     return render("trainings.html.j2", path, content)
+
+
+def _label(film: Film, label: int) -> str:
+    return film.class_names[label] if film.class_names else f"class {label}"
 
 
 def _looks(runs: dict[str, Trained]) -> dict[str, Any] | None:
@@ -86,5 +114,6 @@ def _looks(runs: dict[str, Trained]) -> dict[str, Any] | None:
             M = upsample(torch.from_numpy(frame.maps[index : index + 1]).float() / 255, (x.shape[-2], x.shape[-1]))[0]
             right = first.batch.y is not None and int(frame.predicted[index]) == int(first.batch.y[index])
             cells.append((picture(pictures.overlay(x, M)), float(frame.probability[index]), right))
-        rows.append((picture(x), cells))
+        label = "" if first.batch.y is None else _label(first, int(first.batch.y[index]))
+        rows.append((picture(x), label, cells))
     return {"names": list(same), "rows": rows}
