@@ -178,6 +178,8 @@ def evaluate(
             console.print(f"[dim]{escape(written.protocol_line())}[/]")
             for sentence in written.findings:
                 console.print(f"• {escape(sentence)}")
+            if written.advice:
+                console.print(f"[bold]Which method should I use?[/] {escape(written.advice)}")
             console.print(f"written to [bold]{escape(printable(out))}[/]: table.md, rows/, and the page [bold]report.html[/]")
         for name, reason in results.left_out.items():
             err.print(f"[yellow]note:[/] {escape('left out ' + reason_of(name, reason))}", soft_wrap=True)

@@ -19,11 +19,12 @@ from foveate._version import __version__
 from foveate.errors import DegenerateMapWarning, ImageError, printable
 from foveate.evaluate import Plan
 from foveate.files import replacing, write_text
-from foveate.findings import findings
+from foveate.findings import advice, findings
 from foveate.images import to_image
 from foveate.models.normalisation import about_input
 from foveate.prevalence import EVERY, Prevalence, prevalence
-from foveate.registry import is_control, title_of
+from foveate.records import GROUPS
+from foveate.registry import METHODS, is_control, title_of
 from foveate.report import pictures, tables
 from foveate.report.page import render
 from foveate.results import MAP, MODEL, Results, plain, read, with_accuracy
@@ -38,6 +39,16 @@ THUMB = 200  # pixels
 CLASSES = 8  # whose mean maps are shown
 
 
+ASKED = {"label": "the label is explained", "pred": "the predicted class is explained", "second": "the runner-up is explained"}
+LINKS = {
+    "faithfulness": "What the model needs",
+    "localization": "On the object",
+    "sanity": "Model and class",
+    "sparsity": "Concentrated",
+    "cost": "Cost",
+    "other": "Other columns",
+}
+
 SmallMaps = Mapping[tuple[str, int], np.ndarray]
 
 
@@ -49,6 +60,7 @@ class Written:
     results: Results
     plan: Plan
     findings: list[str]
+    advice: str = ""
 
     def protocol_line(self) -> str:
         """The protocol in one line."""
@@ -83,7 +95,12 @@ class Written:
         document |= {"out": printable(folder), "failures": failures, "degenerate": self.results.degenerate}
         agreement = disagreement(self.frame)
         document["agreement"] = {a: {b: plain(v) for b, v in line.items()} for a, line in agreement.to_dict().items()}
-        document |= {"left_out": self.results.left_out, "findings": self.findings, "protocol": self.plan.protocol.record()}
+        document |= {
+            "left_out": self.results.left_out,
+            "findings": self.findings,
+            "advice": self.advice,
+            "protocol": self.plan.protocol.record(),
+        }
         return document | {"baseline": self.frame.attrs["baseline"], "report": str(folder / "report.html")}
 
 
@@ -108,12 +125,12 @@ def write(
     results = with_accuracy(results)
     frame = results.table(baseline)
     said = [*findings(frame, results), *_accuracy(frame), *about_input(classifier)]
-    written = Written(frame, results, plan, said)
+    written = Written(frame, results, plan, said, advice(frame, results))
     digests = [metric_of(column) for column in frame.index.get_level_values("column")]
     stored = frame.assign(protocol=[plan.protocol.digest(record) if record else "" for record in digests])
     with replacing(folder / "table.csv") as waiting:
         stored.to_csv(waiting)
-    write_text(folder / "table.md", tables.markdown(frame, said))
+    write_text(folder / "table.md", tables.markdown(frame, [*said, *([written.advice] if written.advice else [])]))
     main = frame.attrs["baseline"]
     files = runs.chunks(folder)
     whole = prevalence(lambda: map(read, files), results.methods, main) if plan.keep_maps else {}
@@ -131,7 +148,8 @@ def write(
     record = runs.read_record(folder)
     failures = [{"file": file, "reason": reason} for file, reason in results.failures]
     record |= {"finished": True, "images": len(results), "failures": failures, "degenerate": results.degenerate}
-    record |= {"left_out": results.left_out, "missing": results.missing, "findings": said, "baseline": main}
+    record |= {"left_out": results.left_out, "missing": results.missing, "findings": said, "advice": written.advice}
+    record |= {"baseline": main}
     runs.write_record(folder, record)
     return written
 
@@ -156,12 +174,13 @@ def _content(
     frame, names = written.frame, tables.methods(written.frame)
     shown, model = tables.columns(frame), tables.columns(frame, model=True)
     chosen, places = _gallery(len(results), len(names)), _places(source)
+    curves = _curves(results, names)
     data = {
         "methods": [{"name": n, "title": title_of(n), "control": is_control(n)} for n in names],
-        "columns": [_column(column) for column in shown],
-        "cells": {n: {c: _cell(frame, n, c) for c in shown} for n in names},
-        "curves": _curves(results, names),
+        "columns": [{"name": c, "title": (known := tables.heading(c)).title, "up": known.better == "Higher"} for c in shown],
+        "curves": curves,
         "images": [_image(results, i, classifier, source, places, names, shown, small) for i in chosen],
+        "ramp": pictures.ramp(),
     }
     correlation = disagreement(frame)
     protocol = written.plan.protocol
@@ -169,28 +188,64 @@ def _content(
     return {
         "title": f"{arguments.get('model', 'model')} on {arguments.get('data', 'data')}",
         "images": len(results),
+        "asked": ASKED.get(str(protocol.target), f"class {protocol.target}"),
         "pictured": len(chosen),
-        "methods": len(names),
-        "baseline": frame.attrs["baseline"],
+        "baseline": title_of(frame.attrs["baseline"]),
         "data": json.dumps(data, separators=(",", ":")).replace("<", "\\u003c"),
-        "model_row": [(c.replace("_", " "), *tables.cell(frame, MODEL, c)) for c in model],
+        "model_row": [(tables.heading(c), *tables.cell(frame, MODEL, c)) for c in model],
         "findings": written.findings,
+        "advice": written.advice,
         "failures": results.failures,
-        "left_out": results.left_out,
+        "left_out": [(title_of(name), reason) for name, reason in results.left_out.items()],
+        "groups": _groups(frame, names, shown),
+        "has_curves": bool(curves),
         "protocol": protocol,
         "settings": [(record.title, protocol.digest(record), protocol.describe(record)) for record in records.values()],
-        "method_settings": {name: dict(own) for name, own in written.plan.own.items() if own},
+        "methods": [_method(name, written.plan.own.get(name, {})) for name in names],
         "versions": about(written.plan, arguments)["versions"],
         "arguments": {key: value for key, value in arguments.items() if value is not None},
         "correlation": {
-            "columns": list(correlation.columns),
+            "columns": [tables.heading(column) for column in correlation.columns],
             "rows": [
-                (name, [None if np.isnan(v) else float(v) for v in row])
+                (tables.heading(name).title, [None if np.isnan(v) else float(v) for v in row])
                 for name, row in zip(correlation.index, correlation.to_numpy(), strict=True)
             ],
         },
         "prevalence": None if whole is None else _prevalence(whole, results, classifier, source, places, small),
     }
+
+
+def _groups(frame: pd.DataFrame, names: Sequence[str], shown: Sequence[str]) -> list[dict[str, Any]]:
+    """A table for each question: its columns, and a line a method."""
+    found: dict[str, list[str]] = {}
+    for column in shown:
+        record = metric_of(column)
+        found.setdefault("other" if record is None else record.group, []).append(column)
+    return [
+        {
+            "name": group,
+            "link": LINKS[group],
+            "question": question,
+            "columns": [tables.heading(column) for column in found[group]],
+            "lines": [
+                {
+                    "name": name,
+                    "title": title_of(name),
+                    "control": is_control(name),
+                    "cells": [_cell(frame, name, column) for column in found[group]],
+                }
+                for name in names
+            ],
+        }
+        for group, question in GROUPS.items()
+        if group in found
+    ]
+
+
+def _method(name: str, own: Mapping[str, Any]) -> dict[str, str]:
+    record = METHODS.known(name)
+    paper = "" if record is None else record.paper
+    return {"name": name, "title": title_of(name), "paper": paper, "settings": " ".join(f"{k}={v}" for k, v in own.items())}
 
 
 def _small_maps(files: Sequence[Path], wanted: set[int]) -> SmallMaps:
@@ -211,29 +266,36 @@ def _gallery(count: int, methods: int) -> list[int]:
     return list(range(count)) if count <= most else [round(i * (count - 1) / (most - 1)) for i in range(most)]
 
 
-def _column(column: str) -> dict[str, Any]:
-    record = metric_of(column)
-    assert record is not None
-    return {"name": column, "title": tables.title(column), "up": record.columns[column].better == "up", "about": record.title}
-
-
-def _cell(frame: pd.DataFrame, method: str, column: str) -> list[Any]:
+def _cell(frame: pd.DataFrame, method: str, column: str) -> dict[str, Any]:
     middle, low, high = tables.cell(frame, method, column)
-    line = frame.loc[(method, column)] if (method, column) in frame.index else None
-    value = None if line is None else plain(line["mean"])
-    best = tables.is_best(frame, method, column)
-    return [value, middle, low, high, best, tables.change(frame, method, column), tables.rank(frame, method, column)]
+    return {
+        "value": plain(frame.loc[(method, column), "mean"]) if (method, column) in frame.index else None,
+        "mean": middle,
+        "low": low,
+        "high": high,
+        "best": tables.is_best(frame, method, column),
+        "change": tables.change(frame, method, column),
+        "rank": tables.rank(frame, method, column),
+    }
 
 
-def _curves(results: Results, names: Sequence[str]) -> dict[str, dict[str, list[float | None]]]:
-    found: dict[str, dict[str, list[float | None]]] = {}
+def _curves(results: Results, names: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """The mean curves: by title the lines of the methods, and what is across."""
+    found: dict[str, dict[str, Any]] = {}
+    shares, across = ["0 %", "25 %", "50 %", "75 %", "100 %"], "share of pixels"
     for curve, title in (("I", "Insertion"), ("D", "Deletion"), ("randomisation", "Randomisation (Spearman)")):
         lines = {n: results.values[n, f"{curve}_curve"] for n in names if (n, f"{curve}_curve") in results.values}
-        if lines:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore", RuntimeWarning)  # a stage at which no map was left has no mean
-                means = {n: np.nanmean(values, 0) for n, values in lines.items()}
-            found[title] = {n: [None if np.isnan(v) else round(float(v), 4) for v in values] for n, values in means.items()}
+        if not lines:
+            continue
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", RuntimeWarning)  # a stage at which no map was left has no mean
+            means = {n: np.nanmean(values, 0) for n, values in lines.items()}
+        rounded = {n: [None if np.isnan(v) else round(float(v), 4) for v in values] for n, values in means.items()}
+        found[title] = {"lines": rounded, "ticks": shares, "across": across}
+        if curve == "randomisation":
+            stages = len(next(iter(means.values())))
+            ticks = [str(stage + 1) for stage in range(stages)] if stages < 16 else ["1", str(stages)]
+            found[title] |= {"ticks": ticks, "across": "stages randomised, from the head"}
     return found
 
 
@@ -252,19 +314,18 @@ def _image(
     values = {
         n: [_rounded(results.values[n, c][index]) if (n, c) in results.values else None for c in per_image] for n in names
     }
-    coded = {
-        n: base64.b64encode(np.uint8(np.round(small[n, index] * 255)).tobytes()).decode() for n in names if (n, index) in small
-    }
+    picture, aspect = _thumb(source, places, results.ids[index], index)
     return {
         "id": results.ids[index],
         "label": _class_name(classifier, label) if label >= 0 else "",
         "said": _class_name(classifier, said),
         "p": round(float(results.confidence[index]), 3),
         "wrong": label >= 0 and label != said,
-        "picture": _thumb(source, places, results.ids[index], index),
+        "picture": picture,
+        "aspect": aspect,
         "columns": per_image,
         "values": values,
-        "maps": coded,
+        "maps": {n: _coded(small[n, index]) for n in names if (n, index) in small},
     }
 
 
@@ -272,14 +333,22 @@ def _rounded(value: float) -> float | None:
     return float(f"{value:.4g}") if np.isfinite(value) else None
 
 
-def _thumb(source: Any, places: Mapping[str, int], name: str, index: int) -> str:
-    """The picture of an image; found by its name, because images that could not be read shift the numbers."""
+def _coded(values: np.ndarray) -> dict[str, Any]:
+    """A small square map for the page's own colours."""
+    side = round(len(values) ** 0.5)
+    grey = np.uint8(np.round(values * 255)).tobytes()
+    return {"grey": base64.b64encode(grey).decode(), "width": side, "height": side}
+
+
+def _thumb(source: Any, places: Mapping[str, int], name: str, index: int) -> tuple[str, float]:
+    """The picture of an image, and its width by its height; found by its name: what cannot be read shifts the numbers."""
     try:
         image = to_image(source[places.get(name, index)].x[0])
     except (ImageError, IndexError):
-        return ""
+        return "", 1.0
+    aspect = round(image.width / image.height, 4)
     image.thumbnail((THUMB, THUMB))
-    return pictures.data_uri(image, 78)
+    return pictures.data_uri(image, 78), aspect
 
 
 def _places(source: Any) -> dict[str, int]:
@@ -314,7 +383,7 @@ def _prevalence(
             (
                 results.ids[i],
                 f"{whole.distance[i]:.2f}",
-                _thumb(source, places, results.ids[i], i),
+                _thumb(source, places, results.ids[i], i)[0],
                 _panel(small[whole.method, i].reshape(whole.mean[EVERY].shape)),
             )
             for i in whole.farthest()

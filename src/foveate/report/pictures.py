@@ -43,6 +43,13 @@ def heat(saliency: Tensor, colours: str = HEAT) -> Tensor:
     return torch.from_numpy(np.ascontiguousarray(values)).permute(2, 0, 1).float()
 
 
+def ramp(colours: str = HEAT) -> str:
+    """The 256 colours of a colour map as hexadecimal digits in a row, for pages that colour maps themselves."""
+    from matplotlib import colormaps
+
+    return "".join(f"{red:02x}{green:02x}{blue:02x}" for red, green, blue, _ in colormaps[colours](range(256), bytes=True))
+
+
 def is_speckled(saliency: Tensor) -> bool:
     """Whether a map ``[H,W]`` in [0, 1] is of single pixels, as gradients are: at its own scale it is not seen on an image.
 
