@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,6 @@ import torch
 import yaml
 from torch import Tensor
 
-import foveate
 from foveate import maps, train
 from foveate.batch import Batch
 from foveate.data import scenes
@@ -164,10 +163,11 @@ def _page(out: Path, seed: int, data: dict[str, scenes.Scenes], measured: dict[s
         "headline": _headline(plain, cam),
         "epochs": plain.run.recipe.epochs,
         "seed": seed,
-        "version": foveate.__version__,
+        "animals": ", ".join(f"{count} {name}s" for name, count in _animals(data["train"])),
         "counts": {split: len(scenes_) for split, scenes_ in data.items()},
         "runs": [
             {
+                "name": key,
                 "title": RUNS[key][1],
                 "subtitle": RUNS[key][2],
                 "accuracy": one.accuracy,
@@ -175,7 +175,7 @@ def _page(out: Path, seed: int, data: dict[str, scenes.Scenes], measured: dict[s
             }
             for key, one in measured.items()
         ],
-        "samples": {split: [_thumbnail(data[split], i, 1) for i in _spread(data[split], 8)] for split in ("train", "test")},
+        "samples": {split: [_thumbnail(data[split], i) for i in _spread(data[split], 8)] for split in ("train", "test")},
         "method_title": METHODS.get(METHOD).title,
         "groups": [
             _group("Validation, backgrounds as in training", val, plain.val, cam.val, plain.inside_val, cam.inside_val, 1),
@@ -183,7 +183,7 @@ def _page(out: Path, seed: int, data: dict[str, scenes.Scenes], measured: dict[s
         ],
         "changed": _changed(test, plain.test, cam.test),
         "columns": [_heading(column) for column in COLUMNS],
-        "tables": [{"title": RUNS[key][1], "lines": _lines(one.table)} for key, one in measured.items()],
+        "tables": [{"name": key, "title": RUNS[key][1], "lines": _lines(one.table)} for key, one in measured.items()],
         "area": float(test.masks.float().mean()),
         "findings": _findings(measured),
         "curves": pictures.curves(
@@ -222,8 +222,17 @@ def _spread(split: scenes.Scenes, count: int) -> list[int]:
     return [orders[i % len(orders)][i // len(orders)] for i in range(count)]
 
 
-def _thumbnail(split: scenes.Scenes, index: int, factor: int) -> str:
-    return pictures.data_uri(pictures.enlarge(split.images[index].float() / 255, factor), 82)
+def _animals(split: scenes.Scenes) -> list[tuple[str, int]]:
+    return list(zip(scenes.CLASSES, torch.bincount(split.labels, minlength=len(scenes.CLASSES)).tolist(), strict=True))
+
+
+def _truth(split: scenes.Scenes, index: int) -> str:
+    return f"{scenes.CLASSES[int(split.labels[index])]} on {split.backgrounds[index]}"
+
+
+def _thumbnail(split: scenes.Scenes, index: int) -> tuple[str, str]:
+    """A picture, and what is on it."""
+    return pictures.data_uri(pictures.enlarge(split.images[index].float() / 255, 1), 82), _truth(split, index)
 
 
 def _group(
@@ -232,8 +241,8 @@ def _group(
     batch = split.batch()
     rows = []
     for index in _spread(split, 2 * each):
-        truth = f"{scenes.CLASSES[int(split.labels[index])]} on {split.backgrounds[index]}"
-        rows.append((_look(plain, batch, inside_plain, index), _look(cam, batch, inside_cam, index), truth))
+        looks = _look(plain, batch, inside_plain, index), _look(cam, batch, inside_cam, index)
+        rows.append((*looks, _truth(split, index)))
     return {"title": title, "rows": rows}
 
 
@@ -241,8 +250,8 @@ def _changed(test: scenes.Scenes, plain: Explanation, cam: Explanation) -> dict[
     before, after = plain.capture.pred == test.labels, cam.capture.pred == test.labels
     fixed, broken = (~before & after).nonzero()[:, 0].tolist(), (before & ~after).nonzero()[:, 0].tolist()
     return {
-        "fixed": [_thumbnail(test, i, 1) for i in fixed[:: -(-len(fixed) // WALL) or 1]],
-        "broken": [_thumbnail(test, i, 1) for i in broken[:WALL]],
+        "fixed": [_thumbnail(test, i) for i in fixed[:: -(-len(fixed) // WALL) or 1]],
+        "broken": [_thumbnail(test, i) for i in broken[:WALL]],
         "fixed_count": len(fixed),
         "broken_count": len(broken),
         "both_right": int((before & after).sum()),
@@ -250,20 +259,16 @@ def _changed(test: scenes.Scenes, plain: Explanation, cam: Explanation) -> dict[
     }
 
 
-def _heading(column: str) -> str:
-    return f"on the animal, % {tables.ARROW['up']}" if column == "mass_inside" else tables.title(column)
+def _heading(column: str) -> tables.Heading:
+    known = tables.heading(column)
+    return replace(known, title="Map on the animal") if column == "mass_inside" else known
 
 
 def _lines(table: pd.DataFrame) -> list[dict[str, Any]]:
     lines = []
-    for name in METHOD_NAMES:
-        record = METHODS.get(name)
-        cells = []
-        for column in COLUMNS:
-            factor = 100 if column == "mass_inside" else 1
-            mean, low, high = (factor * float(table.loc[(record.name, column), part]) for part in ("mean", "low", "high"))
-            cells.append({"mean": f"{mean:.1f}", "low": f"{low:.1f}", "high": f"{high:.1f}"})
-        lines.append({"title": record.title, "control": record.control, "cells": cells})
+    for record in map(METHODS.get, METHOD_NAMES):
+        cells = [dict(zip(("mean", "low", "high"), tables.cell(table, record.name, column), strict=True)) for column in COLUMNS]
+        lines.append({"name": record.name, "title": record.title, "control": record.control, "cells": cells})
     return lines
 
 
@@ -276,7 +281,7 @@ def _findings(measured: dict[str, Measured]) -> list[str]:
         if own < prior:
             sentences.append(f"{title}: less of its map lies on the animal than of a blob in the middle that knows nothing.")
         said = one.table.attrs["findings"]
-        sentences += [f"{title}: {sentence}" for sentence in said if "mass_inside" not in sentence]  # said above
+        sentences += [f"{title}: {sentence}" for sentence in said]
         share, name = one.masked
         if share > 0.9:
             sentences.append(
