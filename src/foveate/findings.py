@@ -155,9 +155,11 @@ def advice(frame: pd.DataFrame, results: Results) -> str:
     telling = [verdict for verdict in said if verdict.kind == "measures"]
     images = f"{len(results)} image{'s' if len(results) > 1 else ''}"
     if not telling:
+        knows = any(getattr(metric_of(verdict.column), "group", "") == "localization" for verdict in said)
+        other = "" if knows else ", or columns that know where the object is, from boxes or masks"
         return (
             f"Nothing here says which method to use: in none of the {len(said)} columns is any method better than every "
-            f"control, on {images}. More images may tell, or columns that know where the object is, from boxes or masks."
+            f"control, on {images}. More images may tell{other}."
         )
     rest = len(said) - len(telling)
     parts = [

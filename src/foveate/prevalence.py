@@ -10,6 +10,7 @@ import numpy as np
 
 from foveate.errors import FoveateError
 from foveate.intervals import interval
+from foveate.registry import title_of
 from foveate.results import MAP, Results
 
 if TYPE_CHECKING:
@@ -54,8 +55,8 @@ class Prevalence:
         whole = self.table.loc[EVERY]
         drift, wander = 100 * whole["drift"], 100 * whole["wander"]
         text = (
-            f"Over {int(whole['n'])} images the middle of {self.method}'s maps lies {drift:.0f} % of the side from the middle "
-            f"of the image, and that of one image {wander:.0f} % from their mean."
+            f"Over {int(whole['n'])} images the middle of the maps of {title_of(self.method)} lies {drift:.0f} % of the side "
+            f"from the middle of the image, and that of one image {wander:.0f} % from their mean."
         )
         if not np.isfinite(self.background).any():
             return text + " How much of it is background is not known: that takes EP or mass_inside, from boxes or masks."
