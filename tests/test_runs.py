@@ -102,7 +102,7 @@ def test_what_is_written(place: Path) -> None:
     record = json.loads((out / "run.json").read_text())
     assert record["finished"] is True
     assert record["images"] == 13
-    assert "hires_cam gave the same maps as grad_cam on every image." in record["findings"]
+    assert "HiResCAM gave the same maps as Grad-CAM on every image." in record["findings"]
 
 
 def test_a_finished_run_is_not_measured_again(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:

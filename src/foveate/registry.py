@@ -106,7 +106,7 @@ class Register(Generic[Record]):
         key = plain(name)
         known: Record
         for known in self._records.values():
-            if key in map(plain, (known.name, *known.aliases)):
+            if key in map(plain, (known.name, known.title, *known.aliases)):
                 return known
         return None
 

@@ -237,7 +237,7 @@ class measuring:
 
 def print_table(written: Any) -> None:
     """The table on the terminal, some columns beside each other, means above their intervals; bold: no other is better."""
-    from foveate.registry import is_control
+    from foveate.registry import is_control, title_of
     from foveate.report import tables
 
     frame, console = written.frame, Console(highlight=False)
@@ -255,8 +255,11 @@ def print_table(written: Any) -> None:
                 middle, low, high = tables.cell(frame, method, column)
                 text = f"[bold]{middle}[/]" if tables.is_best(frame, method, column) else middle
                 cells.append(text if middle == "–" else f"{text}\n[dim]{low}–{high}[/]")
-            table.add_row(f"{method} [dim](control)[/]" if is_control(method) else method, *cells)
+            title = escape(title_of(method))
+            table.add_row(f"{title} [dim](control)[/]" if is_control(method) else title, *cells)
         console.print(table)
+    if words := tables.legend(shown):
+        console.print(f"[dim]{escape(words)}[/]", soft_wrap=True)
     for column in tables.columns(frame, model=True):
         middle, low, high = tables.cell(frame, "(model)", column)
         console.print(f"the model's {column.replace('_', ' ')}: [bold]{middle}[/] [dim]{low}–{high}[/]")

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from foveate.registry import is_control
+from foveate.registry import is_control, title_of
 from foveate.results import MODEL
 from foveate.statistics import disagreement, metric_of, number, ordered
 
@@ -118,7 +118,7 @@ def markdown(frame: pd.DataFrame, findings: Sequence[str] = ()) -> str:
     head = [["method", *map(title, shown)], ["---"] + ["---:"] * len(shown)]
     means, changes = list(head), list(head)
     for method in names:
-        label = f"{method} (control)" if is_control(method) else method
+        label = f"{title_of(method)} (control)" if is_control(method) else title_of(method)
         cells, differences = [], []
         for column in shown:
             middle, low, high = cell(frame, method, column)
@@ -127,7 +127,10 @@ def markdown(frame: pd.DataFrame, findings: Sequence[str] = ()) -> str:
             differences.append(f"{change(frame, method, column)} {rank(frame, method, column)}".strip())
         means.append([label, *cells])
         changes.append([label, *differences])
-    parts = [_lines(means), f"Differences to {frame.attrs['baseline']}, paired by image, and ranks:\n\n" + _lines(changes)]
+    parts = [
+        _lines(means),
+        f"Differences to {title_of(frame.attrs['baseline'])}, paired by image, and ranks:\n\n" + _lines(changes),
+    ]
     if findings:
         parts.append("".join(f"- {sentence}\n" for sentence in findings))
     agreement = disagreement(frame)
@@ -138,7 +141,15 @@ def markdown(frame: pd.DataFrame, findings: Sequence[str] = ()) -> str:
             for name, line in zip(agreement.index, agreement.to_numpy(), strict=True)
         ]
         parts.append(f"Spearman's correlation of the columns over {len(names)} methods:\n\n" + _lines(rows))
+    words = [heading(column) for column in shown]
+    parts.append("".join(f"- {w.name}: {w.title}. {w.about} {w.better} is better.\n" for w in words if w.about))
     return "\n".join(parts)
+
+
+def legend(shown: Sequence[str]) -> str:
+    """What short columns stand for: ``AD Average Drop, AG Average Gain``; those that say it themselves are left out."""
+    known = [heading(column) for column in shown]
+    return ", ".join(f"{one.name} {one.title}" for one in known if one.name != one.key and one.title != one.name)
 
 
 def _lines(rows: Sequence[Sequence[str]]) -> str:
