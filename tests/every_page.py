@@ -8,9 +8,8 @@ from __future__ import annotations
 import json
 import shutil
 import sys
-from collections.abc import Mapping
-from functools import partial
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import numpy as np
@@ -75,7 +74,7 @@ def build(folder: Path) -> dict[str, Path]:
 
 def _build(folder: Path) -> dict[str, Path]:
     pages: dict[str, Path] = {}
-    with mock.patch("foveate.demo.read_recipe", partial(_short, folder)):
+    with short_demo():
         call("demo", "--out", folder / "demo", "--seed", 3)
     pages["demo"] = folder / "demo" / "report.html"
     photos, network = photographs(folder / "photos"), folder / "network.py"
@@ -100,8 +99,11 @@ def _build(folder: Path) -> dict[str, Path]:
     return {name: path for name, path in pages.items() if path.exists()}
 
 
-def _short(folder: Path, source: str, changes: Mapping[str, object]) -> object:
-    return read_recipe(source, {**changes, "epochs": 3, "size": 48})
+def short_demo() -> Any:
+    """The demo with small pictures and few epochs, within this context."""
+    return mock.patch(
+        "foveate.demo.read_recipe", lambda source, changes: read_recipe(source, {**changes, "epochs": 3, "size": 48})
+    )
 
 
 def photographs(folder: Path) -> Path:

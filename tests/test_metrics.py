@@ -227,7 +227,7 @@ class TestEvaluate:
         with pytest.warns(UserWarning, match="2 of hires_cam"):
             table = evaluate(network, [batch], ["hires_cam", "random"], layer="features")
         assert table.attrs["degenerate"] == {"hires_cam": 2, "random": 0}
-        assert "2 of 2 maps of hires_cam are constant; they count as maps of zeros." in table.attrs["findings"]
+        assert "2 of 2 maps of HiResCAM are constant; they count as maps of zeros." in table.attrs["findings"]
 
     def test_batches_without_names_and_other_heads(self) -> None:
         network, batch = networks()["gap"], example()
