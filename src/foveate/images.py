@@ -19,6 +19,8 @@ from foveate.files import is_regular
 
 MOST_PIXELS = 200_000_000  # decoded, an image of this size takes 600 MB
 LEAST_SIDE, MOST_SIDE = 8, 16384
+CROPS = ("none", "resize", "centre")
+STEP = 16  # pixels: the patches of most transformers, and no grid of cells that is cut off
 RESAMPLING = {
     "nearest": Image.Resampling.NEAREST,
     "bilinear": Image.Resampling.BILINEAR,
@@ -176,6 +178,29 @@ class Preprocess:
         resize = None if self.resize is None else round(size * self.resize / min(self.crop))
         return replace(self, crop=(size, size), resize=resize)
 
+    def cropped(self, how: str, size: tuple[int, int]) -> Preprocess:
+        """The same with another crop, for a photograph of ``size`` (width, height).
+
+        Args:
+            how: ``none``: all of it at its own aspect, the shorter side as long as that of ``crop``, for models that take
+                other sizes; both sides are rounded to multiples of 16. ``resize``: all of it, squashed to ``crop``.
+                ``centre``: the shorter side to ``resize``, or to that of ``crop``, and the centre of it.
+
+        Raises:
+            FoveateError: another word.
+        """
+        if how == "none":
+            factor = min(self.crop) / min(size)
+            width, height = (max(STEP, round(side * factor / STEP) * STEP) for side in size)
+            if max(width, height) > MOST_SIDE:
+                raise ImageError(f"{size[0]}x{size[1]} pixels are too long for one image of a network: use another crop")
+            return replace(self, crop=(height, width), resize=None)
+        if how == "resize":
+            return replace(self, resize=None)
+        if how == "centre":
+            return self if self.resize is not None else replace(self, resize=min(self.crop))
+        raise FoveateError(f"crop {how!r} is unknown: use {', '.join(CROPS)}")
+
     def _resized(self, size: tuple[int, int]) -> tuple[int, int]:
         """Width and height after the resize, never smaller than the crop."""
         width, height = size
@@ -238,6 +263,12 @@ class Preprocess:
         scaled = torch.tensor(boxes, dtype=torch.float32).reshape(-1, 4)
         scaled = scaled * torch.tensor([width / size[0], height / size[1]]).repeat(2) - torch.tensor([left, top]).repeat(2)
         return scaled if not clip else scaled.minimum(torch.tensor([self.crop[1], self.crop[0]]).repeat(2)).clamp(min=0)
+
+
+def cropped_away(frame: Sequence[float], size: tuple[int, int]) -> float:
+    """Share of a photograph of ``size`` (width, height) that lies outside of a frame: what the network never saw."""
+    left, top, right, bottom = frame
+    return max(0.0, 1 - (right - left) * (bottom - top) / (size[0] * size[1]))
 
 
 def floor_resize(crop: int, share: float) -> int:
