@@ -22,13 +22,14 @@ from scipy.spatial import cKDTree
 
 from foveate.data.folder import files_in
 from foveate.images import read, to_tensor
+from foveate.overlay import OWN
 from foveate.report import pictures
 
 ALIKE = 10.0  # a difference that is seen at a glance; 2.3 is the least that is seen side by side
 SIDE = 64  # pixels of a photograph that are compared
 TO_XYZ = np.array([[0.4124564, 0.3575761, 0.1804375], [0.2126729, 0.7151522, 0.072175], [0.0193339, 0.119192, 0.9503041]])
 MAPS = ("inferno", "magma", "plasma", "viridis", "cividis", "turbo", "jet", "hot", "cool", "spring", "winter", "summer", "hsv",
-        "gnuplot2", "RdPu_r", "BuPu_r", "PuRd_r", "GnBu_r", "cubehelix", "twilight_shifted", *pictures.OWN)  # fmt: skip
+        "gnuplot2", "RdPu_r", "BuPu_r", "PuRd_r", "GnBu_r", "cubehelix", "twilight_shifted", *OWN)  # fmt: skip
 
 
 def lab(rgb: np.ndarray) -> np.ndarray:

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from foveate import maps
 from foveate.errors import FoveateError
-from foveate.images import Preprocess, to_image, to_tensor
+from foveate.images import Preprocess, cropped_away, to_image, to_tensor
+from foveate.overlay import ROWS
 from foveate.report import pictures, sheets
 
 
@@ -156,14 +157,14 @@ class TestOnAPhotograph:
         assert np.abs(hot - 255 * one[:, 5, 5].numpy()).max() <= 1
 
     def test_no_frame_where_all_was_seen_and_rows_join(self) -> None:
-        photo = Image.fromarray(np.random.default_rng(0).integers(0, 255, (2 * pictures.ROWS + 7, 40, 3), dtype=np.uint8))
+        photo = Image.fromarray(np.random.default_rng(0).integers(0, 255, (2 * ROWS + 7, 40, 3), dtype=np.uint8))
         saliency = torch.ones(8, 8)
         frame = Preprocess((8, 8), None).frame(photo.size)
         shown = pictures.on_photograph(photo, saliency, frame)
         whole = pictures.overlay(to_tensor(photo), torch.ones(photo.height, photo.width))
         assert np.abs(np.asarray(shown).astype(int) - np.asarray(to_image(whole)).astype(int)).max() <= 1
-        assert pictures.cropped_away(frame, photo.size) == 0
-        assert pictures.cropped_away((1150, 50, 1850, 750), (3000, 800)) == pytest.approx(1 - 700 * 700 / 3000 / 800)
+        assert cropped_away(frame, photo.size) == 0
+        assert cropped_away((1150, 50, 1850, 750), (3000, 800)) == pytest.approx(1 - 700 * 700 / 3000 / 800)
 
 
 def test_every_picture_says_what_it_shows(tmp_path: Path) -> None:
@@ -211,3 +212,23 @@ def test_colours() -> None:
     for wrong in ({"opacity": 0}, {"opacity": 1.5}, {"dpi": 3}, {"formats": ("gif",)}):
         with pytest.raises(FoveateError):
             sheets.Look(**wrong)  # type: ignore[arg-type]
+
+
+def test_gradients_are_seen_in_the_gallery() -> None:
+    """The mean over a cell of a map of single pixels is far below 1; a map of cells stays as it is."""
+    from foveate.report.evaluation import _visible
+
+    def pooled(M: Tensor) -> np.ndarray:
+        return torch.nn.functional.adaptive_avg_pool2d(M[None, None], 28).flatten().numpy()
+
+    speckled = pooled(pixels(80.0))
+    assert speckled.max() < 0.5
+    shown, alike = _visible(speckled)
+    assert alike
+    assert (shown == 1).mean() == pytest.approx(0.01, abs=0.005)
+    assert np.corrcoef(shown, speckled)[0, 1] > 0.9
+    coarse = pooled(cells(7, hot=8))
+    same, alike = _visible(coarse)
+    assert not alike
+    np.testing.assert_array_equal(same, coarse)
+    assert not _visible(np.zeros(784))[1]

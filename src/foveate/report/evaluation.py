@@ -37,6 +37,7 @@ THUMB = 200  # pixels
 CLASSES = 8  # whose mean maps are shown
 
 
+FAINT = 0.5  # a small map of cells has brighter ones: its largest value is 1 before the mean over a cell
 SmallMaps = Mapping[tuple[str, int], np.ndarray]
 
 
@@ -251,9 +252,8 @@ def _image(
     values = {
         n: [_rounded(results.values[n, c][index]) if (n, c) in results.values else None for c in per_image] for n in names
     }
-    coded = {
-        n: base64.b64encode(np.uint8(np.round(small[n, index] * 255)).tobytes()).decode() for n in names if (n, index) in small
-    }
+    visible = {n: _visible(small[n, index]) for n in names if (n, index) in small}
+    coded = {n: base64.b64encode(np.uint8(np.round(values * 255)).tobytes()).decode() for n, (values, _) in visible.items()}
     return {
         "id": results.ids[index],
         "label": _class_name(classifier, label) if label >= 0 else "",
@@ -264,7 +264,19 @@ def _image(
         "columns": per_image,
         "values": values,
         "maps": coded,
+        "alike": [n for n, (_, alike) in visible.items() if alike],  # whose brightest 1 % are shown alike
     }
+
+
+def _visible(small: np.ndarray) -> tuple[np.ndarray, bool]:
+    """A small map as the gallery shows it, and whether its brightest 1 % are alike, as of maps of single pixels.
+
+    The mean over a cell of such a map is far below its largest pixel, and the map would be black at its own scale.
+    """
+    bright = float(np.sort(small)[int(0.99 * (len(small) - 1))])
+    if bright > FAINT or bright <= 0:
+        return small, False
+    return np.minimum(small / bright, 1), True
 
 
 def _rounded(value: float) -> float | None:
