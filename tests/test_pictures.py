@@ -227,8 +227,8 @@ def test_gradients_are_seen_in_the_gallery() -> None:
     assert alike
     assert (shown == 1).mean() == pytest.approx(0.01, abs=0.005)
     assert np.corrcoef(shown, speckled)[0, 1] > 0.9
-    coarse = pooled(cells(7, hot=8))
-    same, alike = _visible(coarse)
-    assert not alike
-    np.testing.assert_array_equal(same, coarse)
+    for coarse in (pooled(cells(7, hot=8)), pooled(cells(14)), pooled(cells(28))):
+        same, alike = _visible(coarse)
+        assert not alike
+        np.testing.assert_array_equal(same, coarse)
     assert not _visible(np.zeros(784))[1]

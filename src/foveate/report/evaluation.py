@@ -37,7 +37,7 @@ THUMB = 200  # pixels
 CLASSES = 8  # whose mean maps are shown
 
 
-FAINT = 0.5  # a small map of cells has brighter ones: its largest value is 1 before the mean over a cell
+FAINT = 0.5  # the largest value of a small map of cells is above, also where one cell alone is hot
 SmallMaps = Mapping[tuple[str, int], np.ndarray]
 
 
@@ -274,7 +274,7 @@ def _visible(small: np.ndarray) -> tuple[np.ndarray, bool]:
     The mean over a cell of such a map is far below its largest pixel, and the map would be black at its own scale.
     """
     bright = float(np.sort(small)[int(0.99 * (len(small) - 1))])
-    if bright > FAINT or bright <= 0:
+    if small.max() > FAINT or bright <= 0:
         return small, False
     return np.minimum(small / bright, 1), True
 
