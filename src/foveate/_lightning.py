@@ -37,6 +37,8 @@ def made_loggers(names: Sequence[str], folder: Path | None) -> list[Any]:
         elif name == "tensorboard":
             try:
                 made.append(loggers.TensorBoardLogger(folder, name="logs", version=""))
+                if (broken := _without("tensorboard")) and _without("tensorboardX"):  # Lightning asks only if it is there
+                    raise broken
             except ModuleNotFoundError as error:
                 error = _without("tensorboard") or error  # Lightning's own has no name
                 raise not_imported("the logger 'tensorboard'", "tensorboard", "tensorboard", error) from None
