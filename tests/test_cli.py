@@ -119,7 +119,9 @@ class TestExplain:
                 assert 0 <= values["p_after"] <= 1
                 assert values["seconds"] >= 0
                 assert Image.open(values["picture"]).width > 1000
-                assert Image.open(values["overlay"]).size == (64, 64)
+                overlay = np.asarray(Image.open(values["overlay"]).convert("RGB"))
+                assert (overlay[:70, 90:] == 255).all()  # the photograph's own 90 x 70 pixels, above what they show
+                assert (overlay[70:] < 128).any()
 
     def test_the_table(self, place: Path) -> None:
         result = explain(place)
@@ -185,6 +187,50 @@ class TestExplain:
         named = {item.get("picture"), *(values.get(key) for values in item["maps"].values() for key in ("picture", "overlay"))}
         assert {Path(name).name for name in named if name} == written
         assert "--pictures 'few' is unknown: use all, overlay, sheet, none" in sentence(explain(place, "--pictures", "few"))
+
+    def test_formats_combine_with_what_is_written(self, place: Path) -> None:
+        asked = ("--method", "cam,grad_cam", "--pictures", "sheet,pdf,svg", "--json")
+        item = json.loads(explain(place, *asked).stdout)["images"][0]
+        assert {path.name for path in (place / "out").iterdir()} == {"a.methods.pdf", "a.methods.svg"}
+        assert item["picture"].endswith("a.methods.pdf")
+        assert "asks for sheet and overlay" in sentence(explain(place, "--pictures", "sheet,overlay"))
+        assert "no pictures and for a format" in sentence(explain(place, "--pictures", "none,pdf"))
+        for wrong in (("--colormap", "infernal"), ("--opacity", "2"), ("--dpi", "3"), ("--scale", "mine"), ("--crop", "half")):
+            assert wrong[1] in sentence(explain(place, *wrong))
+
+    @pytest.mark.parametrize("scale", ["own", "images", "methods", "common"])
+    def test_one_scale(self, place: Path, scale: str, monkeypatch: pytest.MonkeyPatch) -> None:
+        from foveate.report import sheets
+
+        limits: dict[str, float | None] = {}
+        monkeypatch.setattr(sheets, "side_by_side", lambda base, *_, limit, **__: limits.update({base.name: limit}))
+        asked = ("--method", "cam,gradient", "--scale", scale, "--json")
+        assert explain(place, *asked, images=("a.png", "b.png")).exit_code == 0
+        groups = {
+            "own": [],
+            "images": [("a.cam", "b.cam"), ("a.gradient", "b.gradient")],
+            "methods": [("a.cam", "a.gradient"), ("b.cam", "b.gradient")],
+            "common": [("a.cam", "a.gradient", "b.cam", "b.gradient")],
+        }[scale]
+        assert len(limits) == 4
+        assert len(set(limits.values())) == max(1, len(groups))
+        assert all(len({limits[name] for name in names}) == 1 for names in groups)
+        assert (limits["a.cam"] is None) == (scale == "own")
+
+    def test_labels_and_what_is_cropped_away(self, place: Path) -> None:
+        Image.fromarray(np.random.default_rng(1).integers(0, 255, (80, 300, 3), dtype=np.uint8)).save(place / "wide.png")
+        result = explain(place, "--method", "cam", "--json", images=("a.png", "wide.png"))
+        known, wide = json.loads(result.stdout)["images"]
+        assert (known["label"], known["label_name"], known["right"]) == (2, "orca", known["top"][0][0] == 2)
+        assert (wide["label"], wide["right"]) == (None, None)
+        assert wide["cropped"] > 0.7
+        assert f"never saw {100 * wide['cropped']:.0f} %" in explain(place, images=("wide.png",)).stdout
+        (place / "labels.csv").write_text("nonsense")
+        assert explain(place, "--method", "cam").exit_code == 0
+        for crop in ("none", "resize"):
+            found = json.loads(explain(place, "--method", "cam", "--crop", crop, "--json", images=("wide.png",)).stdout)
+            assert found["images"][0]["cropped"] == 0
+            assert found["images"][0]["grid"].startswith("32x" if crop == "resize" else "32x120")
 
     def test_p_after_is_the_masked_probability(self, place: Path) -> None:
         document = json.loads(explain(place, "--method", "grad_cam", "--json").stdout)
@@ -406,10 +452,10 @@ class TestExplain:
     ) -> None:
         write = pictures.write
 
-        def interrupted(image: Image.Image, path: str) -> None:
-            if "b.hires" in path:
+        def interrupted(image: Image.Image, path: Path, dpi: int) -> None:
+            if path.name.startswith("b.hires"):
                 raise error
-            write(image, path)
+            write(image, path, dpi)
 
         monkeypatch.setattr(pictures, "write", interrupted)
         result = explain(place, *(["--json"] if as_json else []), images=("a.png", "b.png"))

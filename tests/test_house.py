@@ -35,6 +35,7 @@ FLOORS = [
         "precision",
         "folding",
         "attention",
+        "overlay",
     },
     {"layers", "cut"},
     {"feature"},

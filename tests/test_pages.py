@@ -20,7 +20,7 @@ from foveate.registry import METHODS, METRICS, title_of
 from foveate.statistics import number
 from pages import tables_of
 
-NAMES = ("demo", "evaluation", "short", "comparison", "training", "trainings", "film")
+NAMES = ("demo", "evaluation", "short", "comparison", "training", "trainings", "film", "explained")
 
 
 @pytest.fixture(scope="session")
@@ -358,7 +358,7 @@ class TestControls:
             assert shown == sorted(shown, reverse=True)  # the worst first
             assert page.inner_text("#count") == "6 of 6 images"
             opacity = "getComputedStyle(document.querySelector('#gallery canvas')).opacity"
-            assert page.evaluate(opacity) == "0.75"
+            assert page.evaluate(opacity) == "0.85"
             page.fill("#opacity", "20")
             assert page.evaluate(opacity) == "0.2"
             ratios = page.evaluate("[...document.querySelectorAll('.look')].map(l => l.clientWidth / l.clientHeight)")

@@ -170,6 +170,39 @@ class TestFilm:
         with pytest.raises(FoveateError, match="is not a film"):
             Film.load(tmp_path / "other.npz")
 
+    @pytest.mark.parametrize("channels", [1, 2, 4, 6, 13])
+    def test_pictures_and_page_of_any_number_of_channels(self, channels: int, tmp_path: Path) -> None:
+        from foveate.images import as_rgb, colours_of, to_image
+        from foveate.report import film as report
+
+        torch.manual_seed(channels)
+        net = nn.Sequential(nn.Conv2d(channels, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 2)).eval()
+        film = Film(Batch(torch.rand(2, channels, 24, 32), torch.tensor([0, 1])), "hires_cam")
+        for epoch in (1, 2):
+            frame = film.shoot(net, epoch)
+        page = report.write(film, tmp_path / "film.html").read_text()
+        assert page.count('src="data:image/jpeg') == 2 * 3
+        assert report.film_strip(film)["colours"] == colours_of(channels)
+        picture = np.asarray(film.picture(frame))
+        assert picture.shape == (48, 64, 3)
+        np.testing.assert_array_equal(picture[:24, :32], np.asarray(to_image(as_rgb(film.batch.x[0]))))
+
+    def test_a_logger_that_takes_pictures_is_given_each_epoch(self) -> None:
+        from foveate.film import _show
+
+        film, shown = self.film(), []
+        frame = film.shoot(foveate.load("foveate:small_cnn"), 3)
+
+        class Wandb:
+            def log_image(self, key: str, images: list[Any], caption: list[str]) -> None:
+                shown.append((key, images[0].size, caption))
+
+        class Plain:
+            experiment = None
+
+        _show([Wandb(), Plain()], film.picture(frame), frame.epoch)
+        assert shown == [("film", (64, 96), ["epoch 3"])]
+
     def test_large_images_are_kept_small(self) -> None:
         x = torch.rand(1, 3, 300, 200)
         film = Film(Batch(x, torch.tensor([0])))
@@ -375,9 +408,17 @@ class TestRuns:
                 train(recipe(), tmp_path / "board", loggers=["tensorboard"])
         else:
             train(recipe(), tmp_path / "board", loggers=["tensorboard"])
-            assert list((tmp_path / "board" / "logs").glob("events*"))
-        with pytest.raises(FoveateError, match="logger 'wandb' is unknown"):
-            train(recipe(), tmp_path / "other", loggers=["wandb"])
+            from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+            events = EventAccumulator(str(tmp_path / "board" / "logs")).Reload()
+            films = events.Images("film")
+            assert [event.step for event in films] == [1, 2]
+            assert (films[0].width, films[0].height) == (2 * 32, 4 * 32)
+        if importlib.util.find_spec("wandb") is None:
+            with pytest.raises(FoveateError, match="pip install wandb"):
+                train(recipe(), tmp_path / "other", loggers=["wandb"])
+        with pytest.raises(FoveateError, match="logger 'mine' is unknown: use 'csv', 'tensorboard' or 'wandb'"):
+            train(recipe(), tmp_path / "other", loggers=["mine"])
 
     def test_a_nan_says_at_which_step_and_what_is_kept(self, tmp_path: Path) -> None:
         made = recipe("scenes_plain", epochs=4, learning_rate=1e38, warmup=0.9)

@@ -23,7 +23,7 @@ def made_loggers(names: Sequence[str], folder: Path | None) -> list[Any]:
     """Lightning's loggers by name, into ``folder/logs``.
 
     Raises:
-        FoveateError: an unknown one, no folder, or TensorBoard is not installed.
+        FoveateError: an unknown one, no folder, or one whose package is not installed.
     """
     made: list[Any] = []
     for name in names:
@@ -37,11 +37,18 @@ def made_loggers(names: Sequence[str], folder: Path | None) -> list[Any]:
         elif name == "tensorboard":
             try:
                 made.append(loggers.TensorBoardLogger(folder, name="logs", version=""))
+                if (broken := _without("tensorboard")) and _without("tensorboardX"):  # Lightning asks only if it is there
+                    raise broken
             except ModuleNotFoundError as error:
                 error = _without("tensorboard") or error  # Lightning's own has no name
                 raise not_imported("the logger 'tensorboard'", "tensorboard", "tensorboard", error) from None
+        elif name == "wandb":
+            try:
+                made.append(loggers.WandbLogger(name=folder.name, save_dir=folder / "logs", project="foveate"))
+            except ModuleNotFoundError as error:
+                raise not_imported("the logger 'wandb'", "wandb", "wandb", _without("wandb") or error) from None
         else:
-            raise FoveateError(f"logger {name!r} is unknown: use 'csv' or 'tensorboard'")
+            raise FoveateError(f"logger {name!r} is unknown: use 'csv', 'tensorboard' or 'wandb'")
     return made
 
 

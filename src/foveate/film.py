@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import nn
 
 from foveate import files, maps
@@ -18,6 +19,8 @@ from foveate.capture import Capture
 from foveate.classifier import evaluating
 from foveate.errors import FoveateError, not_imported
 from foveate.files import is_regular
+from foveate.images import as_rgb, to_image
+from foveate.overlay import overlay
 from foveate.registry import METHODS
 from foveate.targets import log_probability
 
@@ -96,6 +99,14 @@ class Film:
         self.frames = [*(known for known in self.frames if known.epoch < epoch), frame]
         return frame
 
+    def picture(self, frame: Frame) -> Image.Image:
+        """One epoch as one picture: each image of the film, and beside it the image under its map."""
+        lines = []
+        for x, values in zip(self.batch.x.cpu(), frame.maps, strict=True):
+            M = maps.upsample(torch.from_numpy(values[None]).float() / 255, (x.shape[-2], x.shape[-1]))[0]
+            lines.append(torch.cat([as_rgb(x.float()), overlay(x, M)], -1))
+        return to_image(torch.cat(lines, -2))
+
     def state(self) -> dict[str, Any]:
         """The frames as tensors, for a checkpoint."""
         return {"frames": [{name: torch.as_tensor(value) for name, value in vars(frame).items()} for frame in self.frames]}
@@ -156,8 +167,19 @@ class Film:
         return film
 
 
+def _show(loggers: Sequence[Any], picture: Image.Image, epoch: int) -> None:
+    """Give the picture of an epoch to the loggers that take pictures: TensorBoard's and Weights & Biases'."""
+    for logger in loggers:
+        if callable(getattr(logger, "log_image", None)):
+            logger.log_image("film", [picture], caption=[f"epoch {epoch}"])
+        elif callable(add := getattr(logger.experiment, "add_image", None)):
+            add("film", np.asarray(picture), epoch, dataformats="HWC")
+
+
 def lightning_callback(film: Film, path: str | Path | None = None, model: Callable[[Any], nn.Module] | None = None) -> Any:
     """A Lightning callback that shoots a film after every epoch of a run, and carries it through checkpoints.
+
+    Where the trainer has a logger of TensorBoard or Weights & Biases, each epoch's picture goes there as ``film``.
 
     Args:
         path: ``.npz`` file that is written anew each time.
@@ -168,9 +190,11 @@ def lightning_callback(film: Film, path: str | Path | None = None, model: Callab
 
     class FilmStrip(Callback):
         def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
-            film.shoot(pl_module if model is None else model(pl_module), trainer.current_epoch + 1)
+            frame = film.shoot(pl_module if model is None else model(pl_module), trainer.current_epoch + 1)
             if path is not None and trainer.is_global_zero:
                 film.save(path)
+            if trainer.is_global_zero and trainer.loggers:
+                _show(trainer.loggers, film.picture(frame), frame.epoch)
 
         def state_dict(self) -> dict[str, Any]:
             return film.state()

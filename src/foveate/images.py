@@ -19,6 +19,8 @@ from foveate.files import is_regular
 
 MOST_PIXELS = 200_000_000  # decoded, an image of this size takes 600 MB
 LEAST_SIDE, MOST_SIDE = 8, 16384
+CROPS = ("none", "resize", "centre")
+STEP = 16  # pixels: the patches of most transformers, and no grid of cells that is cut off
 RESAMPLING = {
     "nearest": Image.Resampling.NEAREST,
     "bilinear": Image.Resampling.BILINEAR,
@@ -106,9 +108,43 @@ def to_tensor(image: Image.Image) -> Tensor:
     return torch.from_numpy(np.array(image, dtype=np.uint8)).permute(2, 0, 1).float().div(255)
 
 
+def as_rgb(x: Tensor) -> Tensor:
+    """An image ``[K,H,W]`` of any number of channels as one that can be looked at, ``[3,H,W]``: see :func:`colours_of`.
+
+    Raises:
+        FoveateError: not of three dimensions, or without a channel.
+    """
+    if x.ndim != 3 or not len(x):
+        raise FoveateError(f"an image to look at has shape [K,H,W], and this one has {list(x.shape)}")
+    if len(x) == 1:
+        return x.expand(3, -1, -1)
+    if len(x) == 2:
+        return x[[0, 1, 0]]
+    if len(x) <= 4:
+        return x[:3]
+    return torch.stack([group.mean(0) for group in x.tensor_split(3)])
+
+
+def colours_of(channels: int) -> str:
+    """What red, green and blue of :func:`as_rgb` are, in words; nothing where there is nothing to say.
+
+    >>> colours_of(13)
+    'red, green, blue: means of channels 1-5, 6-9, 10-13 of 13'
+    """
+    if channels in (1, 3):
+        return ""
+    if channels == 2:
+        return "magenta: channel 1, green: channel 2"
+    if channels == 4:
+        return "channels 1-3 of 4"
+    groups = torch.arange(1, channels + 1).tensor_split(3)
+    means = ", ".join(f"{group[0]}-{group[-1]}" if len(group) > 1 else f"{group[0]}" for group in groups)
+    return f"red, green, blue: means of channels {means} of {channels}"
+
+
 def to_image(x: Tensor) -> Image.Image:
-    """``[3,H,W]`` in [0, 1] as an RGB image."""
-    pixels = (x.detach().float().clamp(0, 1) * 255).round().to(torch.uint8)
+    """``[K,H,W]`` in [0, 1] as an RGB image; one of other than three channels as :func:`as_rgb` shows it."""
+    pixels = (as_rgb(x.detach().float()).clamp(0, 1) * 255).round().to(torch.uint8)
     return Image.fromarray(pixels.permute(1, 2, 0).cpu().numpy(), "RGB")
 
 
@@ -142,6 +178,29 @@ class Preprocess:
         resize = None if self.resize is None else round(size * self.resize / min(self.crop))
         return replace(self, crop=(size, size), resize=resize)
 
+    def cropped(self, how: str, size: tuple[int, int]) -> Preprocess:
+        """The same with another crop, for a photograph of ``size`` (width, height).
+
+        Args:
+            how: ``none``: all of it at its own aspect, the shorter side as long as that of ``crop``, for models that take
+                other sizes; both sides are rounded to multiples of 16. ``resize``: all of it, squashed to ``crop``.
+                ``centre``: the shorter side to ``resize``, or to that of ``crop``, and the centre of it.
+
+        Raises:
+            FoveateError: another word.
+        """
+        if how == "none":
+            factor = min(self.crop) / min(size)
+            width, height = (max(STEP, round(side * factor / STEP) * STEP) for side in size)
+            if max(width, height) > MOST_SIDE:
+                raise ImageError(f"{size[0]}x{size[1]} pixels are too long for one image of a network: use another crop")
+            return replace(self, crop=(height, width), resize=None)
+        if how == "resize":
+            return replace(self, resize=None)
+        if how == "centre":
+            return self if self.resize is not None else replace(self, resize=min(self.crop))
+        raise FoveateError(f"crop {how!r} is unknown: use {', '.join(CROPS)}")
+
     def _resized(self, size: tuple[int, int]) -> tuple[int, int]:
         """Width and height after the resize, never smaller than the crop."""
         width, height = size
@@ -165,6 +224,17 @@ class Preprocess:
     def __call__(self, image: Image.Image) -> Tensor:
         """``[3,H,W]`` in [0, 1]."""
         return to_tensor(self.image(image))
+
+    def frame(self, size: tuple[int, int]) -> tuple[float, float, float, float]:
+        """What the network sees of a photograph of ``size`` (width, height): ``left, top, right, bottom`` in its pixels.
+
+        >>> Preprocess((224, 224), 256).frame((3000, 800))
+        (1150.0, 50.0, 1850.0, 750.0)
+        """
+        width, height = self._resized(size)
+        left, top = self._offset(width, height)
+        across, down = size[0] / width, size[1] / height
+        return left * across, top * down, (left + self.crop[1]) * across, (top + self.crop[0]) * down
 
     def mask(self, mask: Image.Image) -> Tensor:
         """A mask image as ``[H,W]`` bool: above half of its largest value is the object, so 0/1 and 0/255 are alike.
@@ -193,6 +263,12 @@ class Preprocess:
         scaled = torch.tensor(boxes, dtype=torch.float32).reshape(-1, 4)
         scaled = scaled * torch.tensor([width / size[0], height / size[1]]).repeat(2) - torch.tensor([left, top]).repeat(2)
         return scaled if not clip else scaled.minimum(torch.tensor([self.crop[1], self.crop[0]]).repeat(2)).clamp(min=0)
+
+
+def cropped_away(frame: Sequence[float], size: tuple[int, int]) -> float:
+    """Share of a photograph of ``size`` (width, height) that lies outside of a frame: what the network never saw."""
+    left, top, right, bottom = frame
+    return max(0.0, 1 - (right - left) * (bottom - top) / (size[0] * size[1]))
 
 
 def floor_resize(crop: int, share: float) -> int:

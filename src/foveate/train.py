@@ -305,7 +305,7 @@ def train(
         resume: go on from the last finished epoch in ``out``, with the recipe that it was started with.
         overwrite: replace a run that ``out`` holds, once the first epoch of this one is on the disk.
         devices: GPUs, or processes on CPUs; a batch is divided among them.
-        loggers: ``csv`` and ``tensorboard``, into ``out/logs``.
+        loggers: ``csv``, ``tensorboard`` and ``wandb``, into ``out/logs``; the last two show the film too.
         workers: processes that read images.
         compiled: ``torch.compile`` for what no loss looks into.
         trust_code: where the model is the folder of a run whose recipe names a Python file, run it.

@@ -1,4 +1,4 @@
-"""What is asked of a batch of images, the answers, and the pictures and numbers that are written of each image."""
+"""What is asked of a batch of images, the answers, and what is drawn and said of each image."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from foveate.cli.drawing import Drawing, Drawn, Studio, named_class
 from foveate.cli.images import Picture
 from foveate.errors import DegenerateMapWarning, FoveateError, printable
 
@@ -18,8 +19,7 @@ if TYPE_CHECKING:
 
     from foveate.explain import Explanation
     from foveate.models.load import Classifier
-
-WRITTEN = ("all", "overlay", "sheet", "none")  # what pictures there are of an image
+    from foveate.report.sheets import About
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,6 @@ class Question:
     precision: Any
     settings: dict[str, dict[str, Any]]
     only_errors: bool
-    written: str
 
     @property
     def needs_labels(self) -> bool:
@@ -73,9 +72,9 @@ def _once(reasons: Mapping[str, str], answers: int) -> dict[str, str]:
 
 
 def explain_batch(
-    classifier: Classifier, read: Sequence[Picture], question: Question, folder: Path, missing: Missing
+    classifier: Classifier, read: Sequence[Picture], question: Question, folder: Path, missing: Missing, studio: Studio
 ) -> Iterator[dict[str, Any]]:
-    """The entries of a batch in the document, each after its pictures are written.
+    """The entries of a batch in the document, each after its pictures went to the studio.
 
     Raises:
         FoveateError: no method has an answer, or the question is none for this model.
@@ -105,7 +104,7 @@ def explain_batch(
     methods = sum(sum(answer.seconds.values()) for answer in answers.values())
     shared = (time.perf_counter() - start - methods) / len(read)
     for i, picture in enumerate(read):
-        yield _entry(classifier, list(asked.values()), i, picture, question, folder, shared)
+        yield _entry(classifier, list(asked.values()), i, picture, folder, shared, studio)
 
 
 def _predicted(classifier: Classifier, x: Tensor, head: Any) -> Tensor:
@@ -186,124 +185,140 @@ class Answer:
 
 
 def _entry(
-    classifier: Classifier, asked: list[Answer], i: int, picture: Picture, question: Question, folder: Path, shared: float
+    classifier: Classifier, asked: list[Answer], i: int, picture: Picture, folder: Path, shared: float, studio: Studio
 ) -> dict[str, Any]:
-    """One image: its pictures are written, the numbers are returned. The same question is answered once."""
+    """One image: its pictures go to the studio, the numbers are returned. The same question is answered once."""
+    from foveate.report.explained import Seen
+
     by_question: dict[tuple[int, int | None], Answer] = {}
     for answer in asked:
         by_question.setdefault(answer.question(i), answer)
     distinct = list(by_question.values())
     first = asked[0].explanation
+    top = _top(first.capture.logits[i].detach(), first.capture.head, classifier)
     item: dict[str, Any] = {
         "file": printable(picture.path),
         "layer": first.layer or None,  # none where no method asked for one
         "grid": str(first.capture.layout()) if first.layer else None,
         "target": int(first.target.y[i]),
         "target_name": classifier.class_name(int(first.target.y[i])),
-        "top": _top(first.capture.logits[i].detach(), first.capture.head, classifier),
+        "label": picture.label,
+        "label_name": None if picture.label is None else classifier.class_name(picture.label),
+        "right": None if picture.label is None else picture.label == top[0][0],
+        "cropped": round(picture.cropped, 4),
+        "top": top,
         "seconds_shared": round(shared, 5),
         "answers": [],
     }
+    rows: list[tuple[str, float, dict[str, Drawn]]] = []
     for answer in distinct:
         target, against = answer.question(i)
-        item["answers"].append(
-            {
-                "question": answer.key or "target",
-                "target": target,
-                "against": against,
-                "target_name": classifier.class_name(target),
-                "against_name": None if against is None else classifier.class_name(against),
-                "maps": {
-                    name: _map(answer, name, row, i, classifier, folder, picture.stem, question.written)
-                    for row, name in enumerate(answer.explanation.maps)
-                },
-            }
-        )
+        document: dict[str, Any] = {
+            "question": answer.key or "target",
+            "target": target,
+            "against": against,
+            "target_name": classifier.class_name(target),
+            "against_name": None if against is None else classifier.class_name(against),
+            "maps": {},
+        }
+        before, drawn = float(answer.before[i]), {}
+        for row, name in enumerate(answer.explanation.maps):
+            entry = document["maps"][name] = _map(answer, name, row, i, classifier)
+            drawn[name] = _drawn(answer, name, row, i, classifier, entry, document, folder / picture.stem)
+            for key, kinds, end in (("overlay", ("all", "overlay"), ".overlay"), ("picture", ("all",), "")):
+                if studio.kind in kinds:
+                    entry[key] = printable(f"{drawn[name].base}{end}.{studio.form}")
+            before = drawn[name].before if entry["against"] == against else before
+        item["answers"].append(document)
+        rows.append((why(document, indices=True), before, drawn))
     item["maps"] = item["answers"][0]["maps"]
     several = len(distinct) > 1
-    if question.written == "sheet" or (question.written == "all" and (several or len(item["maps"]) > 1)):
-        path = folder / f"{picture.stem}.{'answers' if several else 'methods'}.png"
-        _write_sheet(path, item["answers"], distinct, i)
-        item["picture"] = printable(path)
+    sheet = None
+    if studio.kind == "sheet" or (studio.kind == "all" and (several or len(item["maps"]) > 1)):
+        sheet = folder / f"{picture.stem}.{'answers' if several else 'methods'}"
+        item["picture"] = printable(f"{sheet}.{studio.form}")
+    if studio.kind != "none":
+        seen = Seen.of(first.capture.x[i].detach())
+        about = _about(classifier, item, picture)
+        studio.take(Drawing(picture.path, picture.frame, about, rows, sheet, picture.shown, item, seen))
     if not several:
         del item["answers"]
     return item
 
 
-def _map(
-    answer: Answer, name: str, row: int, i: int, classifier: Classifier, folder: Path, stem: str, written: str
-) -> dict[str, Any]:
-    """The numbers of one map; its overlay and its picture of four panels are written."""
-    from foveate.images import to_image
+def _about(classifier: Classifier, item: dict[str, Any], picture: Picture) -> About:
+    from foveate.report.sheets import About
+
+    layer = f"{item['layer']} ({item['grid']})" if item["layer"] else ""
+    label = "" if picture.label is None else named_class(item["label_name"], picture.label)
+    channels = 3 if picture.shown is None else len(picture.shown)
+    return About(picture.path.name, classifier.name, layer, label, item["right"], picture.cropped, channels)
+
+
+def _map(answer: Answer, name: str, row: int, i: int, classifier: Classifier) -> dict[str, Any]:
+    """The numbers of one map."""
     from foveate.registry import METHODS
-    from foveate.report import pictures
 
     explanation, before, after = answer.explanation, float(answer.before[i]), float(answer.after[row, i])
     record, target, error = METHODS.get(name), explanation.targets[name], explanation.completeness_error[name]
     other = int(target.other[i]) if target.other is not None and not record.control else None
-    completeness = float(error[i]) if error is not None else None
-    flat = bool(explanation.degenerate[name][i])
-    entry: dict[str, Any] = {
+    return {
         "against": other,
         "against_name": None if other is None else classifier.class_name(other),
         "p_before": before,
         "p_after": after,
         "share_before": _finite(float(answer.share_before[row, i])),
         "share_after": _finite(float(answer.share_after[row, i])),
-        "completeness_error": completeness,
+        "completeness_error": float(error[i]) if error is not None else None,
         "seconds": round(explanation.seconds[name] / len(explanation.capture.x), 6),
-        "degenerate": flat,
+        "degenerate": bool(explanation.degenerate[name][i]),
         "facts": {key: _plain(values[i]) for key, values in explanation.facts[name].items()},
         "remark": remarks[i] if (remarks := explanation.remarks[name]) else None,
     }
-    end = f".{answer.key}" if answer.key else ""
-    base = str(folder / (f"{stem}{end}.{name.replace(':', '_')}" + ("" if other is None else f".against_{other}")))
-    x, saliency, raw = explanation.capture.x[i].detach(), explanation.maps[name][i], explanation.raw[name][i]
-    if written in ("all", "overlay"):
-        path = f"{base}.overlay.png"
-        pictures.write(to_image(pictures.overlay(x, saliency)), path)
-        entry["overlay"] = printable(path)
-    if written == "all":
-        title = f"{record.title}: {short(classifier.class_name(int(target.y[i])))}"
-        if record.control:
-            title = f"{record.title} (control: it does not look at the model)"
-        if other is not None:
-            title += f", and not {short(classifier.class_name(other))}"
-        note = "" if completeness is None else f"completeness error {completeness:.1e}"
-        if flat:
-            note = "nothing here speaks for the class"
-        path = f"{base}.png"
-        entry["picture"] = printable(path)
-        measure, first, last = answer.shown(row, i, contrast=other is not None)
-        numbers: dict[str, Any] = {"measure": measure, "before": first, "after": last, "note": note}
-        pictures.side_by_side(path, x, saliency, raw, signed=record.signed, title=title, **numbers)
-    return entry
 
 
-def _write_sheet(path: Path, answered: Sequence[dict[str, Any]], answers: Sequence[Answer], i: int) -> None:
+def _drawn(
+    answer: Answer,
+    name: str,
+    row: int,
+    i: int,
+    classifier: Classifier,
+    entry: dict[str, Any],
+    document: dict[str, Any],
+    stem: Path,
+) -> Drawn:
+    """What is drawn of one map."""
     from foveate.registry import METHODS
-    from foveate.report import pictures
 
-    rows = []
-    for document, answer in zip(answered, answers, strict=True):
-        panels, before = {}, float(answer.before[i])
-        for row, (name, saliency) in enumerate(answer.explanation.maps.items()):
-            record, own = METHODS.get(name), document["maps"][name]
-            title = f"{record.title} (control)" if record.control else record.title
-            if own["against"] not in (None, document["against"]):
-                title += f", not {short(own['against_name'])}"
-            measure, first, after = answer.shown(row, i, contrast=document["against"] is not None)
-            before = first if own["against"] == document["against"] else before
-            panels[name] = pictures.Panel(title, saliency[i], after, measure)
-        rows.append((why(document), before, panels))
-    pictures.sheet(path, answers[0].explanation.capture.x[i].detach(), rows)
+    explanation, record, other = answer.explanation, METHODS.get(name), entry["against"]
+    completeness, target = entry["completeness_error"], document["target"]
+    end = f".{answer.key}" if answer.key else ""
+    base = f"{stem.name}{end}.{name.replace(':', '_')}" + ("" if other is None else f".against_{other}")
+    title = f"{record.title}: {named_class(classifier.class_name(target), target)}"
+    if record.control:
+        title = f"{record.title} (control: it does not look at the model)"
+    short_title = f"{record.title} (control)" if record.control else record.title
+    if other is not None:
+        title += f", and not {named_class(entry['against_name'], other)}"
+        if other != document["against"]:
+            short_title += f", not {short(entry['against_name'])}"
+    note = "" if completeness is None else f"completeness error {completeness:.1e}"
+    if entry["degenerate"]:
+        note = "nothing here speaks for the class"
+    measure, before, after = answer.shown(row, i, contrast=other is not None and document["against"] is not None)
+    raw, size = explanation.raw[name][i].detach().float().cpu().clone(), explanation.capture.size
+    return Drawn(stem.with_name(base), title, short_title, raw, size, record.signed, measure, before, after, note)
 
 
-def why(answer: dict[str, Any]) -> str:
-    """The question of an answer in words."""
+def why(answer: dict[str, Any], indices: bool = False) -> str:
+    """The question of an answer in words, its classes with their indices or without."""
     word = {"pred": "predicted: ", "label": "label: ", "second": "runner-up: "}.get(answer["question"], "")
-    name = short(answer["target_name"])
-    return f"{word}why {name}" if answer["against"] is None else f"why {name}, not {short(answer['against_name'])}"
+    names = [
+        named_class(answer[f"{side}_name"], answer[side]) if indices else short(answer[f"{side}_name"])
+        for side in ("target", "against")
+        if answer[side] is not None
+    ]
+    return f"{word}why {names[0]}" if len(names) == 1 else f"why {names[0]}, not {names[1]}"
 
 
 def _top(logits: Tensor, head: str, classifier: Classifier, count: int = 5) -> list[list[Any]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Iterator
+from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -13,7 +14,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from foveate.cli.answers import WRITTEN, Missing, Question, explain_batch, short, why
+from foveate.cli.answers import Missing, Question, explain_batch, short, why
+from foveate.cli.drawing import Studio, crop_note, parse_pictures
 from foveate.cli.images import Pictures
 from foveate.cli.options import (
     FAILURES,
@@ -55,6 +57,7 @@ if TYPE_CHECKING:
 
 
 AT_ONCE = 16  # images that share one run of the model, at most
+PAGE = "index.html"
 MOST_REASONS = 5  # of images that cannot be read, in one sentence
 
 
@@ -102,21 +105,50 @@ def explain(
     trust_code: TrustCode = False,
     encoding: Encoding = None,
     pictures: Annotated[
-        str, typer.Option(help="all: overlays, four panels and sheets; overlay; sheet: one picture an image; or none.")
+        str,
+        typer.Option(
+            help="all: overlays, four panels and sheets; overlay; sheet: one picture an image; or none. With commas also the "
+            "formats: png, pdf, svg, as in 'sheet,pdf'."
+        ),
     ] = "all",
+    colormap: Annotated[
+        str, typer.Option(help="Colours of maps: foveate, or any of matplotlib's, such as viridis or inferno.")
+    ] = "foveate",
+    opacity: Annotated[float, typer.Option(help="Of a map's largest value on the photograph, above 0 and at most 1.")] = 0.85,
+    dpi: Annotated[int, typer.Option(help="Dots an inch of sheets and panels; overlays keep the photograph's pixels.")] = 110,
+    scale: Annotated[
+        str,
+        typer.Option(
+            help="Which maps have one scale of colours: own (each its own), images (those of a method over all images), "
+            "methods (those of an image over its methods), common (all)."
+        ),
+    ] = "own",
+    crop: Annotated[
+        str | None,
+        typer.Option(
+            help="What the model sees of a photograph, if not what it is made for: none (all of it at its own aspect, for "
+            "models that take other sizes), resize (all of it, squashed), centre."
+        ),
+    ] = None,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
     """Maps of why a model says what it says of images: pictures, probabilities, and whether a map can be trusted."""
     with sentences(debug):
+        from foveate.images import CROPS
         from foveate.precision import check_precision
         from foveate.registry import ungrouped
+        from foveate.report.explained import ExplainedPage
+        from foveate.report.page import check_page
+        from foveate.report.sheets import Look
 
         check_precision(precision, "--precision")
         for option, text in (*(("IMAGE", image) for image in images), ("--target", target), ("--against", against)):
             refuse_empty(option, text)
-        if pictures not in WRITTEN:
-            raise FoveateError(f"--pictures {pictures!r} is unknown: use {', '.join(WRITTEN)}")
+        kind, formats = parse_pictures(pictures)
+        if crop is not None and crop not in CROPS:
+            raise FoveateError(f"--crop {crop!r} is unknown: use {', '.join(CROPS)}")
+        studio = Studio(kind, scale, Look(colormap, opacity, dpi, formats))
         given = ",".join(method or ["grad_cam", "hires_cam"])
         names = listed(given)
         ungrouped(names)  # an unknown name stops here, before the model is built
@@ -133,18 +165,21 @@ def explain(
             precision=precision,
             settings=own_settings(setting),
             only_errors=errors,
-            written=pictures,
         )
         if question.against is not None and len(question.targets) > 1:
             raise FoveateError(f"--target {target!r} asks for contrasts itself: leave out --against, or give one target")
         folder = out_folder(out)
-        named = Pictures.named(images, classifier, question.needs_labels, encoding)
+        if kind != "none":
+            check_page(folder / PAGE)
+            studio.page = ExplainedPage()
+        named = Pictures.named(images, classifier, question.needs_labels, encoding, crop)
         document: list[dict[str, Any]] = []
         missing = Missing()
         stopped: BaseException | None = None
         quiet = as_json or len(named) == 1 or sys.stdout.isatty()  # there, images that are done show how far it is
         try:
-            for item in progress(_explained(classifier, named, question, folder, missing), "explaining", quiet, len(named)):
+            explained = _explained(classifier, named, question, folder, missing, studio)
+            for item in progress(explained, "explaining", quiet, len(named)):
                 if item is None:
                     continue
                 document.append(item)
@@ -152,6 +187,10 @@ def explain(
                     _print_image(item)
         except (KeyboardInterrupt, FoveateError) as error:
             stopped = error
+        studio.finish()
+        if studio.page is not None and document:
+            facts = {"layer": document[0]["layer"] or "", "weights": weights or ("pretrained" if pretrained else "")}
+            studio.page.write(folder / PAGE, classifier.name, {name: text for name, text in facts.items() if text})
         if stopped is None and len(named.failures) == len(named):
             reasons = [reason for _, reason in named.failures]
             more = f"; and {len(reasons) - MOST_REASONS} others" if len(reasons) > MOST_REASONS else ""
@@ -160,10 +199,13 @@ def explain(
             raise stopped
         if as_json:
             listing = [{"file": printable(file), "reason": reason} for file, reason in named.failures]
-            whole = {"images": document, "complete": stopped is None, "failures": listing}
+            page = printable(folder / PAGE) if studio.page is not None and document else None
+            whole = {"images": document, "complete": stopped is None, "failures": listing, "page": page}
             print(json.dumps({**whole, "refused": missing.refused, "left_out": missing.left_out}, indent=2))
-        elif document and pictures != "none":
-            Console(soft_wrap=True, highlight=False).print(f"pictures in [bold]{escape(printable(folder))}[/]")
+        elif document and kind != "none":
+            Console(soft_wrap=True, highlight=False).print(
+                f"pictures in [bold]{escape(printable(folder))}[/]; the page: [bold]{escape(printable(folder / PAGE))}[/]"
+            )
         print_notes(classifier)
         for name, reason in missing.left_out.items():
             err.print(f"[yellow]note:[/] left out {escape(reason_of(name, reason))}", soft_wrap=True)
@@ -180,7 +222,7 @@ def explain(
 
 
 def _explained(
-    classifier: Classifier, named: Pictures, question: Question, folder: Path, missing: Missing
+    classifier: Classifier, named: Pictures, question: Question, folder: Path, missing: Missing, studio: Studio
 ) -> Iterator[dict[str, Any] | None]:
     """The entry of each image as it is done, None for those that are passed over."""
     start, size = 0, 1  # the first image is shown once it is done, not once the first sixteen are
@@ -188,10 +230,15 @@ def _explained(
         rows = range(start, min(start + size, len(named)))
         start, size = rows.stop, min(2 * size, AT_ONCE)
         read, done = named.read(rows, classifier), 0
-        if read:
-            for item in explain_batch(classifier, read, question, folder, missing):
-                done += 1
-                yield item
+        for _, alike in groupby(read, key=lambda picture: picture.x.shape):
+            try:
+                for item in explain_batch(classifier, list(alike), question, folder, missing, studio):
+                    done += 1
+                    yield item
+            except FoveateError as error:
+                if named.crop == "none" and "images of shape" in str(error):
+                    raise FoveateError(f"--crop none: {error} Use --crop resize, which keeps to its size") from None
+                raise
         yield from [None] * (len(rows) - done)
 
 
@@ -213,6 +260,8 @@ def _print_image(item: dict[str, Any]) -> None:
     answers = item.get("answers", [{"question": "target", "against": None, **item}])
     for answer in answers:
         _print_answer(console, answer, item)
+    if note := crop_note(item):
+        console.print(f"[yellow]note:[/] {note}", soft_wrap=True)
     if "picture" in item:
         console.print(f"all of them: [bold]{escape(item['picture'])}[/]", soft_wrap=True)
     console.print(

@@ -24,6 +24,9 @@ class Picture:
     stem: str
     x: Tensor  # [3,H,W]
     label: int | None = None
+    frame: tuple[float, float, float, float] | None = None  # of what the model saw, in pixels of the file
+    cropped: float = 0.0  # share of the file that it did not see
+    shown: Tensor | None = None  # x, where the file itself is no photograph
 
 
 @dataclass(frozen=True)
@@ -32,24 +35,42 @@ class Pictures:
 
     Attributes:
         stems: one an image, none twice: files of the same name in different folders get a number.
-        labels: the class of each, or why there is none; None where no label is asked for.
+        labels: the class of each, or why there is none.
+        labelled: whether an image without a label is a failure.
+        crop: of :data:`foveate.images.CROPS`, or None for the model's own.
         failures: images that cannot be read, or have no label, with the reason; it grows as they are read.
     """
 
     paths: list[Path]
     stems: list[str]
-    labels: list[int | str] | None
+    labels: list[int | str]
+    labelled: bool = False
+    crop: str | None = None
     failures: list[tuple[str, str]] = field(default_factory=list)
 
     @classmethod
-    def named(cls, names: Sequence[str], classifier: Classifier, labelled: bool, encoding: str | None = None) -> Pictures:
+    def named(
+        cls,
+        names: Sequence[str],
+        classifier: Classifier,
+        labelled: bool,
+        encoding: str | None = None,
+        crop: str | None = None,
+    ) -> Pictures:
         """The images of files and folders, each once; in folders, what foveate wrote is no image.
 
         Raises:
-            FoveateError: a ``labels.csv`` that cannot be read.
+            FoveateError: a ``labels.csv`` that cannot be read, where labels are asked for.
         """
         paths = list({path.resolve(): path for name in names for path in _files(Path(name))}.values())
-        return cls(paths, _stems(paths), _labels(paths, classifier, encoding) if labelled else None)
+        labels: list[int | str]
+        try:
+            labels = _labels(paths, classifier, encoding)
+        except FoveateError as error:
+            if labelled:
+                raise
+            labels = [str(error)] * len(paths)
+        return cls(paths, _stems(paths), labels, labelled, crop)
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -60,14 +81,18 @@ class Pictures:
 
         found = []
         for row in rows:
-            path, label = self.paths[row], None if self.labels is None else self.labels[row]
+            path, label = self.paths[row], self.labels[row]
             try:
                 if path.is_dir():
                     raise ImageError(f"{path} is a folder without images")
-                x = classifier.preprocess(images.read(path))
-                if isinstance(label, str):
+                photograph = images.read(path)
+                if isinstance(label, str) and self.labelled:
                     raise ImageError(label)
-                found.append(Picture(path, self.stems[row], x, label))
+                own, size = classifier.preprocess, photograph.size
+                way = own if self.crop is None else own.cropped(self.crop, size)
+                frame, known = way.frame(size), None if isinstance(label, str) else label
+                x, cropped = way(photograph), images.cropped_away(frame, size)
+                found.append(Picture(path, self.stems[row], x, known, frame, cropped))
             except ImageError as error:
                 self.failures.append((str(path), str(error)))
         return found

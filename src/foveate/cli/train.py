@@ -67,7 +67,9 @@ def train(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a run that the folder holds.")] = False,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the last finished epoch in the folder.")] = False,
     devices: Annotated[int, typer.Option(min=1, help="GPUs, or processes on CPUs: a batch is divided among them.")] = 1,
-    logger: Annotated[list[str] | None, typer.Option(help="csv or tensorboard, into OUT/logs. Repeat.")] = None,
+    logger: Annotated[
+        list[str] | None, typer.Option(help="csv, tensorboard or wandb, into OUT/logs; the last two show the film. Repeat.")
+    ] = None,
     workers: Annotated[int, typer.Option(min=0, help="Processes that read images.")] = 0,
     compiled: Annotated[bool, typer.Option("--compile", help="torch.compile where no loss looks inside.")] = False,
     trust_code: TrustCode = False,

@@ -22,6 +22,7 @@ from foveate.files import replacing, write_text
 from foveate.findings import advice, findings
 from foveate.images import to_image
 from foveate.models.normalisation import about_input
+from foveate.overlay import HEAT, ramp
 from foveate.prevalence import EVERY, Prevalence, prevalence
 from foveate.records import GROUPS
 from foveate.registry import METHODS, is_control, title_of
@@ -49,6 +50,7 @@ LINKS = {
     "other": "Other columns",
 }
 
+FAINT = 0.5  # the largest value of a small map of cells is above, also where one cell alone is hot
 SmallMaps = Mapping[tuple[str, int], np.ndarray]
 
 
@@ -180,7 +182,7 @@ def _content(
         "columns": [{"name": c, "title": (known := tables.heading(c)).title, "up": known.better == "Higher"} for c in shown],
         "curves": curves,
         "images": [_image(results, i, classifier, source, places, names, shown, small) for i in chosen],
-        "ramp": pictures.ramp(),
+        "ramp": ramp(HEAT),
     }
     correlation = disagreement(frame)
     protocol = written.plan.protocol
@@ -315,6 +317,7 @@ def _image(
         n: [_rounded(results.values[n, c][index]) if (n, c) in results.values else None for c in per_image] for n in names
     }
     picture, aspect = _thumb(source, places, results.ids[index], index)
+    visible = {n: _visible(small[n, index]) for n in names if (n, index) in small}
     return {
         "id": results.ids[index],
         "label": _class_name(classifier, label) if label >= 0 else "",
@@ -325,8 +328,20 @@ def _image(
         "aspect": aspect,
         "columns": per_image,
         "values": values,
-        "maps": {n: _coded(small[n, index]) for n in names if (n, index) in small},
+        "maps": {n: _coded(values) for n, (values, _) in visible.items()},
+        "alike": [n for n, (_, alike) in visible.items() if alike],  # whose brightest 1 % are shown alike
     }
+
+
+def _visible(small: np.ndarray) -> tuple[np.ndarray, bool]:
+    """A small map as the gallery shows it, and whether its brightest 1 % are alike, as of maps of single pixels.
+
+    The mean over a cell of such a map is far below its largest pixel, and the map would be black at its own scale.
+    """
+    bright = float(np.sort(small)[int(0.99 * (len(small) - 1))])
+    if small.max() > FAINT or bright <= 0:
+        return small, False
+    return np.minimum(small / bright, 1), True
 
 
 def _rounded(value: float) -> float | None:

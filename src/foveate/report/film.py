@@ -11,7 +11,7 @@ from PIL import Image
 
 from foveate.errors import FoveateError
 from foveate.film import Film, Frame
-from foveate.images import to_image
+from foveate.images import colours_of, to_image
 from foveate.maps import upsample
 from foveate.registry import METHODS
 from foveate.report import pictures
@@ -61,7 +61,8 @@ def film_strip(film: Film, count: int = SHOWN) -> dict[str, Any]:
             )
         title = batch.id[index] if batch.id else ""
         rows.append({"picture": picture(x), "label": names[label] if names else f"class {label}", "id": title, "cells": cells})
-    return {"epochs": [frame.epoch for frame in frames], "rows": rows, "method": METHODS.get(film.method).title}
+    about = {"method": METHODS.get(film.method).title, "colours": colours_of(batch.x.shape[1])}
+    return {"epochs": [frame.epoch for frame in frames], "rows": rows, **about}
 
 
 def picture(x: torch.Tensor) -> str:

@@ -10,6 +10,7 @@ from typing import Any
 import jinja2
 
 from foveate._version import __version__
+from foveate.errors import FoveateError
 from foveate.files import write_text
 
 TEMPLATES = Path(__file__).parent / "templates"
@@ -35,3 +36,9 @@ def render(template: str, path: str | Path, content: Mapping[str, Any]) -> Path:
     environment.filters["percent"] = lambda value: f"{100 * value:.1f}"
     write_text(path, environment.get_template(template).render({"version": __version__, **content}))
     return Path(path)
+
+
+def check_page(path: Path) -> None:
+    """Raise a FoveateError where a file is there that is no page of foveate's, and would be replaced by one."""
+    if path.exists() and not (path.is_file() and b'<meta name="generator" content="foveate' in path.read_bytes()[:2000]):
+        raise FoveateError(f"{str(path)!r} is there, and foveate did not write it: move it, or name another --out")
