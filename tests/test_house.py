@@ -17,7 +17,7 @@ from foveate import memory
 SOURCE = Path(foveate.__file__).parent
 # Imports point up this list, within a line and to lines above it.
 FLOORS = [
-    {"_version", "_torchvision", "_lightning", "errors", "files", "intervals", "text", "tables", "twice"},
+    {"_version", "_lazy", "_torchvision", "_lightning", "errors", "files", "intervals", "shown", "text", "tables", "twice"},
     {
         "batch",
         "chunks",
@@ -44,9 +44,11 @@ FLOORS = [
     {"registry", "missing"},
     {"boxes", "randomize", "curvature", "proximal"},
     {"methods"},
-    {"metrics", "losses", "explain"},
-    {"models"},
+    {"metrics", "losses"},
     {"data"},
+    {"models", "inputs"},
+    {"explanation"},
+    {"explain"},
     {"results", "protocol", "statistics"},
     {"prevalence", "evaluate", "testing", "recipe", "film", "groups"},
     {"identity", "runs", "torchmetrics", "confidence", "splits", "trained"},

@@ -19,6 +19,7 @@ from foveate.files import is_regular
 
 MOST_PIXELS = 200_000_000  # decoded, an image of this size takes 600 MB
 LEAST_SIDE, MOST_SIDE = 8, 16384
+ORIENTATION = 0x0112  # of EXIF
 RESAMPLING = {
     "nearest": Image.Resampling.NEAREST,
     "bilinear": Image.Resampling.BILINEAR,
@@ -46,6 +47,19 @@ def read_mask(path: Path, of: Path) -> Image.Image:
         return _opened(path, of, lambda image: image.copy())
     except ImageError as error:
         raise ImageError(f"the mask of {of} cannot be read: {error}", of) from None
+
+
+def upright(image: Image.Image, name: object = "the image") -> Image.Image:
+    """A PIL image of any mode as 8-bit RGB, as :func:`read` gives a file: upright, transparency on white, 16 bits scaled.
+
+    Raises:
+        ImageError: its file is closed, cut off or damaged, or it is too small or too large.
+    """
+    _check_size(name, image.size)
+    try:
+        return _to_rgb(ImageOps.exif_transpose(image))
+    except (OSError, SyntaxError, ValueError) as error:
+        raise ImageError(f"{name} is closed, damaged or cut off: {str(error).rstrip('.')}", name) from None
 
 
 def _opened(path: Path, of: object, take: Callable[[Image.Image], Image.Image]) -> Image.Image:
@@ -79,7 +93,7 @@ def _opened(path: Path, of: object, take: Callable[[Image.Image], Image.Image]) 
         raise ImageError(f"{path} is damaged or cut off: {str(error).rstrip('.')}", of) from None
 
 
-def _check_size(path: Path, size: tuple[int, int]) -> None:
+def _check_size(path: object, size: tuple[int, int]) -> None:
     width, height = size
     if min(size) < LEAST_SIDE:
         raise ImageError(f"{path} has {width}x{height} pixels: an image needs at least {LEAST_SIDE} on each side")
@@ -196,8 +210,12 @@ class Preprocess:
         left, top = self._offset(width, height)
         return resized.crop((left, top, left + self.crop[1], top + self.crop[0]))
 
-    def __call__(self, image: Image.Image) -> Tensor:
-        """``[3,H,W]`` in [0, 1]."""
+    def __call__(self, image: Image.Image | str | Path | np.ndarray | Tensor) -> Tensor:
+        """One photograph as ``[3,H,W]`` in [0, 1]: a PIL image of any mode, a path, an array ``[H,W,3]`` or a tensor."""
+        if not isinstance(image, Image.Image) or image.mode != "RGB" or image.getexif().get(ORIENTATION, 1) != 1:
+            from foveate.inputs import one_photograph
+
+            image = one_photograph(image)
         return to_tensor(self.image(image))
 
     def frame(self, size: tuple[int, int]) -> tuple[float, float, float, float]:

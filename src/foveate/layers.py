@@ -222,6 +222,11 @@ WITHOUT_LAYERS = f"'gradient' and 'integrated_gradients' need no layer, and {WIT
 _NORMS = ("norm", "batchnorm", "bn")
 
 
+def already_found(model: nn.Module, size: tuple[int, ...]) -> str | None:
+    """What :func:`find` has found for images of this ``size [K,H,W]``; None before it was asked. Nothing is run."""
+    return _found.of(model).get(tuple(size))
+
+
 def find(model: nn.Module, x: Tensor, forward: Callable[[Tensor], Any] | None = None) -> str:
     """The layer that a class activation map should look at: the last one with a grid that the logits depend on.
 

@@ -6,6 +6,7 @@ import difflib
 import importlib.util
 import pickle
 import sys
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,11 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from foveate import layers
 from foveate._torchvision import only_tensors, timm, torchvision
-from foveate.classifier import IMAGENET_MEAN, IMAGENET_STD, Normalized
+from foveate.classifier import IMAGENET_MEAN, IMAGENET_STD, Normalized, core, unwrap
 from foveate.errors import FoveateError
 from foveate.imagenet import LINE, WORDNET_ID, imagenet_names, without_ids, wordnet_ids
-from foveate.images import Preprocess, floor_resize, read
+from foveate.images import Preprocess, floor_resize
+from foveate.shown import listed
 
 STREAM = "ca_stream:"
 
@@ -64,9 +67,33 @@ class Classifier(Normalized):
             self._class_names, ids = without_ids(names)
             self.wordnet_ids = ids if any(ids) else None
 
-    def read(self, *paths: str | Path) -> Tensor:
-        """Image files as this classifier takes them, ``[B,3,H,W]`` in [0, 1]."""
-        return torch.stack([self.preprocess(read(path)) for path in paths])
+    def read(self, *images: Any) -> Tensor:
+        """Photographs as this classifier takes them, ``[B,3,H,W]`` in [0, 1]: paths, folders, PIL images, arrays, tensors.
+
+        Raises:
+            FoveateError: see :func:`foveate.inputs.taken`.
+        """
+        from foveate.inputs import taken
+
+        return taken(self, images[0] if len(images) == 1 else list(images)).x
+
+    def __repr__(self) -> str:
+        """A few lines for people; ``print(classifier.model)`` shows the modules."""
+        height, width = self.preprocess.crop
+        mean, std = (
+            " ".join(f"{value:.3g}" for value in dict.fromkeys(values))
+            for values in (self.preprocess.mean, self.preprocess.std)
+        )
+        names, layer = self.class_names, layers.already_found(self, (self.mean.shape[1], height, width))
+        first = next(self.parameters(), None)
+        lines = [
+            f"Classifier {self.name or type(self.model).__name__}" + ("" if first is None else f" on {first.device}"),
+            f"  takes:   images in [0, 1], {height} x {width}; inside, mean {mean} and std {std}",
+            "  classes: " + ("names are not known" if names is None else f"{len(names)}: {listed(names, 3)}"),
+            f"  layer:   {layer or 'found when it is first asked for'}",
+            *(f"  note:    {note}" for note in self.notes),
+        ]
+        return "\n".join(lines)
 
     def class_index(self, name: str) -> int:
         """The class of a name, or of one of its synonyms (``tabby`` for ``tabby, tabby cat``), or of a part of it.
@@ -402,6 +429,25 @@ def _stated_preprocess(model: nn.Module) -> Preprocess | None:
     return Preprocess(
         (height, width), floor_resize(min(height, width), config.get("crop_pct") or 0.875), mean=_three(mean), std=_three(std)
     )
+
+
+def preprocess_of(model: nn.Module) -> Preprocess:
+    """From a photograph to what a model takes: a :class:`Classifier`'s own, what any other says of itself, or ImageNet's.
+
+    A warning where ImageNet's sizes are assumed.
+    """
+    model = unwrap(model)
+    known = getattr(model, "preprocess", None)
+    if not isinstance(known, Preprocess):
+        known = _stated_preprocess(core(model)[0])
+    if known is None:
+        known = Preprocess()
+        warnings.warn(
+            "the model does not say which size of images it takes: photographs are resized to 256 and cropped to 224 pixels, "
+            "as for ImageNet; foveate.load knows, or give a tensor of the size that it takes",
+            stacklevel=2,
+        )
+    return known
 
 
 def _stated_names(model: nn.Module) -> list[str] | None:
