@@ -161,7 +161,7 @@ class Capture:
         return feature.grid(feature.raw)
 
     def target(
-        self, target: object = None, *, score: str = "logit", against: object = None, labels: Tensor | None = None
+        self, target: object = None, *, score: str = "logit", against: object = None, labels: T.Labels | None = None
     ) -> T.Target:
         """What a person writes as a :class:`Target` of this batch; see :func:`foveate.targets.resolve`."""
         with torch.inference_mode(False):

@@ -21,12 +21,11 @@ from foveate.methods.cam import contrast_of
 from foveate.methods.wrappers import Fusion, check_fusion, over_layers
 from foveate.precision import Precision
 from foveate.registry import METHODS, Method, check_settings, ungrouped
-from foveate.targets import Head, Target, note_single, strongest_other
+from foveate.targets import Head, Labels, Target, note_single, strongest_other
 
 Methods = str | Method | Sequence[str | Method]
 Layers = str | nn.Module | Sequence[str | nn.Module]
 Settings = Mapping[str, Mapping[str, Any]]
-Labels = Tensor | Sequence[int]
 MOST_FROM_IMAGE = 8 * 224 * 224  # pixels whose whole graph is kept; more run again for the image's gradient, in chunks
 
 
@@ -82,7 +81,7 @@ def explain(
     check_fusion(fuse)
     records, own, optional = chosen_methods(methods, settings)
     given = taken(model, x, normalised=normalised)
-    known = given.y if labels is None else torch.as_tensor(labels)
+    known = given.y if labels is None else labels
     capture = _captured(records, model, given.x, layer, head, precision)
     resolved = capture.target(target, score=score, against=against, labels=known)
     if resolved.name != "callable":
@@ -135,7 +134,7 @@ def explain_each(
     check_fusion(fuse)
     records, own, optional = chosen_methods(methods, settings)
     given = taken(model, x, normalised=normalised)
-    known = given.y if labels is None else torch.as_tensor(labels)
+    known = given.y if labels is None else labels
     capture = _captured(records, model, given.x, layer, head, precision)
     note_single(capture.logits, head)
     seen = _seen(capture, given, own, fuse, precision)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -75,10 +76,15 @@ def taken(model: nn.Module, given: Any, *, normalised: bool = False) -> Taken:
     """
     if isinstance(model, (str, os.PathLike)):
         raise FoveateError(f"the model comes first, and {str(model)!r} is none yet: model = foveate.load({str(model)!r})")
-    if isinstance(given, Tensor) and given.ndim == 4 and given.is_floating_point() and not _is_last(given.shape, model):
+    if _is_plain(given) and not _is_last(given.shape, model):
         x = in_range(model, given, normalised)
         return Taken(x, tuple(f"image {i}" for i in range(len(x))), (None,) * len(x))
     return _together(model, list(_items(model, given, normalised, "")), given)
+
+
+def _is_plain(given: Any) -> bool:
+    """Whether it is a tensor of images that can go to a model as it is."""
+    return isinstance(given, Tensor) and given.ndim == 4 and given.is_floating_point() and given.layout == torch.strided
 
 
 def _together(model: nn.Module, items: Sequence[_Item], given: object) -> Taken:
@@ -150,8 +156,9 @@ def _items(model: nn.Module | None, given: Any, normalised: bool, where: str) ->
         yield from _of_tensor(model, given, normalised, where)
     elif isinstance(given, np.ndarray) and given.dtype.kind not in "OUS":
         yield from _of_array(model, given, normalised, where)
-    elif isinstance(given, DataLoader):
-        raise FoveateError("a DataLoader gives many batches: explain one of them, or give it to foveate.evaluate as it is")
+    elif isinstance(given, DataLoader) or (isinstance(given, Dataset) and not isinstance(given, Iterable)):
+        kind = "DataLoader" if isinstance(given, DataLoader) else "data set"
+        raise FoveateError(f"a {kind} is not one batch: explain images of it, or give it to foveate.evaluate as it is")
     elif isinstance(given, Mapping):
         near = next((key for key in ("image", "img", "pixel_values", "images", "x") if key in given), None)
         remedy = f"give its {near!r}" if near is not None else FORMS
@@ -168,7 +175,7 @@ def _items(model: nn.Module | None, given: Any, normalised: bool, where: str) ->
 def _is_label(value: Any) -> bool:
     if isinstance(value, (Tensor, np.ndarray)):
         return value.ndim <= 1 and not (torch.is_floating_point(torch.as_tensor(value)) if value.dtype != object else True)
-    return isinstance(value, int)
+    return isinstance(value, int) or (isinstance(value, (list, tuple)) and bool(value) and all(type(v) is int for v in value))
 
 
 def _files(given: str | os.PathLike[str]) -> Iterator[_Item]:
@@ -227,7 +234,7 @@ def _of_tensor(model: nn.Module | None, given: Tensor, normalised: bool, where: 
         given = given.float() if given.dtype == torch.bool else given.float() / 255
     elif model is not None:
         given = in_range(model, given, normalised)
-    yield _Item(tuple(f"image {i}" for i in range(len(given))), given)
+    yield _Item((f"image {where or 0}",) if len(given) == 1 else tuple(f"image {i}" for i in range(len(given))), given)
 
 
 def _of_array(model: nn.Module | None, given: np.ndarray, normalised: bool, where: str) -> Iterator[_Item]:
@@ -307,7 +314,7 @@ def in_range(model: nn.Module, x: Tensor, normalised: bool = False) -> Tensor:
 
     Raises:
         FoveateError: the values are those of a normalised image, or of whole numbers to 255; ``normalised`` for a model that
-            has no normalisation inside, or for images that are in [0, 1].
+            has no normalisation inside, or for images that were normalised otherwise.
     """
     inner = unwrap(model)
     if not isinstance(inner, Normalized):
@@ -330,6 +337,12 @@ def in_range(model: nn.Module, x: Tensor, normalised: bool = False) -> Tensor:
                 f"these images were not normalised with this model's mean and std: undone, their values are in "
                 f"[{least:.2f}, {most:.2f}] and not in [0, 1]"
             )
+        if not outside:
+            warnings.warn(
+                f"normalised=True undoes a normalisation, and these images are in [{low:.2f}, {high:.2f}] already: leave it "
+                "out where they were not normalised",
+                stacklevel=4,
+            )
         return undone.clamp(0, 1)
     if not outside:
         return x
@@ -350,8 +363,12 @@ def _quoted(given: object) -> str:
         return repr(printable(given))
     if isinstance(given, (list, tuple)):
         return f"a {type(given).__name__} of {len(given)}"
+    if given is None or isinstance(given, (bool, int, float, complex, bytes)):
+        return repr(given)[:60]
     shape = getattr(given, "shape", None)
-    return f"a {type(given).__name__}" + (f" of shape {list(shape)}" if isinstance(shape, tuple) else "")
+    return f"what was given, of type {type(given).__name__}" + (
+        f" and shape {list(shape)}," if isinstance(shape, tuple) else ","
+    )
 
 
 # -- data of many images -------------------------------------------------------------------------------------------
@@ -430,7 +447,7 @@ def _labelled(model: nn.Module, item: Any, normalised: bool) -> Any:
     single = isinstance(x, Tensor) and x.ndim == 3
     found = taken(model, x, normalised=normalised)
     try:
-        y = torch.as_tensor(y)
+        y = y if isinstance(y, Tensor) else torch.as_tensor(y)
     except (TypeError, ValueError, RuntimeError):
         raise FoveateError(f"labels are class indices, and these are {_quoted(y)} ({str(y)[:60]!r})") from None
     named = not all(name.startswith("image ") for name in found.names)

@@ -40,7 +40,6 @@ from foveate.cli.options import (
     print_notes,
     reason_of,
     refuse_empty,
-    renumbered,
     sentences,
 )
 from foveate.errors import FoveateError, printable
@@ -196,6 +195,7 @@ def open_data(data: str, classifier: Any, unclipped: bool, limit: int | None, en
     from torch.utils.data import Subset
 
     from foveate.data.benchmarks import open_benchmark
+    from foveate.inputs import renumbered
 
     opened = open_benchmark(data, classifier.preprocess, clip_boxes=not unclipped, encoding=encoding)
     source = renumbered(opened, classifier, data)

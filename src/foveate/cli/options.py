@@ -200,29 +200,6 @@ def out_folder(out: str) -> Path:
     return folder
 
 
-def renumbered(data: Any, classifier: Classifier, where: str) -> Any:
-    """Data whose classes are known by name, with the labels of the model's classes of these names.
-
-    Raises:
-        FoveateError: the model has no class of a name, or several; or its names are not known and counts differ.
-    """
-    names = data.class_names
-    if names is None:
-        return data
-    if classifier.class_names is None:
-        linear = [m.out_features for m in classifier.modules() if type(m).__name__ == "Linear"]
-        if not linear or linear[-1] != len(names):
-            raise FoveateError(
-                f"{where} has the classes {', '.join(names[:6])}, and the model's class names are not known: give "
-                "--classes FILE, with one class name a line, in the order of the model's outputs"
-            )
-        return data
-    try:
-        return data.renumbered({index: classifier.class_index(name) for index, name in enumerate(names)})
-    except FoveateError as error:
-        raise FoveateError(f"the classes of {where} are not the model's: {error}") from None
-
-
 def _numbers(option: str, text: str | None) -> list[float] | None:
     if text is None:
         return None
