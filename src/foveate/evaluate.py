@@ -28,6 +28,7 @@ from foveate.precision import Precision
 from foveate.protocol import Measuring, Protocol, preset
 from foveate.registry import METHODS, METRICS, Explained, Method, Metric, Spent
 from foveate.results import MAP, MAP_SIDE, MODEL, Results, add_missing, joined
+from foveate.shown import drawn
 from foveate.targets import Head, check_single, log_probability
 
 if TYPE_CHECKING:
@@ -85,6 +86,7 @@ def evaluate(
 
     results = measure(model, data, methods, metrics, **options)
     frame = results.table(baseline)
+    frame = drawn("dataframe").Table(frame).__finalize__(frame)
     frame.attrs |= {
         "findings": findings(frame, results),
         "protocol": results.protocol,
