@@ -105,7 +105,7 @@ WRITERS = {
 }
 TAKERS = {"unlink", "rename", "rmdir", "rmtree", "removedirs", "renames", "symlink_to", "hardlink_to", "truncate"}
 OF_MODULES = {"os.replace", "os.remove", "shutil.move", "shutil.copy", "shutil.copyfile", "shutil.copytree"}
-OWN = {"film.save", "trained.save"}  # which keep to it themselves
+OWN = {"film.save", "trained.save", "answer.save"}  # which keep to it themselves
 ELSEWHERE = {"files.py": "what all others use", "memory.py": "a switch of the kernel"}
 
 

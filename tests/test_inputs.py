@@ -225,7 +225,7 @@ def test_a_closed_file_and_a_name_for_a_model(model: Classifier, folder: Path) -
         explain(model, image)
     with pytest.raises(FoveateError, match=r"model = foveate\.load\('timm:resnet50'\)"):
         explain("timm:resnet50", folder)  # type: ignore[arg-type]
-    with pytest.raises(FoveateError, match="preprocess takes one photograph, and this is a list of 2"):
+    with pytest.raises(FoveateError, match=r"one photograph is a path.* and this is a list: model\.read takes several"):
         model.preprocess([folder / "a.png"] * 2)  # type: ignore[arg-type]
 
 

@@ -6,7 +6,7 @@ Explain, measure, train, measure again. Importing foveate loads torch and nothin
 from __future__ import annotations
 
 import importlib as _importlib
-from typing import TYPE_CHECKING as _TYPE_CHECKING
+import typing as _typing
 
 from foveate._version import __version__
 from foveate.batch import Batch
@@ -20,7 +20,7 @@ from foveate.memory import keep_memory
 from foveate.registry import loss, method, metric
 from foveate.targets import Target
 
-if _TYPE_CHECKING:
+if _typing.TYPE_CHECKING:
     from foveate import data, film, guided, losses, methods, metrics, models, report, testing, torchmetrics  # noqa: F401
     from foveate.film import Film
     from foveate.losses.centre import cam_loss
@@ -76,7 +76,7 @@ __all__ = [
 ]
 
 
-if not _TYPE_CHECKING:  # to a type checker it would say that there is every name
+if not _typing.TYPE_CHECKING:  # to a type checker it would say that there is every name
 
     def __getattr__(name: str) -> object:
         if name in _LAZY:

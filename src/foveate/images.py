@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import re
 import warnings
 from collections.abc import Callable, Sequence
@@ -115,6 +116,58 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
+def photograph(given: Image.Image | str | Path | np.ndarray | Tensor) -> Image.Image:
+    """One photograph in any of its forms as 8-bit RGB, upright: a path, a PIL image, an array or a tensor.
+
+    Raises:
+        FoveateError: something else, or several.
+        ImageError: a file that cannot be read.
+    """
+    if isinstance(given, (str, os.PathLike)):
+        return read(given)
+    if isinstance(given, Image.Image):
+        return upright(given)
+    if isinstance(given, Tensor) and given.layout == torch.strided:
+        given = given.detach().cpu().numpy()
+    if not isinstance(given, np.ndarray) or given.ndim not in (2, 3):
+        what = f"of shape {list(given.shape)}" if isinstance(given, (np.ndarray, Tensor)) else f"a {type(given).__name__}"
+        raise FoveateError(
+            f"one photograph is a path, a PIL image or an array [H,W,3], and this is {what}: model.read takes several"
+        )
+    first = given.ndim == 3 and given.shape[0] in (1, 3, 4) and given.shape[-1] not in (1, 3, 4)
+    return upright(from_array(np.moveaxis(given, 0, -1) if first else given))
+
+
+def from_array(values: np.ndarray) -> Image.Image:
+    """An array ``[H,W]`` or ``[H,W,C]`` as an image of 8 bits: floats in [0, 1], whole numbers of 8 or 16 bits, or bool.
+
+    Raises:
+        FoveateError: other values.
+    """
+    kind = values.dtype.kind
+    if kind == "b":
+        values = 255 * values.astype(np.uint8)
+    elif kind in "ui":
+        least, most = int(values.min()), int(values.max())
+        if least < 0 or most > 65535:
+            raise FoveateError(
+                f"whole numbers of an image are from 0 to 255, or to 65535, and these are from {least} to {most}"
+            )
+        eight = values.dtype.itemsize == 1 or (most <= 255 and values.dtype.itemsize != 2)
+        values = values.astype(np.uint8) if eight else (values / 257 + 0.5).astype(np.uint8)
+    elif kind != "f":
+        raise FoveateError(f"an array of {values.dtype} is no image: give numbers from 0 to 255, or floats in [0, 1]")
+    elif not np.isfinite(values).all():
+        raise FoveateError("the image holds NaN or infinity: mend it, or leave it out")
+    else:
+        low, high = float(values.min()), float(values.max())
+        if low < -0.01 or high > 1.01:
+            remedy = ": divide them by 255, or give array.astype('uint8')" if low >= 0 and high <= 255.5 else ""
+            raise FoveateError(f"floats of an image are in [0, 1], and these are in [{low:.4g}, {high:.4g}]{remedy}")
+        values = (np.clip(values.astype(np.float64), 0, 1) * 255 + 0.5).astype(np.uint8)
+    return Image.fromarray(np.ascontiguousarray(values[..., 0] if values.ndim == 3 and values.shape[-1] == 1 else values))
+
+
 def to_tensor(image: Image.Image) -> Tensor:
     """An RGB image as ``[3,H,W]``, float32 in [0, 1]."""
     return torch.from_numpy(np.array(image, dtype=np.uint8)).permute(2, 0, 1).float().div(255)
@@ -213,9 +266,7 @@ class Preprocess:
     def __call__(self, image: Image.Image | str | Path | np.ndarray | Tensor) -> Tensor:
         """One photograph as ``[3,H,W]`` in [0, 1]: a PIL image of any mode, a path, an array ``[H,W,3]`` or a tensor."""
         if not isinstance(image, Image.Image) or image.mode != "RGB" or image.getexif().get(ORIENTATION, 1) != 1:
-            from foveate.inputs import one_photograph
-
-            image = one_photograph(image)
+            image = photograph(image)
         return to_tensor(self.image(image))
 
     def frame(self, size: tuple[int, int]) -> tuple[float, float, float, float]:

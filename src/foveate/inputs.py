@@ -119,26 +119,10 @@ def _together(model: nn.Module, items: Sequence[_Item], given: object) -> Taken:
     return Taken(x, tuple(names), tuple(kept), torch.cat(labels) if len(labels) == len(items) else None, preprocess)
 
 
-def one_photograph(given: Any) -> Image.Image:
-    """A single photograph of any form as 8-bit RGB, upright; for :class:`foveate.images.Preprocess`.
-
-    Raises:
-        FoveateError: several, or none.
-        ImageError: a file that cannot be read.
-    """
-    if isinstance(given, Tensor) and given.ndim == 3 and given.shape[0] in COLOURS:
-        given = given.detach().cpu().movedim(0, -1)
-    items = [] if isinstance(given, (list, tuple)) and len(given) > 1 else list(_items(None, given, False, ""))
-    found = items[0].photograph if len(items) == 1 else None
-    if found is None:
-        raise FoveateError(f"preprocess takes one photograph, and this is {_quoted(given)}: model.read takes several")
-    return found
-
-
 # -- one thing after the other -------------------------------------------------------------------------------------
 
 
-def _items(model: nn.Module | None, given: Any, normalised: bool, where: str) -> Iterator[_Item]:
+def _items(model: nn.Module, given: Any, normalised: bool, where: str) -> Iterator[_Item]:
     """The images in whatever is given; ``where`` says which of a list it is."""
     from PIL import Image
 
@@ -150,7 +134,7 @@ def _items(model: nn.Module | None, given: Any, normalised: bool, where: str) ->
         name = getattr(given, "filename", "") or f"image {where}"
         yield _Item((printable(name),), photograph=upright(given, name), kept=given)
     elif isinstance(given, Batch):
-        x = given.x if model is None else in_range(model, given.x, normalised)
+        x = in_range(model, given.x, normalised)
         yield _Item(given.id or tuple(f"image {i}" for i in range(len(x))), x, y=given.y)
     elif isinstance(given, Tensor):
         yield from _of_tensor(model, given, normalised, where)
@@ -210,7 +194,7 @@ def _is_written(path: Path) -> bool:
         return False  # it is named when it is read
 
 
-def _of_tensor(model: nn.Module | None, given: Tensor, normalised: bool, where: str) -> Iterator[_Item]:
+def _of_tensor(model: nn.Module, given: Tensor, normalised: bool, where: str) -> Iterator[_Item]:
     what = f"a tensor of shape {list(given.shape)}"
     if given.layout != torch.strided or given.is_quantized or given.is_complex():
         kind = "quantised" if given.is_quantized else "complex" if given.is_complex() else "sparse"
@@ -232,15 +216,13 @@ def _of_tensor(model: nn.Module | None, given: Tensor, normalised: bool, where: 
         if low < 0 or high > 255:
             raise FoveateError(f"whole numbers of an image are from 0 to 255, and these are from {low} to {high}: {FORMS}")
         given = given.float() if given.dtype == torch.bool else given.float() / 255
-    elif model is not None:
+    else:
         given = in_range(model, given, normalised)
     yield _Item((f"image {where or 0}",) if len(given) == 1 else tuple(f"image {i}" for i in range(len(given))), given)
 
 
-def _of_array(model: nn.Module | None, given: np.ndarray, normalised: bool, where: str) -> Iterator[_Item]:
-    from PIL import Image
-
-    from foveate.images import upright
+def _of_array(model: nn.Module, given: np.ndarray, normalised: bool, where: str) -> Iterator[_Item]:
+    from foveate.images import from_array, upright
 
     if given.ndim in (3, 4) and not _is_last(given.shape, model):
         yield from _of_tensor(model, torch.from_numpy(np.ascontiguousarray(_native(given))), normalised, where)
@@ -248,9 +230,7 @@ def _of_array(model: nn.Module | None, given: np.ndarray, normalised: bool, wher
     if given.ndim not in (2, 3, 4) or given.size == 0:
         raise FoveateError(f"an array of shape {list(given.shape)} is no image: {FORMS}")
     for number, own in enumerate(given if given.ndim == 4 else given[None]):
-        pixels = _pixels(model, own, normalised)
-        pixels = pixels[..., 0] if pixels.ndim == 3 and pixels.shape[-1] == 1 else pixels
-        image = Image.fromarray(np.ascontiguousarray(pixels))
+        image = from_array(_pixels(model, own, normalised))
         name = f"image {number if given.ndim == 4 else where}"
         yield _Item((name,), photograph=upright(image, name), kept=image)
 
@@ -262,45 +242,25 @@ def _native(values: np.ndarray) -> np.ndarray:
     return values.astype(values.dtype.newbyteorder("=")) if not values.dtype.isnative else values
 
 
-def _pixels(model: nn.Module | None, values: np.ndarray, normalised: bool) -> np.ndarray:
-    """Values of a photograph as 8 bits: floats in [0, 1], whole numbers of 8 or 16 bits, or bool."""
-    kind = values.dtype.kind
-    if kind == "b":
-        return np.uint8(255) * values.astype(np.uint8)
-    if kind in "ui":
-        least, high = int(values.min()), int(values.max())
-        if least < 0 or high > 65535:
-            raise FoveateError(f"whole numbers of an image are from 0 to 255, and these are from {least} to {high}: {FORMS}")
-        if values.dtype.itemsize == 1 or (high <= 255 and values.dtype.itemsize != 2):
-            return values.astype(np.uint8)
-        return (values.astype(np.float64) / 257 + 0.5).astype(np.uint8)
-    if kind != "f":
-        raise FoveateError(f"an array of {values.dtype} is no image: {FORMS}")
-    if not np.isfinite(values).all():
-        raise FoveateError("the image holds NaN or infinity: mend it, or leave it out")
-    if values.ndim == 3:
-        first = torch.from_numpy(np.ascontiguousarray(_native(values))).movedim(-1, 0)[None].float()
-        values = (first if model is None else in_range(model, first, normalised))[0].movedim(0, -1).numpy()
-    low, top = float(values.min()), float(values.max())
-    if low < -0.01 or top > 1.01:
-        raise FoveateError(
-            f"floats of an image are in [0, 1], and these are in [{low:.4g}, {top:.4g}]"
-            + (": divide them by 255, or give array.astype('uint8')" if low >= 0 and top <= 255.5 else f": {FORMS}")
-        )
-    return (np.clip(values, 0, 1) * 255 + 0.5).astype(np.uint8)
+def _pixels(model: nn.Module, values: np.ndarray, normalised: bool) -> np.ndarray:
+    """An array of a photograph, with the model's normalisation undone where it was normalised."""
+    if values.dtype.kind != "f" or values.ndim < 3:
+        return values
+    x = torch.from_numpy(np.ascontiguousarray(_native(values))).movedim(-1, 0)[None].float()
+    return values if not np.isfinite(values).all() else in_range(model, x, normalised)[0].movedim(0, -1).numpy()
 
 
 # -- what a model says of its images --------------------------------------------------------------------------------
 
 
-def channels_of(model: nn.Module | None) -> int:
+def channels_of(model: nn.Module) -> int:
     """How many channels a model takes, by the normalisation in it; 3 where nothing is known."""
-    inner = unwrap(model) if model is not None else None
+    inner = unwrap(model)
     count = inner.mean.shape[1] if isinstance(inner, Normalized) else 3
     return count if count > 1 else 3  # one mean is for all channels
 
 
-def _is_last(shape: Sequence[int], model: nn.Module | None) -> bool:
+def _is_last(shape: Sequence[int], model: nn.Module) -> bool:
     """Whether channels come last, as in arrays of photographs."""
     if shape[-1] not in COLOURS or shape[-3] in COLOURS:
         return False

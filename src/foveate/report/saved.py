@@ -196,7 +196,8 @@ def _explanation(folder: Path, said: Mapping[str, Any], known: Mapping[str, Tens
     if (stated := said["preprocess"]) is not None:
         own: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in stated.items()}
         preprocess = Preprocess(**own)
-    settings = {**said["settings"], "methods": {name: said["methods"][name]["settings"] for name in names}}
+    own_settings = {name: said["methods"][name]["settings"] for name in names if said["methods"][name]["settings"]}
+    settings = {**said["settings"], "methods": own_settings}
     classes = None if said["class_names"] is None else tuple(said["class_names"])
     about = (tuple(image["name"] for image in images), tuple(places), preprocess, said["model"], classes, settings)
 
