@@ -17,7 +17,7 @@ from foveate import memory
 SOURCE = Path(foveate.__file__).parent
 # Imports point up this list, within a line and to lines above it.
 FLOORS = [
-    {"_version", "_torchvision", "_lightning", "errors", "files", "intervals", "text", "tables", "twice"},
+    {"_version", "_torchvision", "_lightning", "errors", "files", "intervals", "outputs", "text", "tables", "twice"},
     {
         "batch",
         "chunks",

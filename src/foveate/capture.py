@@ -485,7 +485,7 @@ class Capture:
             output = self._run.laid_out(self._from_the_start, x)
         self.logits = at_least_float32(read_logits(output))
         self.passes.forward += len(x)
-        check_logits(self.logits, len(x))
+        check_logits(self.logits, len(x), output, self.model)
 
     def _from_the_start(self, x: Tensor) -> Any:
         """Run the model with nothing kept of an attempt before."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import time
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from foveate import maps
 from foveate.capture import Capture
+from foveate.classifier import one_output
 from foveate.errors import DegenerateMapWarning, FoveateError, LayerError
 from foveate.methods.cam import contrast_of
 from foveate.methods.wrappers import Fusion, check_fusion, over_layers
@@ -22,6 +23,7 @@ from foveate.precision import Precision
 from foveate.registry import METHODS, Method, check_settings, ungrouped
 from foveate.targets import Head, Target, note_single, strongest_other
 
+Model = nn.Module | Callable[[Tensor], Any]
 Methods = str | Method | Sequence[str | Method]
 Layers = str | nn.Module | Sequence[str | nn.Module]
 Settings = Mapping[str, Mapping[str, Any]]
@@ -74,7 +76,7 @@ class Explanation:
 
 
 def explain(
-    model: nn.Module,
+    model: Model,
     x: Tensor,
     methods: Methods = "grad_cam",
     *,
@@ -85,6 +87,7 @@ def explain(
     score: str = "logit",
     labels: Tensor | None = None,
     head: Head | None = None,
+    output: str | int | None = None,
     precision: Precision = "fp32",
     settings: Settings | None = None,
     refused: dict[str, str] | None = None,
@@ -92,8 +95,9 @@ def explain(
     """Saliency maps of a batch by one or more methods, from one forward and at most one backward pass for all CAMs.
 
     Args:
-        model: any classifier that takes images in [0, 1]: see :func:`foveate.normalized` and ``foveate.models.load``.
-        x: ``[B,3,H,W]`` in [0, 1].
+        model: any classifier that takes images in [0, 1]: see :func:`foveate.normalized` and ``foveate.models.load``. For
+            methods that need no layer (RISE, occlusion, integrated gradients), any function of images to logits.
+        x: ``[B,C,H,W]`` in [0, 1].
         methods: names in the registry (``foveate list methods``), or records, such as ``foveate.methods.adapt`` makes;
             ``all``, ``all-fast`` (those of a single pass, and the controls) and ``controls`` stand for several, of which
             those that the model allows are taken.
@@ -106,6 +110,8 @@ def explain(
         labels: true classes ``[B]``, for ``target="label"``.
         head: ``softmax``, ``binary`` (one logit) or ``multilabel`` (a sigmoid for each class); by the number of outputs
             where it is None.
+        output: of a model with several outputs, the one that is explained: a name, an index, or a dotted path such as
+            ``heads.breed``; the one called logits, or the first, where it is None.
         precision: of changed images, in methods that run the model again and again: ``fp32`` or ``bf16``.
         refused: where given, a method that this model cannot have goes there with the reason, and the others go on.
         settings: own settings of methods, by name: ``{"fake_cam": {"resolution": "pixel"}}``.
@@ -115,7 +121,7 @@ def explain(
     """
     check_fusion(fuse)
     records, own, optional = chosen_methods(methods, settings)
-    capture = _captured(records, model, x, layer, head=head, precision=precision)
+    capture = _captured(records, one_output(model, output), x, layer, head=head, precision=precision)
     resolved = capture.target(target, score=score, against=against, labels=labels)
     if resolved.name != "callable":
         note_single(capture.logits, head)
@@ -123,7 +129,7 @@ def explain(
 
 
 def explain_each(
-    model: nn.Module,
+    model: Model,
     x: Tensor,
     methods: Methods = "grad_cam",
     *,
@@ -133,6 +139,7 @@ def explain_each(
     fuse: Fusion = "mean",
     labels: Tensor | None = None,
     head: Head | None = None,
+    output: str | int | None = None,
     precision: Precision = "fp32",
     settings: Settings | None = None,
     refused: dict[str, str] | None = None,
@@ -163,7 +170,7 @@ def explain_each(
         raise FoveateError(f"targets {', '.join(names)} hold one of them twice: give each once")
     check_fusion(fuse)
     records, own, optional = chosen_methods(methods, settings)
-    capture = _captured(records, model, x, layer, head=head, precision=precision)
+    capture = _captured(records, one_output(model, output), x, layer, head=head, precision=precision)
     note_single(capture.logits, head)
     answers = {}
     for name, target in zip(names, targets, strict=True):
@@ -283,7 +290,7 @@ def _run(record: Method, explanation: Explanation, settings: Mapping[str, Any], 
     explanation.completeness_error[record.name] = error
 
 
-def saliency(model: nn.Module, x: Tensor, method: str | Method = "grad_cam", **options: Any) -> Tensor:
+def saliency(model: Model, x: Tensor, method: str | Method = "grad_cam", **options: Any) -> Tensor:
     """The map of one method, ``M [B,H,W]`` in [0, 1]: :func:`explain` for those who want nothing but the tensor.
 
     Raises:

@@ -248,6 +248,8 @@ class Runner:
                     known["batch"] = self._took
                     return logits
             reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            if x.requires_grad and "numpy()" in reason:
+                raise FoveateError(f"the model leaves PyTorch, so that no gradient comes back: {WITHOUT_GRADIENTS}") from error
             raise FoveateError(f"the model cannot take images of shape {list(x.shape)}: {reason}") from error
 
 
