@@ -136,7 +136,7 @@ class Runner:
         return logits
 
     def gradient(self, images: Tensor, target: Target) -> Tensor:
-        """Gradient of the score by changed images, ``[N,3,H,W]``; a function of the parameters where live."""
+        """Gradient of the score by changed images, ``[N,C,H,W]``; a function of the parameters where live."""
         with torch.inference_mode(False), torch.enable_grad():
             images = images.detach().clone().requires_grad_(True)
             score = target(self.differentiable(images))
