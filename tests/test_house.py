@@ -17,7 +17,19 @@ from foveate import memory
 SOURCE = Path(foveate.__file__).parent
 # Imports point up this list, within a line and to lines above it.
 FLOORS = [
-    {"_version", "_torchvision", "_lightning", "errors", "files", "intervals", "outputs", "text", "tables", "twice"},
+    {
+        "_version",
+        "_torchvision",
+        "_lightning",
+        "elsewhere",
+        "errors",
+        "files",
+        "intervals",
+        "outputs",
+        "text",
+        "tables",
+        "twice",
+    },
     {
         "batch",
         "chunks",
