@@ -17,7 +17,21 @@ from foveate import memory
 SOURCE = Path(foveate.__file__).parent
 # Imports point up this list, within a line and to lines above it.
 FLOORS = [
-    {"_version", "_lazy", "_torchvision", "_lightning", "errors", "files", "intervals", "shown", "text", "tables", "twice"},
+    {
+        "_version",
+        "_lazy",
+        "_torchvision",
+        "_lightning",
+        "elsewhere",
+        "errors",
+        "files",
+        "intervals",
+        "outputs",
+        "shown",
+        "text",
+        "tables",
+        "twice",
+    },
     {
         "batch",
         "chunks",

@@ -231,7 +231,7 @@ def test_a_closed_file_and_a_name_for_a_model(model: Classifier, folder: Path) -
 
 def test_a_model_that_does_not_say_its_size(folder: Path) -> None:
     plain = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 2)).eval()
-    with pytest.warns(UserWarning, match="resized to 256 and cropped to 224"):
+    with pytest.warns(UserWarning, match="cropped to 224 x 224, as for ImageNet"):
         assert explain(plain, folder / "a.png")["grad_cam"].shape == (1, 224, 224)
     plain.mean, plain.std, plain.input_size = (0.5,), (0.5,), (3, 64, 64)
     assert explain(plain, folder / "a.png")["grad_cam"].shape == (1, 64, 64)

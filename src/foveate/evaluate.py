@@ -20,8 +20,9 @@ from foveate import maps, memory, missing
 from foveate.batch import Batch
 from foveate.boxes import objects
 from foveate.capture import Capture
+from foveate.classifier import one_output, unwrap
 from foveate.errors import DegenerateMapWarning, FoveateError, ImageError, LayerError, NotFiniteError
-from foveate.explain import chosen_methods
+from foveate.explain import Model, chosen_methods
 from foveate.inputs import data_of
 from foveate.methods.cam import contrast_of
 from foveate.precision import Precision
@@ -66,7 +67,7 @@ def batches(data: Batch | Iterable[Any] | Dataset[Batch], batch_size: int = 8) -
 
 
 def evaluate(
-    model: nn.Module,
+    model: Model,
     data: Any,
     methods: Methods = "grad_cam",
     metrics: str | Sequence[str] = "all",
@@ -97,7 +98,7 @@ def evaluate(
 
 
 def measure(
-    model: nn.Module,
+    model: Model,
     data: Any,
     methods: Methods = "grad_cam",
     metrics: str | Sequence[str] = "all",
@@ -108,6 +109,7 @@ def measure(
     settings: Mapping[str, Mapping[str, Any]] | None = None,
     batch_size: int = 8,
     head: Head | None = None,
+    output: str | int | None = None,
     precision: Precision = "fp32",
     keep_maps: bool = False,
     normalised: bool = False,
@@ -130,12 +132,14 @@ def measure(
         settings: of methods and metrics, by name: ``{"opti_cam": {"steps": 50}, "insertion_deletion": {"kernel": 5}}``.
         head: ``softmax``, ``binary`` or ``multilabel``; by the number of outputs where it is None. One output is then
             binary where all labels are 0 or 1, and refused elsewhere: it may be a regression.
+        output: of a model with several outputs, the one that is explained: a name, an index or a dotted path.
         keep_maps: keep a small copy of each map, for pictures of the data as a whole.
         normalised: the images were normalised with the model's own mean and std, which is undone.
 
     Raises:
         FoveateError: an unknown method or metric, one that needs what the data has not, or no image that can be measured.
     """
+    classifier = one_output(unwrap(model), output)
     plan = Plan.of(methods, metrics, protocol, settings, target, layer, head, precision, keep_maps)
     failures: list[tuple[str, str]] = []
     data = data_of(model, data, normalised)
@@ -144,8 +148,8 @@ def measure(
 
     def parts() -> Iterator[Results]:
         for number, batch in enumerate(batches(data, batch_size)):
-            plan.settle(model, [batch])
-            yield plan.run(model, batch, number)
+            plan.settle(classifier, [batch])
+            yield plan.run(classifier, batch, number)
 
     results = joined(parts())
     results.failures = failures + results.failures

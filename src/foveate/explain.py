@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import time
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from foveate import maps
 from foveate.capture import Capture
+from foveate.classifier import one_output
 from foveate.errors import DegenerateMapWarning, FoveateError, LayerError
 from foveate.explanation import Answers, Explanation, Seen
 from foveate.inputs import Taken, taken
@@ -23,6 +24,7 @@ from foveate.precision import Precision
 from foveate.registry import METHODS, Method, check_settings, ungrouped
 from foveate.targets import Head, Labels, Target, note_single, strongest_other
 
+Model = nn.Module | Callable[[Tensor], Any]
 Methods = str | Method | Sequence[str | Method]
 Layers = str | nn.Module | Sequence[str | nn.Module]
 Settings = Mapping[str, Mapping[str, Any]]
@@ -30,7 +32,7 @@ MOST_FROM_IMAGE = 8 * 224 * 224  # pixels whose whole graph is kept; more run ag
 
 
 def explain(
-    model: nn.Module,
+    model: Model,
     x: Any,
     methods: Methods = "grad_cam",
     *,
@@ -41,6 +43,7 @@ def explain(
     score: str = "logit",
     labels: Labels | None = None,
     head: Head | None = None,
+    output: str | int | None = None,
     precision: Precision = "fp32",
     settings: Settings | None = None,
     refused: dict[str, str] | None = None,
@@ -49,7 +52,8 @@ def explain(
     """Saliency maps of a batch by one or more methods, from one forward and at most one backward pass for all CAMs.
 
     Args:
-        model: any classifier that takes images in [0, 1]: see :func:`foveate.normalized` and ``foveate.models.load``.
+        model: any classifier that takes images in [0, 1]: see :func:`foveate.normalized` and ``foveate.models.load``. For
+            methods that need no layer (RISE, occlusion, integrated gradients), any function of images to logits.
         x: what there is to explain: a path, a folder, a PIL image, an array ``[H,W,3]``, a list of them, or a tensor
             ``[B,3,H,W]`` or ``[3,H,W]`` in [0, 1]. Photographs are resized and cropped as the model wants them.
         methods: names in the registry (``foveate list methods``), or records, such as ``foveate.methods.adapt`` makes;
@@ -64,6 +68,8 @@ def explain(
         labels: true classes ``[B]``, for ``target="label"``.
         head: ``softmax``, ``binary`` (one logit) or ``multilabel`` (a sigmoid for each class); by the number of outputs
             where it is None.
+        output: of a model with several outputs, the one that is explained: a name, an index, or a dotted path such as
+            ``heads.breed``; the one called logits, or the first, where it is None.
         precision: of changed images, in methods that run the model again and again: ``fp32`` or ``bf16``.
         refused: where given, a method that this model cannot have goes there with the reason, and the others go on.
         settings: own settings of methods, by name: ``{"fake_cam": {"resolution": "pixel"}}``.
@@ -82,7 +88,7 @@ def explain(
     records, own, optional = chosen_methods(methods, settings)
     given = taken(model, x, normalised=normalised)
     known = given.y if labels is None else labels
-    capture = _captured(records, model, given.x, layer, head, precision)
+    capture = _captured(records, one_output(model, output), given.x, layer, head, precision)
     resolved = capture.target(target, score=score, against=against, labels=known)
     if resolved.name != "callable":
         note_single(capture.logits, head)
@@ -91,7 +97,7 @@ def explain(
 
 
 def explain_each(
-    model: nn.Module,
+    model: Model,
     x: Any,
     methods: Methods = "grad_cam",
     *,
@@ -101,6 +107,7 @@ def explain_each(
     fuse: Fusion = "mean",
     labels: Labels | None = None,
     head: Head | None = None,
+    output: str | int | None = None,
     precision: Precision = "fp32",
     settings: Settings | None = None,
     refused: dict[str, str] | None = None,
@@ -135,7 +142,7 @@ def explain_each(
     records, own, optional = chosen_methods(methods, settings)
     given = taken(model, x, normalised=normalised)
     known = given.y if labels is None else labels
-    capture = _captured(records, model, given.x, layer, head, precision)
+    capture = _captured(records, one_output(model, output), given.x, layer, head, precision)
     note_single(capture.logits, head)
     seen = _seen(capture, given, own, fuse, precision)
     answers = Answers()
@@ -166,7 +173,7 @@ def _plain(value: Any) -> Any:
 
 
 def _captured(
-    records: Sequence[Method], model: nn.Module, x: Tensor, layer: Layers | None, head: Head | None, precision: Precision
+    records: Sequence[Method], model: Any, x: Tensor, layer: Layers | None, head: Head | None, precision: Precision
 ) -> Capture:
     """The run that all methods share; it begins at the image where one of them wants the image's gradient, guided or not."""
     if layer == "auto" and all(record.whole or record.control for record in records):
@@ -272,7 +279,7 @@ def _run(record: Method, explanation: Explanation, settings: Mapping[str, Any], 
 
 
 def saliency(
-    model: nn.Module,
+    model: Model,
     x: Any,
     method: str | Method = "grad_cam",
     *,
@@ -283,6 +290,7 @@ def saliency(
     score: str = "logit",
     labels: Labels | None = None,
     head: Head | None = None,
+    output: str | int | None = None,
     precision: Precision = "fp32",
     settings: Settings | None = None,
     normalised: bool = False,
@@ -308,6 +316,7 @@ def saliency(
         score=score,
         labels=labels,
         head=head,
+        output=output,
         precision=precision,
         settings=settings,
         normalised=normalised,

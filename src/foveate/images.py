@@ -6,9 +6,11 @@ import math
 import os
 import re
 import warnings
+import zipfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -21,6 +23,8 @@ from foveate.files import is_regular
 MOST_PIXELS = 200_000_000  # decoded, an image of this size takes 600 MB
 LEAST_SIDE, MOST_SIDE = 8, 16384
 ORIENTATION = 0x0112  # of EXIF
+T = TypeVar("T")
+ARRAYS = (".npy", ".npz")
 RESAMPLING = {
     "nearest": Image.Resampling.NEAREST,
     "bilinear": Image.Resampling.BILINEAR,
@@ -36,6 +40,74 @@ def read(path: str | Path) -> Image.Image:
         ImageError: missing, not a file, not an image, cut off, below 8 pixels a side, or above 200 megapixels.
     """
     return _opened(Path(path), path, lambda image: _to_rgb(ImageOps.exif_transpose(image)))
+
+
+@dataclass(frozen=True)
+class Bands:
+    """An image of other channels than red, green and blue: each as a PIL image of floats in [0, 1]."""
+
+    bands: tuple[Image.Image, ...]
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Width and height, as PIL has them."""
+        return self.bands[0].size
+
+
+def read_bands(path: str | Path, channels: int) -> Bands:
+    """An image of ``channels`` channels: ``.npy`` or ``.npz`` (``[H,W,K]`` or ``[K,H,W]``), or a TIFF with a page or band each.
+
+    8 and 16 bits without a sign are scaled to [0, 1]; floats are in [0, 1] already.
+
+    Raises:
+        ImageError: it cannot be read, has other channels, or values that are not in [0, 1].
+    """
+    path = Path(path)
+    how = f"save it as .npy, [H,W,{channels}], or as a TIFF of {channels} pages"
+    if path.suffix.lower() in ARRAYS:
+        if not is_regular(path):
+            raise ImageError(f"{path} does not exist", path)
+        try:
+            loaded = np.load(path, allow_pickle=False)  # code in a file is never run
+            names = getattr(loaded, "files", None)
+            if names is not None and len(names) != 1:
+                raise ImageError(f"{path} holds {len(names)} arrays, {', '.join(names[:6])}: an image is one", path)
+            values: Any = loaded if names is None else loaded[names[0]]
+        except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+            if isinstance(error, ImageError):
+                raise
+            raise ImageError(f"{path} is damaged or holds more than numbers: {str(error).rstrip('.')}", path) from None
+    else:
+        try:
+            values = _opened(path, path, lambda image: _bands_of(image, channels))
+        except ImageError as error:
+            if "format" not in str(error):
+                raise
+            raise ImageError(f"{error}, with {channels} channels: {how}", path) from None
+    if channels == 1 and values.ndim == 2:
+        values = values[..., None]
+    if values.ndim == 3 and values.shape[2] != channels == values.shape[0]:
+        values = values.transpose(1, 2, 0)
+    if values.ndim != 3 or values.shape[2] != channels:
+        raise ImageError(f"{path} has shape {list(values.shape)}, and the model takes {channels} channel(s): {how}", path)
+    _check_size(path, (values.shape[1], values.shape[0]))
+    if values.dtype.kind == "u" and values.dtype.itemsize <= 2:
+        values = values / np.float32(np.iinfo(values.dtype).max)
+    elif values.dtype.kind not in "fb" or not (values.min() >= 0 and values.max() <= 1):
+        reach = f"{values.dtype} from {values.min():g} to {values.max():g}" if values.dtype.kind in "fiub" else values.dtype
+        raise ImageError(f"{path} holds {reach}: images are uint8, uint16, or floats in [0, 1]", path)
+    return Bands(tuple(Image.fromarray(np.ascontiguousarray(band, np.float32), "F") for band in values.transpose(2, 0, 1)))
+
+
+def _bands_of(image: Image.Image, channels: int) -> np.ndarray:
+    """Pages of one band each as ``[H,W,K]``, where there are so many; else the bands of the first."""
+    if getattr(image, "n_frames", 1) != channels:
+        return np.asarray(image)
+    pages = []
+    for page in range(channels):
+        image.seek(page)
+        pages.append(np.asarray(image))
+    return np.stack(pages, 2) if pages[0].ndim == 2 else pages[0]
 
 
 def read_mask(path: Path, of: Path) -> Image.Image:
@@ -63,7 +135,7 @@ def upright(image: Image.Image, name: object = "the image") -> Image.Image:
         raise ImageError(f"{name} is closed, damaged or cut off: {str(error).rstrip('.')}", name) from None
 
 
-def _opened(path: Path, of: object, take: Callable[[Image.Image], Image.Image]) -> Image.Image:
+def _opened(path: Path, of: object, take: Callable[[Image.Image], T]) -> T:
     """What is taken from an image file while it is open; nothing but a regular file is: a named pipe would wait for ever."""
     if path.is_dir():
         raise ImageError(f"{path} is a folder, not an image", of)
@@ -169,8 +241,9 @@ def from_array(values: np.ndarray) -> Image.Image:
 
 
 def to_tensor(image: Image.Image) -> Tensor:
-    """An RGB image as ``[3,H,W]``, float32 in [0, 1]."""
-    return torch.from_numpy(np.array(image, dtype=np.uint8)).permute(2, 0, 1).float().div(255)
+    """An RGB image as ``[3,H,W]``, float32 in [0, 1]; a grey one as ``[1,H,W]``."""
+    pixels = torch.from_numpy(np.array(image, dtype=np.uint8))
+    return (pixels[None] if pixels.ndim == 2 else pixels.permute(2, 0, 1)).float().div(255)
 
 
 def as_rgb(x: Tensor) -> Tensor:
@@ -221,7 +294,7 @@ class Preprocess:
         crop: height and width that the network sees.
         resize: length of the shorter side before the crop; None to squash the image to ``crop``.
         interpolation: ``bilinear``, ``bicubic``, ``nearest`` or ``lanczos``.
-        mean, std: the normalisation that goes inside the model.
+        mean, std: the normalisation that goes inside the model; of so many channels its images are.
     """
 
     crop: tuple[int, int] = (224, 224)
@@ -263,11 +336,47 @@ class Preprocess:
         left, top = self._offset(width, height)
         return resized.crop((left, top, left + self.crop[1], top + self.crop[0]))
 
-    def __call__(self, image: Image.Image | str | Path | np.ndarray | Tensor) -> Tensor:
-        """One photograph as ``[3,H,W]`` in [0, 1]: a PIL image of any mode, a path, an array ``[H,W,3]`` or a tensor."""
-        if not isinstance(image, Image.Image) or image.mode != "RGB" or image.getexif().get(ORIENTATION, 1) != 1:
+    @property
+    def channels(self) -> int:
+        """How many channels the network takes."""
+        return len(self.mean)
+
+    def read(self, path: str | Path) -> Image.Image | Bands:
+        """An image file as this takes it: any picture for one or three channels, arrays and many-paged TIFFs for others.
+
+        Raises:
+            ImageError: it cannot be read, or has other channels.
+        """
+        arrays = Path(path).suffix.lower() in ARRAYS
+        return read_bands(path, self.channels) if arrays or self.channels not in (1, 3) else read(path)
+
+    def __call__(self, image: Image.Image | Bands | str | Path | np.ndarray | Tensor) -> Tensor:
+        """One photograph as ``[K,H,W]`` in [0, 1], of as many channels as the network takes; of one, colours are made grey.
+
+        Args:
+            image: a PIL image of any mode, a path, an array ``[H,W,3]`` or a tensor.
+
+        Raises:
+            ImageError: the image has other channels, or cannot be read.
+            FoveateError: it is none.
+        """
+        if isinstance(image, (str, Path)):
+            image = self.read(image)
+        if not isinstance(image, (Bands, Image.Image)) or (
+            isinstance(image, Image.Image) and (image.mode != "RGB" or image.getexif().get(ORIENTATION, 1) != 1)
+        ):
             image = photograph(image)
-        return to_tensor(self.image(image))
+        if isinstance(image, Bands):
+            if len(image.bands) != self.channels:
+                raise ImageError(f"the image has {len(image.bands)} channel(s), and the model takes {self.channels}")
+            seen = [torch.from_numpy(np.array(self.image(band))) for band in image.bands]
+            return torch.stack(seen).clamp(0, 1)  # bicubic goes beyond
+        if self.channels not in (1, 3):
+            raise ImageError(
+                f"a picture has 1 or 3 channels, and the model takes {self.channels}: give an array, as .npy of "
+                f"[H,W,{self.channels}]"
+            )
+        return to_tensor(self.image(image.convert("L") if self.channels == 1 else image))
 
     def frame(self, size: tuple[int, int]) -> tuple[float, float, float, float]:
         """What the network sees of a photograph of ``size`` (width, height): ``left, top, right, bottom`` in its pixels.

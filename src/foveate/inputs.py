@@ -21,7 +21,7 @@ from foveate.errors import FoveateError, ImageError, printable
 if TYPE_CHECKING:
     from PIL import Image
 
-    from foveate.images import Preprocess
+    from foveate.images import Bands, Preprocess
 
 COLOURS = (1, 3, 4)  # channels of a photograph: grey, RGB, RGB with transparency
 FORMS = "give a path, a folder, a PIL image, an array [H,W,3], a list, or a tensor [B,3,H,W] or [3,H,W] with values in [0, 1]"
@@ -53,12 +53,12 @@ class _Item:
 
     names: tuple[str, ...]
     x: Tensor | None = None
-    photograph: Image.Image | None = None
+    photograph: Image.Image | Bands | None = None
     kept: Path | Image.Image | None = None
     y: Tensor | None = None
 
 
-def taken(model: nn.Module, given: Any, *, normalised: bool = False) -> Taken:
+def taken(model: Any, given: Any, *, normalised: bool = False) -> Taken:
     """Whatever people hold as a batch for this model.
 
     A photograph (a file, a PIL image of any mode, an array or tensor with its channels last) is resized and cropped as the
@@ -129,7 +129,7 @@ def _items(model: nn.Module, given: Any, normalised: bool, where: str) -> Iterat
     from foveate.images import upright
 
     if isinstance(given, (str, os.PathLike)):
-        yield from _files(given)
+        yield from _files(model, given)
     elif isinstance(given, Image.Image):
         name = getattr(given, "filename", "") or f"image {where}"
         yield _Item((printable(name),), photograph=upright(given, name), kept=given)
@@ -162,7 +162,7 @@ def _is_label(value: Any) -> bool:
     return isinstance(value, int) or (isinstance(value, (list, tuple)) and bool(value) and all(type(v) is int for v in value))
 
 
-def _files(given: str | os.PathLike[str]) -> Iterator[_Item]:
+def _files(model: nn.Module, given: str | os.PathLike[str]) -> Iterator[_Item]:
     """A file, or the images of a folder and of those below it, but for pictures that foveate wrote."""
     from foveate import images
     from foveate.data.folder import files_in
@@ -177,8 +177,11 @@ def _files(given: str | os.PathLike[str]) -> Iterator[_Item]:
         files = [file for file in files_in(path) if not _is_written(file)]
         if not files:
             raise ImageError(f"{path} is a folder without images", path)
+    preprocess = getattr(unwrap(model), "preprocess", None)
     for file in files:
-        yield _Item((printable(file),), photograph=images.read(file), kept=file)
+        shown = preprocess.read(file) if isinstance(preprocess, images.Preprocess) else images.read(file)
+        kept = file if not isinstance(shown, images.Bands) else None  # channels without colours: what was seen is drawn
+        yield _Item((printable(file),), photograph=shown, kept=kept)
 
 
 def _is_written(path: Path) -> bool:
@@ -256,6 +259,9 @@ def _pixels(model: nn.Module, values: np.ndarray, normalised: bool) -> np.ndarra
 def channels_of(model: nn.Module) -> int:
     """How many channels a model takes, by the normalisation in it; 3 where nothing is known."""
     inner = unwrap(model)
+    stated = getattr(getattr(inner, "preprocess", None), "channels", None)
+    if isinstance(stated, int):
+        return stated
     count = inner.mean.shape[1] if isinstance(inner, Normalized) else 3
     return count if count > 1 else 3  # one mean is for all channels
 
@@ -334,7 +340,7 @@ def _quoted(given: object) -> str:
 # -- data of many images -------------------------------------------------------------------------------------------
 
 
-def data_of(model: nn.Module, data: Any, normalised: bool = False) -> Any:
+def data_of(model: Any, data: Any, normalised: bool = False) -> Any:
     """Data as :func:`foveate.measure` goes through it: a folder by its path, files, or images at hand, with or without labels.
 
     A folder, or what else ``foveate evaluate`` takes by name (``scenes``, ``pets:FOLDER``), is opened with the model's own

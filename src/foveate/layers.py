@@ -12,7 +12,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from foveate.classifier import core, detached, eager, evaluating, modules_of, read_logits, swapped
+from foveate.classifier import Function, core, detached, eager, evaluating, modules_of, read_logits, swapped
 from foveate.errors import FoveateError, LayerError
 from foveate.memo import Memo
 
@@ -92,6 +92,11 @@ def resolve(
         raise LayerError(
             "a TorchScript model cannot be looked into: give the module that it was scripted or traced from, or take a method "
             f"that asks for no layer: {WITHOUT_LAYERS}"
+        )
+    if isinstance(core(model)[0], Function) and given != INPUT and not modules_of(core(model)[0])[1:]:
+        raise LayerError(
+            "a function of images has no layers that can be looked at: give the module that it calls, or take a method that "
+            f"asks for no layer: {WITHOUT_LAYERS}"
         )
     items = list(given) if isinstance(given, Sequence) and not isinstance(given, (str, nn.Module)) else [given]
     if not items:

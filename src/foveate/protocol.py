@@ -135,6 +135,7 @@ class Measuring(Planned, total=False):
     """The options of :func:`foveate.measure`, for functions that hand them on."""
 
     batch_size: int
+    output: str | int | None
     keep_maps: bool
     normalised: bool
 

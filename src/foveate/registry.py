@@ -19,7 +19,7 @@ from typing import Any, Generic, Literal, TypeVar
 
 import torch
 
-from foveate import missing
+from foveate import elsewhere, missing
 from foveate.errors import FoveateError
 from foveate.precision import uncast
 from foveate.text import parse_yaml, quoted
@@ -242,6 +242,7 @@ class Register(Generic[Record]):
             names += [name for record in self._records.values() for name in getattr(record, "columns", (record.name,))]
             near = difflib.get_close_matches(name, names, 3, 0.5)
             hint = f"did you mean {' or '.join(near)}?" if near else f"there are {', '.join(sorted(names))}"
+            hint = elsewhere.hint(self.kind, name) or hint
             raise FoveateError(f"{self.kind} {name!r} is unknown: {hint}")
         return record
 

@@ -65,7 +65,7 @@ class SaliencyMetrics(Metric):
     def update(
         self, x: Tensor, y: Tensor | None = None, mask: Tensor | None = None, boxes: Sequence[Tensor] | None = None
     ) -> None:
-        """Explain and measure a batch: ``x [B,3,H,W]`` in [0, 1], labels ``y [B]``, masks ``[B,H,W]`` or boxes."""
+        """Explain and measure a batch: ``x [B,C,H,W]`` in [0, 1], labels ``y [B]``, masks ``[B,H,W]`` or boxes."""
         model: nn.Module = self.__dict__["held"].model
         modes = {module: module.training for module in model.modules()}
         model.eval()

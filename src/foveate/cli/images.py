@@ -22,7 +22,7 @@ class Picture:
 
     path: Path
     stem: str
-    x: Tensor  # [3,H,W]
+    x: Tensor  # [C,H,W]
     label: int | None = None
 
 
@@ -48,7 +48,7 @@ class Pictures:
         Raises:
             FoveateError: a ``labels.csv`` that cannot be read.
         """
-        paths = list({path.resolve(): path for name in names for path in _files(Path(name))}.values())
+        paths = list({path.resolve(): path for name in names for path in _files(Path(name), classifier)}.values())
         return cls(paths, _stems(paths), _labels(paths, classifier, encoding) if labelled else None)
 
     def __len__(self) -> int:
@@ -56,15 +56,13 @@ class Pictures:
 
     def read(self, rows: Iterable[int], classifier: Classifier) -> list[Picture]:
         """Images that can be read; the others go to ``failures``."""
-        from foveate import images
-
         found = []
         for row in rows:
             path, label = self.paths[row], None if self.labels is None else self.labels[row]
             try:
                 if path.is_dir():
                     raise ImageError(f"{path} is a folder without images")
-                x = classifier.preprocess(images.read(path))
+                x = classifier.preprocess(classifier.preprocess.read(path))
                 if isinstance(label, str):
                     raise ImageError(label)
                 found.append(Picture(path, self.stems[row], x, label))
@@ -73,12 +71,16 @@ class Pictures:
         return found
 
 
-def _files(path: Path) -> list[Path]:
+def _files(path: Path, classifier: Classifier) -> list[Path]:
     """A file, or the images of a folder; an empty one stays as it is, and fails when it is read."""
     from foveate.data.folder import files_in
     from foveate.report.pictures import is_written
 
-    return [file for file in files_in(path) if not is_written(file)] or [path] if path.is_dir() else [path]
+    return (
+        [file for file in files_in(path, classifier.preprocess.channels) if not is_written(file)] or [path]
+        if path.is_dir()
+        else [path]
+    )
 
 
 def _stems(paths: Sequence[Path]) -> list[str]:
