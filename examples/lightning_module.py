@@ -24,7 +24,7 @@ import lightning as L  # noqa: E402
 class Classifier(L.LightningModule):
     def __init__(self) -> None:
         super().__init__()
-        self.net = foveate.load("foveate:small_cnn")
+        self.net = foveate.load("foveate:small_cnn").train()  # it comes in evaluation mode, and Lightning keeps the mode
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.net(x)

@@ -623,6 +623,18 @@ class TestExplain:
         result = call("explain", place / "a.png", "--model", "foveate:small_cnn", "--out", place / "out")
         assert "the weights are random" in result.stderr
 
+    def test_that_weights_are_random_comes_first(self, place: Path) -> None:
+        """Before what is said while the model runs: a map of such a network is often constant."""
+        options = ("--model", "foveate:small_cnn", "--out", place / "out")
+        calls = [("explain", place / "a.png", "--num-classes", "1", "--method", "gradient")]
+        calls += [("evaluate", place, "--num-classes", "3", "--metrics", name, "--overwrite") for name in ("AD", "AG")]
+        for words in calls:
+            result = call(*words, *options)
+            notes = [line for line in result.stderr.splitlines() if line.startswith("note:")]
+            assert "the weights are random" in notes[0], result.stderr
+            if words[0] == "explain" or "AG" in words:
+                assert len(notes) > 1, result.stderr
+
     def test_debug_shows_the_traceback(self, place: Path) -> None:
         result = explain(place, "--target", "9", "--debug")
         assert "out of range" in str(result.exception)

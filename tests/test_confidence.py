@@ -10,10 +10,11 @@ import pandas as pd
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 from typer.testing import CliRunner, Result
 
 import reference
-from foveate import Batch, Capture
+from foveate import Batch, Capture, load
 from foveate.cli import app
 from foveate.confidence import known, study, trend
 from foveate.data import scenes
@@ -152,3 +153,28 @@ def test_an_image_on_which_the_model_gives_nan_is_left_out(tmp_path: Path) -> No
     found = study(net, [Batch(x, torch.zeros(4).long(), id=tuple("abcd"))], tmp_path / "net.csv", unit="image", failures=lost)
     assert found["id"].tolist() == ["a", "c", "d"]
     assert lost == [("b", "b: the model gives NaN or infinity")]
+
+
+def test_a_study_by_another_call_is_replaced_where_that_is_asked_for(tmp_path: Path) -> None:
+    call = [
+        "confidence",
+        "scenes",
+        "--model",
+        "foveate:small_cnn",
+        "--limit",
+        "2",
+        "--name",
+        "net",
+        "-o",
+        str(tmp_path / "out"),
+    ]
+    net = tmp_path / "net.safetensors"
+    save_file(load("foveate:small_cnn").model.state_dict(), net)
+    call += ["--weights", str(net)]
+    assert CliRunner().invoke(app, call).exit_code == 0
+    before = (tmp_path / "out" / "net.csv").read_bytes()
+    refused = CliRunner().invoke(app, [*call, "--mean", "0.1", "--std", "1"])
+    assert refused.exit_code == 2 and "or ask to overwrite it" in refused.output
+    assert (tmp_path / "out" / "net.csv").read_bytes() == before
+    assert CliRunner().invoke(app, [*call, "--mean", "0.1", "--std", "1", "--overwrite"]).exit_code == 0
+    assert (tmp_path / "out" / "net.csv").read_bytes() != before

@@ -17,7 +17,21 @@ from foveate import memory
 SOURCE = Path(foveate.__file__).parent
 # Imports point up this list, within a line and to lines above it.
 FLOORS = [
-    {"_version", "_torchvision", "_lightning", "errors", "files", "intervals", "text", "tables", "twice"},
+    {
+        "_version",
+        "_lazy",
+        "_torchvision",
+        "_lightning",
+        "elsewhere",
+        "errors",
+        "files",
+        "intervals",
+        "outputs",
+        "shown",
+        "text",
+        "tables",
+        "twice",
+    },
     {
         "batch",
         "chunks",
@@ -47,9 +61,11 @@ FLOORS = [
     {"registry"},
     {"boxes", "randomize", "curvature", "proximal"},
     {"methods"},
-    {"metrics", "losses", "explain"},
-    {"models"},
+    {"metrics", "losses"},
     {"data"},
+    {"models", "inputs"},
+    {"explanation"},
+    {"explain"},
     {"results", "protocol", "statistics"},
     {"findings"},
     {"prevalence", "evaluate", "testing", "recipe", "film", "groups"},
@@ -107,7 +123,7 @@ WRITERS = {
 }
 TAKERS = {"unlink", "rename", "rmdir", "rmtree", "removedirs", "renames", "symlink_to", "hardlink_to", "truncate"}
 OF_MODULES = {"os.replace", "os.remove", "shutil.move", "shutil.copy", "shutil.copyfile", "shutil.copytree"}
-OWN = {"film.save", "trained.save"}  # which keep to it themselves
+OWN = {"film.save", "trained.save", "answer.save"}  # which keep to it themselves
 ELSEWHERE = {"files.py": "what all others use", "memory.py": "a switch of the kernel"}
 
 

@@ -15,7 +15,7 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from foveate import FoveateError, ImageError, images
-from foveate.data.folder import labels_beside, open_folder
+from foveate.data.folder import files_in, labels_beside, open_folder
 from foveate.images import Preprocess, colours_of, to_image
 from foveate.models.load import Classifier, load
 
@@ -270,3 +270,23 @@ def test_images_of_any_number_of_channels_can_be_looked_at(channels: int) -> Non
 def test_what_is_no_image_is_refused() -> None:
     with pytest.raises(FoveateError, match=r"\[K,H,W\], and this one has \[5, 7\]"):
         to_image(torch.rand(5, 7))
+
+
+class TestLinksToFolders:
+    def test_a_link_to_a_folder_is_a_folder(self, tmp_path: Path) -> None:
+        elsewhere, data = tmp_path / "elsewhere", tmp_path / "data"
+        (elsewhere / "deep").mkdir(parents=True)
+        (data / "dog").mkdir(parents=True)
+        for path in (elsewhere / "a.png", elsewhere / "deep" / "b.png", data / "dog" / "c.png"):
+            rgb().save(path)
+        (data / "cat").symlink_to(elsewhere)  # a class
+        (data / "dog" / "more").symlink_to(elsewhere / "deep")  # below one
+        found = open_folder(data, Preprocess((32, 32), 32))
+        assert [found.name_of(i) for i in range(len(found))] == ["cat/a.png", "cat/deep/b.png", "dog/c.png", "dog/more/b.png"]
+
+    def test_a_link_to_a_folder_above_ends(self, tmp_path: Path) -> None:
+        (tmp_path / "in" / "deeper").mkdir(parents=True)
+        rgb().save(tmp_path / "in" / "a.png")
+        (tmp_path / "in" / "deeper" / "round").symlink_to(tmp_path)
+        (tmp_path / "in" / "deeper" / "nowhere").symlink_to(tmp_path / "none")
+        assert files_in(tmp_path) == [tmp_path / "in" / "a.png"]

@@ -198,7 +198,7 @@ class TestFilesOfOthers:
         mine = {"notes.parquet": b"mine", "00.parquet": b"too", ".hidden": b"hidden", "read me.txt": b"text"}
         for name, content in mine.items():
             (rows / name).write_bytes(content)
-        for more in ((), (), ("--resume",), ("--metrics", "AD")):
+        for more in ((), ("--overwrite",), ("--resume",), ("--metrics", "AD", "--overwrite")):
             assert evaluate(place, "out", *more).exit_code == 0
             assert {name: (rows / name).read_bytes() for name in mine} == mine
         assert {path.name for path in (place / "out" / "previous-1" / "rows").iterdir()} == {

@@ -389,6 +389,12 @@ class TestCompare:
         assert done.exit_code == 0, done.output
         assert json.loads(done.stdout)["table"]["grad_cam"]["AD"]["n 1"] == 13
         assert "one against two" in page.read_text()
+        page.write_text("kept")
+        again = call("compare", place / "one", place / "two", "--out", page)
+        assert again.exit_code == 2 and "is there already: name another file, or ask to overwrite it" in again.stderr
+        assert page.read_text() == "kept"
+        assert call("compare", place / "one", place / "two", "--out", page, "--overwrite").exit_code == 0
+        assert "one against two" in page.read_text()
 
     def test_the_gate(self, place: Path) -> None:
         evaluate(place, "one")
@@ -531,12 +537,18 @@ class TestWhatAReviewerFound:
     def test_a_finished_run_is_kept_when_another_takes_its_place(self, place: Path) -> None:
         evaluate(place)
         before = values(place / "out")
-        result = evaluate(place, "out", "--metrics", "AD")
+        refused = evaluate(place, "out", "--metrics", "AD")
+        assert (
+            refused.exit_code == 2
+            and "holds a run already (run.json): name another folder, or ask to resume or" in refused.stderr
+        )
+        pd.testing.assert_frame_equal(values(place / "out"), before)
+        result = evaluate(place, "out", "--metrics", "AD", "--overwrite")
         assert "is kept in" in result.stderr
         pd.testing.assert_frame_equal(values(place / "out" / "previous-1"), before)
         assert set(values(place / "out").column) == {"AD"}
         assert not (place / "out" / ".lock").exists()
-        evaluate(place, "out", "--metrics", "AD")
+        evaluate(place, "out", "--metrics", "AD", "--overwrite")
         assert not (place / "out" / "previous-2").exists()  # the same call again takes nothing away
 
     def test_another_normalisation_is_not_resumed(self, place: Path) -> None:

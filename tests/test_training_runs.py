@@ -651,6 +651,15 @@ class TestRecipes:
         assert Part(whole, (0, 3)).class_names == scenes.CLASSES
 
 
+def test_the_example_of_lightning_trains_in_training_mode() -> None:
+    """Lightning leaves modules in the mode that they come in, and what is loaded comes in evaluation mode."""
+    spec = importlib.util.spec_from_file_location("example", "examples/lightning_module.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    assert all(part.training for part in module.Classifier().modules())
+
+
 @pytest.mark.parametrize("name", ["bare_pytorch", "lightning_module"])
 def test_the_examples_run(name: str, tmp_path: Path) -> None:
     call = [sys.executable, f"examples/{name}.py", "--epochs", "1", "--out", str(tmp_path / "film.html")]

@@ -5,8 +5,8 @@ Explain, measure, train, measure again. Importing foveate loads torch and nothin
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+import importlib as _importlib
+import typing as _typing
 
 from foveate._version import __version__
 from foveate.batch import Batch
@@ -14,12 +14,15 @@ from foveate.capture import Capture
 from foveate.classifier import Normalized, normalized
 from foveate.errors import DegenerateMapWarning, FoveateError, ImageError, LayerError, SlowPathWarning
 from foveate.evaluate import evaluate, measure  # eager: the module has the name of the function
-from foveate.explain import Explanation, explain, explain_each, saliency
+from foveate.explain import explain, explain_each, saliency
+from foveate.explanation import Answers, Explanation, read_explanation
 from foveate.memory import keep_memory
 from foveate.registry import loss, method, metric
 from foveate.targets import Target
 
-if TYPE_CHECKING:
+if _typing.TYPE_CHECKING:
+    from foveate import data, film, guided, losses, methods, metrics, models, report, testing, torchmetrics  # noqa: F401
+    from foveate.film import Film
     from foveate.losses.centre import cam_loss
     from foveate.methods.cam import contrastive_maps
     from foveate.models.castream import ca_stream
@@ -29,20 +32,24 @@ if TYPE_CHECKING:
 
 _LAZY = {
     "Classifier": "foveate.models.load",
+    "Film": "foveate.film",
     "ca_stream": "foveate.models.castream",
     "cam_loss": "foveate.losses.centre",
     "contrastive_architecture": "foveate.models.surgery",
     "contrastive_maps": "foveate.methods.cam",
     "load": "foveate.models.load",
 }
-_LAZY_MODULES = ("torchmetrics",)
+# What people write in full after `import foveate` alone: foveate.report.film.write(...).
+_MODULES = ("data", "film", "guided", "losses", "methods", "metrics", "models", "report", "testing", "torchmetrics")
 
 __all__ = [
+    "Answers",
     "Batch",
     "Capture",
     "Classifier",
     "DegenerateMapWarning",
     "Explanation",
+    "Film",
     "FoveateError",
     "ImageError",
     "LayerError",
@@ -64,13 +71,20 @@ __all__ = [
     "method",
     "metric",
     "normalized",
+    "read_explanation",
     "saliency",
 ]
 
 
-def __getattr__(name: str) -> Any:
-    if name in _LAZY:
-        return getattr(importlib.import_module(_LAZY[name]), name)
-    if name in _LAZY_MODULES:
-        return importlib.import_module(f"foveate.{name}")
-    raise AttributeError(f"module 'foveate' has no attribute {name!r}")
+if not _typing.TYPE_CHECKING:  # to a type checker it would say that there is every name
+
+    def __getattr__(name: str) -> object:
+        if name in _LAZY:
+            return getattr(_importlib.import_module(_LAZY[name]), name)
+        if name in _MODULES:
+            return _importlib.import_module(f"foveate.{name}")
+        raise AttributeError(f"module 'foveate' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*__all__, *_MODULES, *(name for name in globals() if name.startswith("__"))})

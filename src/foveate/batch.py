@@ -20,7 +20,7 @@ class Batch:
     lists: they become what stands here.
 
     Attributes:
-        x: images, ``[B,3,H,W]``, values in [0, 1].
+        x: images, ``[B,C,H,W]``, values in [0, 1].
         y: class indices, ``[B]`` (int64), or None where no labels are known.
         mask: foreground, ``[B,H,W]`` bool (True = the object), or None; for losses also the share of each pixel, in [0, 1].
         boxes: one ``[n,4]`` tensor an image (``x0, y0, x1, y1`` in pixels of ``x``), or None.

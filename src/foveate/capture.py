@@ -31,7 +31,7 @@ class Capture:
 
     Args:
         model: any classifier; images in [0, 1] go in (see :func:`foveate.normalized`).
-        x: ``[B,3,H,W]``; moved to the model's device and precision.
+        x: ``[B,C,H,W]``; moved to the model's device and precision.
         layers: a dotted path or module, several of them, ``"auto"``, ``"input"`` for the image itself, or None where no
             method asks for one: any model that runs will then do, a scripted or quantised one too.
         frozen: post hoc: what comes before the layers runs without a graph, and gradients of parameters are never
@@ -46,7 +46,7 @@ class Capture:
         any_range: images that are not in [0, 1], noisy ones say, are no reason for a warning.
 
     Attributes:
-        x: the batch as the model saw it, ``[B,3,H,W]``.
+        x: the batch as the model saw it, ``[B,C,H,W]``.
         logits: ``[B,C]``, float32 or better, a node of the graph.
         layers: the paths of the captured layers; ``layer`` is the first.
         passes: how many images went forward and backward so far.
@@ -161,7 +161,7 @@ class Capture:
         return feature.grid(feature.raw)
 
     def target(
-        self, target: object = None, *, score: str = "logit", against: object = None, labels: Tensor | None = None
+        self, target: object = None, *, score: str = "logit", against: object = None, labels: T.Labels | None = None
     ) -> T.Target:
         """What a person writes as a :class:`Target` of this batch; see :func:`foveate.targets.resolve`."""
         with torch.inference_mode(False):
@@ -254,13 +254,13 @@ class Capture:
         return self._grid(feature, gradient)
 
     def image_gradient(self, target: T.Target, images: Tensor | None = None, rows: Tensor | None = None) -> Tensor:
-        """Gradient of the score by the image itself, ``[N,3,H,W]``: of this batch, kept per target, or of changed images.
+        """Gradient of the score by the image itself, ``[N,C,H,W]``: of this batch, kept per target, or of changed images.
 
         Changed images run in chunks, each forward and backward, so that no more than one graph is in memory; nothing is
         kept of them. Of a live capture the gradient is a differentiable function of the parameters.
 
         Args:
-            images: ``[N,3,H,W]``; this batch where it is None.
+            images: ``[N,C,H,W]``; this batch where it is None.
             rows: the image of the batch that each was made from, ``[N]``; their order where it is None.
         """
         if images is None:
@@ -275,7 +275,7 @@ class Capture:
         return torch.cat(list(in_chunks(lambda part, row: self._run.gradient(part, target.rows(row)), step, images, rows)))
 
     def guided_image_gradient(self, target: T.Target) -> Tensor:
-        """The same of this batch by guided backpropagation, ``[B,3,H,W]``, from the same run where it was made for it."""
+        """The same of this batch by guided backpropagation, ``[B,C,H,W]``, from the same run where it was made for it."""
         if self.guided and self.from_image:
             return self._to_image(target, guided=True)
         with G.guided():
@@ -363,7 +363,7 @@ class Capture:
         bf16 where the capture asks for it. A chunk that does not fit into memory is halved.
 
         Args:
-            images: ``[N,3,H,W]``, or an iterable of such tensors, so that no more than one needs to exist at a time.
+            images: ``[N,C,H,W]``, or an iterable of such tensors, so that no more than one needs to exist at a time.
             target: what to score them with.
             rows: the image of the batch that each was made from, ``[N]``; their order where it is None.
             many: this is one of hundreds of images, worth folding batch norms into convolutions first; logits then differ
@@ -485,7 +485,7 @@ class Capture:
             output = self._run.laid_out(self._from_the_start, x)
         self.logits = at_least_float32(read_logits(output))
         self.passes.forward += len(x)
-        check_logits(self.logits, len(x))
+        check_logits(self.logits, len(x), output, self.model)
 
     def _from_the_start(self, x: Tensor) -> Any:
         """Run the model with nothing kept of an attempt before."""

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import functools
+import inspect
 import threading
 import warnings
 import weakref
@@ -10,16 +13,19 @@ from contextlib import contextmanager, nullcontext
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import torch
 import torch.utils.checkpoint as checkpointing
 from torch import Tensor, fx, nn
 
+from foveate import outputs
 from foveate.errors import FoveateError, NotFiniteError
 
 Place = tuple[dict[str, Any], str, Any]  # a dictionary of a module (its parameters, say), a name in it, and what to put there
 _ABSENT = object()
 _LOCK = threading.Lock()
 _looked: weakref.WeakKeyDictionary[nn.Module, int] = weakref.WeakKeyDictionary()
+_noted: weakref.WeakKeyDictionary[nn.Module, bool] = weakref.WeakKeyDictionary()  # models whose outputs were listed
 LOOK_AT = 8  # batches of a model that are looked at for their range
 _locks: weakref.WeakKeyDictionary[nn.Module, threading.RLock] = weakref.WeakKeyDictionary()
 
@@ -37,7 +43,7 @@ class Normalized(nn.Module):
     mean: Tensor
     std: Tensor
 
-    def __init__(self, model: nn.Module, mean: Sequence[float] = IMAGENET_MEAN, std: Sequence[float] = IMAGENET_STD) -> None:
+    def __init__(self, model: Any, mean: Sequence[float] = IMAGENET_MEAN, std: Sequence[float] = IMAGENET_STD) -> None:
         super().__init__()
         if len(mean) != len(std) or not all(value > 0 for value in std):
             raise FoveateError(f"mean {tuple(mean)} and std {tuple(std)} must be equally long, and every std above 0")
@@ -62,7 +68,9 @@ class Normalized(nn.Module):
         return self.model(self.normalise(x))
 
 
-def normalized(model: nn.Module, mean: Sequence[float] = IMAGENET_MEAN, std: Sequence[float] = IMAGENET_STD) -> Normalized:
+def normalized(
+    model: nn.Module | Callable[[Tensor], Any], mean: Sequence[float] = IMAGENET_MEAN, std: Sequence[float] = IMAGENET_STD
+) -> Normalized:
     """``model`` with ``(x - mean) / std`` in front, so that it takes images in [0, 1]; ImageNet's values by default.
 
     The wrapper is put on the device of the model; the model itself is not changed.
@@ -71,34 +79,123 @@ def normalized(model: nn.Module, mean: Sequence[float] = IMAGENET_MEAN, std: Seq
         FoveateError: ``mean`` and ``std`` differ in length, or a std is not above 0.
     """
     wrapped = Normalized(model, mean, std)
-    first = next(model.parameters(), None)
+    first = next(wrapped.model.parameters(), None)
     if first is not None:
         wrapped.mean, wrapped.std = wrapped.mean.to(first.device), wrapped.std.to(first.device)
     return wrapped
 
 
-def unwrap(model: nn.Module) -> nn.Module:
+class OneOutput(nn.Module):
+    """A model with several outputs as a classifier by one of them; see :func:`one_output`."""
+
+    def __init__(self, model: nn.Module, output: str | int) -> None:
+        super().__init__()
+        self.model = model
+        self.output = output
+        self.training = model.training
+
+    def forward(self, x: Tensor) -> Any:
+        return outputs.select(self.model(x), self.output)
+
+    def extra_repr(self) -> str:
+        return f"output={self.output!r}"
+
+
+class Function(nn.Module):
+    """Any function of images as a module; the modules that it calls are parts of it, as far as they can be seen.
+
+    Those are what a method is bound to, what a ``functools.partial`` holds, and what a function reads from where it was
+    written: so a network in it is known to be on a GPU, or in training mode. An array that it returns becomes a tensor.
+    """
+
+    def __init__(self, function: Callable[[Tensor], Any]) -> None:
+        super().__init__()
+        self.function = function
+        self.training = False
+        for name, module in _held(function).items():
+            self.add_module(name if not hasattr(self, name) else f"{name}_", module)
+
+    def forward(self, x: Tensor) -> Any:
+        output = self.function(x)
+        return torch.as_tensor(output) if isinstance(output, np.ndarray) else output
+
+    def extra_repr(self) -> str:
+        return getattr(self.function, "__qualname__", type(self.function).__name__)
+
+
+def _held(function: Any, looked: tuple[Any, ...] = ()) -> dict[str, nn.Module]:
+    """The modules that a function calls, by the names that it has for them."""
+    if isinstance(function, functools.partial):
+        given = enumerate((function.func, *function.args, *function.keywords.values()))
+        values = {f"argument_{i}": value for i, value in given}
+    elif inspect.ismethod(function):
+        owner = function.__self__
+        values = {"model": owner} if isinstance(owner, nn.Module) else dict(getattr(owner, "__dict__", {}))
+    elif inspect.isfunction(function):
+        seen = inspect.getclosurevars(function)
+        values = {**{k: v for k, v in seen.globals.items() if isinstance(v, nn.Module)}, **seen.nonlocals}
+    else:
+        values = dict(getattr(function, "__dict__", {}))
+    found: dict[str, nn.Module] = {}
+    for name, value in values.items():
+        if isinstance(value, nn.Module):
+            found[name] = value
+        elif (isinstance(value, functools.partial) or inspect.isroutine(value)) and not any(value is f for f in looked):
+            found |= _held(value, (*looked, function))
+    return found
+
+
+def one_output(model: Any, output: str | int | None) -> Any:
+    """A model that returns several things (heads, features) as a classifier by one of them: by name, index or dotted path.
+
+    What takes images in [0, 1] still does, and keeps its layers' names. None: the model as it is.
+
+    >>> heads = nn.ModuleDict({"breed": nn.Linear(3, 37), "species": nn.Linear(3, 2)})
+    >>> both = Function(lambda x: {name: head(x.mean((2, 3))) for name, head in heads.items()})
+    >>> one_output(both, "species")(torch.rand(4, 3, 8, 8)).shape
+    torch.Size([4, 2])
+    """
+    if output is None:
+        return model
+    model = unwrap(model)
+    if not isinstance(model, Normalized):
+        return OneOutput(model, output)
+    made = copy.copy(model)  # with its normalisation, which metrics read, and its class names
+    made._modules = dict(model._modules)
+    made.model = OneOutput(model.model, output)
+    return made
+
+
+def unwrap(model: Any) -> nn.Module:
     """The module that does the work: without DataParallel, DistributedDataParallel and ``torch.compile`` around it.
 
+    A function of images becomes a :class:`Function`.
+
     Raises:
-        FoveateError: not a module.
+        FoveateError: neither a module nor a function.
     """
     while True:
         if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
             model = model.module
         elif isinstance(getattr(model, "_orig_mod", None), nn.Module):
-            model = model._orig_mod  # type: ignore[assignment]
+            model = model._orig_mod
         else:
             break
-    if not isinstance(model, nn.Module):
-        raise FoveateError(f"a model is a torch.nn.Module, and this is a {type(model).__name__}")
-    return model
+    if isinstance(model, nn.Module):
+        return model
+    if callable(model) and not isinstance(model, type):
+        return Function(model)
+    raise FoveateError(
+        f"the model is the class {model.__name__}, and not a model: make one, as in {model.__name__}()"
+        if isinstance(model, type)
+        else f"a model is a torch.nn.Module or a function of images, and this is a {type(model).__name__}"
+    )
 
 
 def core(model: nn.Module) -> tuple[nn.Module, str]:
-    """The user's own model inside :class:`Normalized` wrappers, and the prefix of its layers' names."""
+    """The user's own model inside :class:`Normalized` and :class:`OneOutput`, and the prefix of its layers' names."""
     prefix = ""
-    while isinstance(model, Normalized):
+    while isinstance(model, (Normalized, OneOutput)):
         model, prefix = model.model, prefix + "model."
     return model, prefix
 
@@ -118,7 +215,7 @@ def modules_of(model: nn.Module) -> list[nn.Module]:
 def lock_of(model: nn.Module) -> threading.RLock:
     """The lock of a model: hooks and swapped tensors of one thread are no other thread's business, so runs take turns."""
     with _LOCK:
-        return _locks.setdefault(model, threading.RLock())
+        return _locks.setdefault(core(model)[0], threading.RLock())
 
 
 @contextmanager
@@ -229,23 +326,26 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 def read_logits(output: Any) -> Tensor:
-    """The logits ``[B,C]`` in what a classifier returns: a tensor, a tuple, a dict, or an object with ``.logits``.
+    """The logits ``[B,C]`` in what a classifier returns: a tensor, ``.logits``, or the first of a tuple, dict or dataclass.
 
     Raises:
-        FoveateError: there is nothing of that shape in it.
+        FoveateError: there is nothing of that shape in it; the message lists what there is.
     """
+    there = outputs.listed(output)
+    advice = (
+        f": its outputs are {there}; name one, as output={next(iter(outputs.tensors(output)))!r} (--output)" if there else ""
+    )
     if isinstance(output, Tensor):
         logits = output
     elif isinstance(getattr(output, "logits", None), Tensor):
         logits = output.logits
-    elif isinstance(output, Mapping):
-        found = [output[key] for key in ("logits", "out", "output") if isinstance(output.get(key), Tensor)]
-        found += [value for value in output.values() if isinstance(value, Tensor)]
-        if not found:
-            raise FoveateError(f"the model returned a dict without a tensor: its keys are {list(output)}")
-        logits = found[0]
-    elif isinstance(output, Sequence) and output and isinstance(output[0], Tensor):
-        logits = output[0]
+    elif isinstance(output, (Mapping, Sequence)) or outputs.parts(output):
+        own = {name: value for name, value in outputs.parts(output) if isinstance(value, Tensor)}
+        if not own:
+            kind = "dict" if isinstance(output, Mapping) else type(output).__name__
+            keys = f": its keys are {list(output)}" if isinstance(output, Mapping) else ""
+            raise FoveateError(f"the model returned a {kind} without a tensor{advice or keys}")
+        logits = next((own[name] for name in outputs.NAMES if name in own), next(iter(own.values())))
     else:
         raise FoveateError(f"the model returned a {type(output).__name__}: foveate needs a tensor, tuple, dict or .logits")
     if logits.ndim == 1:
@@ -253,7 +353,7 @@ def read_logits(output: Any) -> Tensor:
     while logits.ndim > 2 and logits.shape[-1] == 1:
         logits = logits[..., 0]
     if logits.ndim != 2:
-        raise FoveateError(f"the model returned shape {list(logits.shape)}, but a classifier returns logits [B,C]")
+        raise FoveateError(f"the model returned shape {list(logits.shape)}, but a classifier returns logits [B,C]{advice}")
     return logits
 
 
@@ -267,14 +367,24 @@ def hooked(module: nn.Module, hook: Callable[..., Any]) -> Iterator[None]:
         handle.remove()
 
 
-def check_logits(logits: Tensor, count: int) -> None:
+def check_logits(logits: Tensor, count: int, output: Any = None, model: nn.Module | None = None) -> None:
     """One row of finite numbers an image; a warning where they look like probabilities.
+
+    Another one, once for a model, where the ``output`` that they are from has several that may be logits.
 
     Raises:
         FoveateError: another number of rows, or NaN or infinity.
     """
     if len(logits) != count:
         raise FoveateError(f"the model returned {len(logits)} rows for {count} image(s)")
+    if model is not None and not _noted.setdefault(core(model)[0], False) and not isinstance(output, Tensor):
+        _noted[core(model)[0]] = True
+        if len(names := outputs.of_logits(output, count)) > 1:
+            warnings.warn(
+                f"the model has several outputs, {outputs.listed(output)}, and the first, {names[0]!r}, is explained: "
+                f"output={names[1]!r} (--output {names[1]}) takes another",
+                stacklevel=5,
+            )
     if logits.shape[1] > 1 and bool((logits >= 0).all()) and bool((logits.sum(1) - 1).abs().max() < 1e-4):
         warnings.warn(
             "the model's outputs add up to 1, as probabilities do: give the logits, without the softmax at the end",
@@ -296,7 +406,7 @@ def check_images(x: Tensor, model: nn.Module | None = None) -> None:
     """
     if not isinstance(x, Tensor) or x.ndim != 4:
         given = f"shape {list(x.shape)}" if isinstance(x, Tensor) else f"a {type(x).__name__}"
-        raise FoveateError(f"images are a tensor of shape [B,3,H,W] with values in [0, 1], and this is {given}")
+        raise FoveateError(f"images are a tensor of shape [B,C,H,W] with values in [0, 1], and this is {given}")
     if not x.is_floating_point():
         raise FoveateError(f"images are floating point in [0, 1], and these are {x.dtype}: divide by 255 first")
     if x.numel() == 0:

@@ -52,7 +52,7 @@ class _Pass:
             _check_twice(self.gradient)
 
     def multiply(self, v: Tensor) -> Tensor:
-        """``H v``, both ``[N,3,H,W]``."""
+        """``H v``, both ``[N,C,H,W]``."""
         if not self.gradient.requires_grad:
             return torch.zeros_like(v)
         try:
@@ -63,7 +63,7 @@ class _Pass:
         return torch.zeros_like(v) if product is None else product
 
     def pull(self, by_logits: Tensor) -> Tensor:
-        """``W u``: the gradient of ``sum_c u_c z_c`` by the image, for ``u [N,C]``; ``[N,3,H,W]``."""
+        """``W u``: the gradient of ``sum_c u_c z_c`` by the image, for ``u [N,C]``; ``[N,C,H,W]``."""
         by = by_logits.to(self.logits.dtype)
         (gradient,) = torch.autograd.grad(self.logits, self.x, by, retain_graph=True)
         self.capture.passes.backward += len(by)
@@ -118,7 +118,7 @@ class Curvature:
         self.gradient = self._mean(lambda part, piece: part.gradient.detach())
 
     def _mean(self, what: Callable[[_Pass, slice], Tensor]) -> Tensor:
-        """A result of every copy, ``[N,3,H,W]``, in the unit; its mean over the copies of each image, ``[n,d]``.
+        """A result of every copy, ``[N,C,H,W]``, in the unit; its mean over the copies of each image, ``[n,d]``.
 
         One graph is kept where all copies fit into one chunk, and made anew for every use where they do not.
         """

@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Unpack
 
 import numpy as np
 import torch
@@ -20,13 +20,16 @@ from foveate import maps, memory, missing
 from foveate.batch import Batch
 from foveate.boxes import objects
 from foveate.capture import Capture
+from foveate.classifier import one_output, unwrap
 from foveate.errors import DegenerateMapWarning, FoveateError, ImageError, LayerError, NotFiniteError
-from foveate.explain import chosen_methods
+from foveate.explain import Model, chosen_methods
+from foveate.inputs import data_of
 from foveate.methods.cam import contrast_of
 from foveate.precision import Precision
-from foveate.protocol import Protocol, preset
+from foveate.protocol import Measuring, Protocol, preset
 from foveate.registry import METHODS, METRICS, Explained, Method, Metric, Spent
 from foveate.results import MAP, MAP_SIDE, MODEL, Results, add_missing, joined
+from foveate.shown import drawn
 from foveate.targets import Head, check_single, log_probability
 
 if TYPE_CHECKING:
@@ -64,13 +67,13 @@ def batches(data: Batch | Iterable[Any] | Dataset[Batch], batch_size: int = 8) -
 
 
 def evaluate(
-    model: nn.Module,
-    data: Batch | Iterable[Any] | Dataset[Batch],
+    model: Model,
+    data: Any,
     methods: Methods = "grad_cam",
     metrics: str | Sequence[str] = "all",
     *,
     baseline: str | None = None,
-    **options: Any,
+    **options: Unpack[Measuring],
 ) -> pd.DataFrame:
     """The table of methods and metrics on data: one line a method and column, as :func:`foveate.statistics.table` says.
 
@@ -84,6 +87,7 @@ def evaluate(
 
     results = measure(model, data, methods, metrics, **options)
     frame = results.table(baseline)
+    frame = drawn("dataframe").Table(frame).__finalize__(frame)
     frame.attrs |= {
         "findings": findings(frame, results),
         "protocol": results.protocol,
@@ -94,8 +98,8 @@ def evaluate(
 
 
 def measure(
-    model: nn.Module,
-    data: Batch | Iterable[Any] | Dataset[Batch],
+    model: Model,
+    data: Any,
     methods: Methods = "grad_cam",
     metrics: str | Sequence[str] = "all",
     *,
@@ -105,8 +109,10 @@ def measure(
     settings: Mapping[str, Mapping[str, Any]] | None = None,
     batch_size: int = 8,
     head: Head | None = None,
+    output: str | int | None = None,
     precision: Precision = "fp32",
     keep_maps: bool = False,
+    normalised: bool = False,
 ) -> Results:
     """Every metric of every method on every image: :class:`foveate.results.Results`, with ``.frame()`` and ``.table()``.
 
@@ -115,7 +121,8 @@ def measure(
     a masked image is to blame, the values are not a number, and counted with their reason in ``missing``.
 
     Args:
-        data: a batch, several, a data set of :mod:`foveate.data`, or a DataLoader of ``(x, y)`` with ``x`` in [0, 1].
+        data: a folder by its path, or what else ``foveate evaluate`` takes by name; a batch, several, a data set, a DataLoader
+            of ``(x, y)`` with ``x`` in [0, 1]; or images in the forms of :func:`foveate.explain`, alone or as ``(x, y)``.
         methods: names in the registry, or records, such as ``foveate.methods.adapt`` makes; ``all``, ``all-fast`` (those of
             a single pass, and the controls) and ``controls`` stand for several, of which those the model allows are taken.
         metrics: names or columns; ``"all"`` for all that the data has labels, masks or boxes for, but the costly ones,
@@ -125,20 +132,24 @@ def measure(
         settings: of methods and metrics, by name: ``{"opti_cam": {"steps": 50}, "insertion_deletion": {"kernel": 5}}``.
         head: ``softmax``, ``binary`` or ``multilabel``; by the number of outputs where it is None. One output is then
             binary where all labels are 0 or 1, and refused elsewhere: it may be a regression.
+        output: of a model with several outputs, the one that is explained: a name, an index or a dotted path.
         keep_maps: keep a small copy of each map, for pictures of the data as a whole.
+        normalised: the images were normalised with the model's own mean and std, which is undone.
 
     Raises:
         FoveateError: an unknown method or metric, one that needs what the data has not, or no image that can be measured.
     """
+    classifier = one_output(unwrap(model), output)
     plan = Plan.of(methods, metrics, protocol, settings, target, layer, head, precision, keep_maps)
     failures: list[tuple[str, str]] = []
+    data = data_of(model, data, normalised)
     if isinstance(data, Dataset) and hasattr(data, "__len__"):
         data = readable(data, range(len(data)), failures)
 
     def parts() -> Iterator[Results]:
         for number, batch in enumerate(batches(data, batch_size)):
-            plan.settle(model, [batch])
-            yield plan.run(model, batch, number)
+            plan.settle(classifier, [batch])
+            yield plan.run(classifier, batch, number)
 
     results = joined(parts())
     results.failures = failures + results.failures

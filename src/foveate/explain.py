@@ -5,9 +5,8 @@ from __future__ import annotations
 import inspect
 import time
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -15,67 +14,26 @@ from torch import Tensor, nn
 
 from foveate import maps
 from foveate.capture import Capture
+from foveate.classifier import one_output
 from foveate.errors import DegenerateMapWarning, FoveateError, LayerError
+from foveate.explanation import Answers, Explanation, Seen
+from foveate.inputs import Taken, taken
 from foveate.methods.cam import contrast_of
 from foveate.methods.wrappers import Fusion, check_fusion, over_layers
 from foveate.precision import Precision
 from foveate.registry import METHODS, Method, check_settings, ungrouped
-from foveate.targets import Head, Target, note_single, strongest_other
+from foveate.targets import Head, Labels, Target, note_single, strongest_other
 
+Model = nn.Module | Callable[[Tensor], Any]
 Methods = str | Method | Sequence[str | Method]
 Layers = str | nn.Module | Sequence[str | nn.Module]
 Settings = Mapping[str, Mapping[str, Any]]
 MOST_FROM_IMAGE = 8 * 224 * 224  # pixels whose whole graph is kept; more run again for the image's gradient, in chunks
 
 
-@dataclass(frozen=True)
-class Explanation:
-    """Maps of one batch by several methods.
-
-    Attributes:
-        maps: for each method ``M [B,H,W]`` in [0, 1], at the size of the images.
-        raw: for each method ``S [B,h,w]``, signed, as the paper defines it.
-        target: what was explained, with the class of each image in ``target.y``.
-        targets: the same for each method: a contrast where the method makes one of it.
-        layer: the layer that was looked at, or several, separated by commas; empty where no method asks for one.
-        completeness_error: for methods that promise it, ``[B]``, relative to the score; None elsewhere.
-        seconds: time of each method, beyond what all share: the run, its gradients, growing maps to the images' size.
-        degenerate: for each method which of its maps say nothing, ``[B]`` bool.
-        facts: for each method what else it knows of its maps, such as the sparsity that CASO reached: ``{name: [B]}``.
-        remarks: for each method the same for people, one sentence an image, or none.
-        left_out: methods that came with a group and that this model cannot have, with the reason.
-        capture: the run itself, for metrics.
-    """
-
-    maps: dict[str, Tensor]
-    raw: dict[str, Tensor]
-    target: Target
-    layer: str
-    capture: Capture
-    targets: dict[str, Target] = field(default_factory=dict)
-    completeness_error: dict[str, Tensor | None] = field(default_factory=dict)
-    seconds: dict[str, float] = field(default_factory=dict)
-    degenerate: dict[str, Tensor] = field(default_factory=dict)
-    facts: dict[str, dict[str, Tensor]] = field(default_factory=dict)
-    remarks: dict[str, list[str]] = field(default_factory=dict)
-    left_out: dict[str, str] = field(default_factory=dict)
-
-    def __getitem__(self, name: str | Method) -> Tensor:
-        """The map of a method by name, alias or record, ``[B,H,W]``.
-
-        Raises:
-            FoveateError: it has none; where it came with a group, with the reason.
-        """
-        known = name if isinstance(name, str) and name in self.maps else METHODS.get(name).name
-        if known not in self.maps:
-            why = self.left_out.get(known, f"there are {', '.join(self.maps)}")
-            raise FoveateError(f"there is no map of {known!r}: {why}")
-        return self.maps[known]
-
-
 def explain(
-    model: nn.Module,
-    x: Tensor,
+    model: Model,
+    x: Any,
     methods: Methods = "grad_cam",
     *,
     layer: Layers = "auto",
@@ -83,17 +41,21 @@ def explain(
     target: object = None,
     against: object = None,
     score: str = "logit",
-    labels: Tensor | None = None,
+    labels: Labels | None = None,
     head: Head | None = None,
+    output: str | int | None = None,
     precision: Precision = "fp32",
     settings: Settings | None = None,
     refused: dict[str, str] | None = None,
+    normalised: bool = False,
 ) -> Explanation:
     """Saliency maps of a batch by one or more methods, from one forward and at most one backward pass for all CAMs.
 
     Args:
-        model: any classifier that takes images in [0, 1]: see :func:`foveate.normalized` and ``foveate.models.load``.
-        x: ``[B,3,H,W]`` in [0, 1].
+        model: any classifier that takes images in [0, 1]: see :func:`foveate.normalized` and ``foveate.models.load``. For
+            methods that need no layer (RISE, occlusion, integrated gradients), any function of images to logits.
+        x: what there is to explain: a path, a folder, a PIL image, an array ``[H,W,3]``, a list of them, or a tensor
+            ``[B,3,H,W]`` or ``[3,H,W]`` in [0, 1]. Photographs are resized and cropped as the model wants them.
         methods: names in the registry (``foveate list methods``), or records, such as ``foveate.methods.adapt`` makes;
             ``all``, ``all-fast`` (those of a single pass, and the controls) and ``controls`` stand for several, of which
             those that the model allows are taken.
@@ -106,43 +68,58 @@ def explain(
         labels: true classes ``[B]``, for ``target="label"``.
         head: ``softmax``, ``binary`` (one logit) or ``multilabel`` (a sigmoid for each class); by the number of outputs
             where it is None.
+        output: of a model with several outputs, the one that is explained: a name, an index, or a dotted path such as
+            ``heads.breed``; the one called logits, or the first, where it is None.
         precision: of changed images, in methods that run the model again and again: ``fp32`` or ``bf16``.
         refused: where given, a method that this model cannot have goes there with the reason, and the others go on.
         settings: own settings of methods, by name: ``{"fake_cam": {"resolution": "pixel"}}``.
+        normalised: ``x`` was normalised with the model's own mean and std, which is undone.
 
     Raises:
         FoveateError: and its kinds, each with what was given and what to do.
+
+    Example:
+        >>> model = foveate.load("foveate:small_cnn")
+        >>> why = foveate.explain(model, np.zeros((120, 160, 3), np.uint8), ["grad_cam", "centre"])
+        >>> why["grad_cam"].shape, why.overlay("centre").size
+        (torch.Size([1, 96, 96]), (160, 120))
     """
     check_fusion(fuse)
     records, own, optional = chosen_methods(methods, settings)
-    capture = _captured(records, model, x, layer, head=head, precision=precision)
-    resolved = capture.target(target, score=score, against=against, labels=labels)
+    given = taken(model, x, normalised=normalised)
+    known = given.y if labels is None else labels
+    capture = _captured(records, one_output(model, output), given.x, layer, head, precision)
+    resolved = capture.target(target, score=score, against=against, labels=known)
     if resolved.name != "callable":
         note_single(capture.logits, head)
-    return _answer(capture, records, resolved, own, optional, fuse, refused)
+    seen = _seen(capture, given, own, fuse, precision)
+    return _answer(capture, seen, records, resolved, own, optional, fuse, refused)
 
 
 def explain_each(
-    model: nn.Module,
-    x: Tensor,
+    model: Model,
+    x: Any,
     methods: Methods = "grad_cam",
     *,
     targets: Sequence[Any] = ("pred", "label", "second"),
     contrasts: bool = True,
     layer: Layers = "auto",
     fuse: Fusion = "mean",
-    labels: Tensor | None = None,
+    labels: Labels | None = None,
     head: Head | None = None,
+    output: str | int | None = None,
     precision: Precision = "fp32",
     settings: Settings | None = None,
     refused: dict[str, str] | None = None,
-) -> dict[str, Explanation]:
+    normalised: bool = False,
+) -> Answers:
     """Beyond the ground truth: why what the model says, why what it should say, and why the one and not the other.
 
     One run of the model answers all: ``explain_each(model, x, labels=y)`` has the keys ``pred``, ``label``, ``second``,
     ``pred-label`` and ``pred-second``, the last two the contrasts of the first target with each other one.
 
     Args:
+        x: in the forms of :func:`explain`.
         targets: what to explain, each in a form that :func:`explain` takes for ``target``.
         contrasts: also the first target against each of the others. Where both are one class (an image that is
             classified rightly, ``pred`` against ``label``), the strongest other class takes its place: there is no
@@ -163,12 +140,15 @@ def explain_each(
         raise FoveateError(f"targets {', '.join(names)} hold one of them twice: give each once")
     check_fusion(fuse)
     records, own, optional = chosen_methods(methods, settings)
-    capture = _captured(records, model, x, layer, head=head, precision=precision)
+    given = taken(model, x, normalised=normalised)
+    known = given.y if labels is None else labels
+    capture = _captured(records, one_output(model, output), given.x, layer, head, precision)
     note_single(capture.logits, head)
-    answers = {}
+    seen = _seen(capture, given, own, fuse, precision)
+    answers = Answers()
     for name, target in zip(names, targets, strict=True):
-        aim = capture.target(target, labels=labels)
-        answers[name] = _answer(capture, records, aim, own, optional, fuse, refused, name)
+        aim = capture.target(target, labels=known)
+        answers[name] = _answer(capture, seen, records, aim, own, optional, fuse, refused, name)
     answered = {name for answer in answers.values() for name in answer.maps}  # these may pass over contrasts
     first = answers[names[0]].target.y
     for name in names[1:] if contrasts else ():
@@ -176,27 +156,41 @@ def explain_each(
         other = torch.where(other == first, strongest_other(capture.logits, first, capture.head), other)
         contrast = capture.target(first, against=other)
         key = f"{names[0]}-{name}"
-        answers[key] = _answer(capture, records, contrast, own, optional | answered, fuse, refused, key)
+        answers[key] = _answer(capture, seen, records, contrast, own, optional | answered, fuse, refused, key)
     return answers
 
 
-def _captured(records: Sequence[Method], model: nn.Module, x: Tensor, layer: Layers | None, **options: Any) -> Capture:
+def _seen(capture: Capture, given: Taken, own: Settings, fuse: Fusion, precision: Precision) -> Seen:
+    """What a run saw, with what was asked for in a form that can be written."""
+    plain = {name: {key: _plain(value) for key, value in values.items()} for name, values in own.items()}
+    return Seen.of(capture, given, {"fuse": fuse, "precision": precision, "methods": plain})
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, (list, tuple)):
+        return [_plain(own) for own in value]
+    return value if value is None or isinstance(value, (str, int, float, bool)) else repr(value)
+
+
+def _captured(
+    records: Sequence[Method], model: Any, x: Tensor, layer: Layers | None, head: Head | None, precision: Precision
+) -> Capture:
     """The run that all methods share; it begins at the image where one of them wants the image's gradient, guided or not."""
     if layer == "auto" and all(record.whole or record.control for record in records):
         if not any(record.control for record in records):
             layer = None  # nobody asks for one, and not every model has one
         else:
             try:
-                return Capture(model, x, layer, **options)
+                return Capture(model, x, layer, head=head, precision=precision)
             except LayerError:
                 layer = None
     needs = {need for record in records for need in record.needs}
-    if needs.isdisjoint(("image_gradient", "relu")) or not isinstance(x, Tensor) or x.numel() > 3 * MOST_FROM_IMAGE:
-        return Capture(model, x, layer, **options)
+    if needs.isdisjoint(("image_gradient", "relu")) or x.numel() > 3 * MOST_FROM_IMAGE:
+        return Capture(model, x, layer, head=head, precision=precision)
     if "relu" in needs:
         with suppress(FoveateError):  # no ReLU here: the method itself says so
-            return Capture(model, x, layer, guided=True, from_image=True, **options)
-    return Capture(model, x, layer, from_image=True, **options)
+            return Capture(model, x, layer, guided=True, from_image=True, head=head, precision=precision)
+    return Capture(model, x, layer, from_image=True, head=head, precision=precision)
 
 
 def _name(target: object) -> str:
@@ -222,6 +216,7 @@ def chosen_methods(methods: Methods, settings: Settings | None) -> tuple[list[Me
 
 def _answer(
     capture: Capture,
+    seen: Seen,
     records: Sequence[Method],
     target: Target,
     own: Mapping[str, Mapping[str, Any]],
@@ -230,7 +225,7 @@ def _answer(
     refused: dict[str, str] | None,
     question: str = "",
 ) -> Explanation:
-    explanation = Explanation({}, {}, target, ", ".join(capture.layers), capture)
+    explanation = Explanation({}, {}, target, ", ".join(capture.layers), seen, run=capture)
     if any("gradient" in record.needs and not record.contrasts for record in records):
         capture.grad(None, target)  # shared by all of them, so that it counts for none of them
     for record in records:
@@ -283,8 +278,26 @@ def _run(record: Method, explanation: Explanation, settings: Mapping[str, Any], 
     explanation.completeness_error[record.name] = error
 
 
-def saliency(model: nn.Module, x: Tensor, method: str | Method = "grad_cam", **options: Any) -> Tensor:
+def saliency(
+    model: Model,
+    x: Any,
+    method: str | Method = "grad_cam",
+    *,
+    layer: Layers = "auto",
+    fuse: Fusion = "mean",
+    target: object = None,
+    against: object = None,
+    score: str = "logit",
+    labels: Labels | None = None,
+    head: Head | None = None,
+    output: str | int | None = None,
+    precision: Precision = "fp32",
+    settings: Settings | None = None,
+    normalised: bool = False,
+) -> Tensor:
     """The map of one method, ``M [B,H,W]`` in [0, 1]: :func:`explain` for those who want nothing but the tensor.
+
+    Its arguments are those of :func:`explain`.
 
     Raises:
         FoveateError: as :func:`explain`, or several methods, which :func:`explain` takes.
@@ -292,4 +305,22 @@ def saliency(model: nn.Module, x: Tensor, method: str | Method = "grad_cam", **o
     if not isinstance(method, (str, Method)):
         raise FoveateError(f"saliency takes one method, and not {method!r}: foveate.explain takes several")
     METHODS.get(method)  # no group
-    return explain(model, x, method, **options)[method]
+    return explain(
+        model,
+        x,
+        method,
+        layer=layer,
+        fuse=fuse,
+        target=target,
+        against=against,
+        score=score,
+        labels=labels,
+        head=head,
+        output=output,
+        precision=precision,
+        settings=settings,
+        normalised=normalised,
+    )[method]
+
+
+__all__ = ["Explanation", "chosen_methods", "explain", "explain_each", "saliency"]

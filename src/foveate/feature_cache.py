@@ -29,7 +29,7 @@ class FeatureCache:
 
     Args:
         folder: where they are kept; one process holds it.
-        compute: from images ``[B,3,H,W]`` to a list of features, ``[B,...]`` each; called once an image.
+        compute: from images ``[B,C,H,W]`` to a list of features, ``[B,...]`` each; called once an image.
         model: what they depend on: its weights and structure.
     """
 

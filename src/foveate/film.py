@@ -22,6 +22,7 @@ from foveate.files import is_regular
 from foveate.images import as_rgb, to_image
 from foveate.overlay import overlay
 from foveate.registry import METHODS
+from foveate.shown import drawn
 from foveate.targets import log_probability
 
 SIDE = 112  # pixels of a kept map: what a picture of it is drawn from
@@ -46,7 +47,7 @@ class Frame:
     inside: np.ndarray
 
 
-@dataclass
+@dataclass(repr=False)
 class Film:
     """Maps of a few fixed images over the epochs of a training run.
 
@@ -69,6 +70,23 @@ class Film:
         METHODS.get(self.method)
         if self.batch.y is None or self.batch.y.ndim != 1:
             raise FoveateError("a film needs one label for each of its images")
+
+    def __repr__(self) -> str:
+        count, height, width = len(self.batch), *self.batch.x.shape[-2:]
+        epochs = [frame.epoch for frame in self.frames]
+        span = f"epochs {epochs[0]} to {epochs[-1]}" if epochs else "none yet: film.shoot(model, epoch) after every epoch"
+        lines = [
+            f"Film of {count} image{'s' * (count != 1)} of {height} x {width} by {self.method}",
+            f"  frames: {len(epochs)}, {span}",
+        ]
+        for frame in self.frames[:1] + self.frames[1:][-1:]:
+            known = frame.inside[np.isfinite(frame.inside)]
+            inside = f", {known.mean():.2f} of the maps on the object" if len(known) else ""
+            lines.append(f"  epoch {frame.epoch}: p of the label {frame.probability.mean():.3f}{inside}")
+        return "\n".join(lines)
+
+    def _repr_html_(self) -> str:
+        return drawn("explanation").film_html(self)  # type: ignore[no-any-return]
 
     def shoot(self, model: nn.Module, epoch: int) -> Frame:
         """Keep where a model looks now; one frame an epoch, so that a run that goes on replaces what it repeats.

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import math
+import os
 import re
 import warnings
+import zipfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -21,6 +24,9 @@ MOST_PIXELS = 200_000_000  # decoded, an image of this size takes 600 MB
 LEAST_SIDE, MOST_SIDE = 8, 16384
 CROPS = ("none", "resize", "centre")
 STEP = 16  # pixels: the patches of most transformers, and no grid of cells that is cut off
+ORIENTATION = 0x0112  # of EXIF
+T = TypeVar("T")
+ARRAYS = (".npy", ".npz")
 RESAMPLING = {
     "nearest": Image.Resampling.NEAREST,
     "bilinear": Image.Resampling.BILINEAR,
@@ -38,6 +44,74 @@ def read(path: str | Path) -> Image.Image:
     return _opened(Path(path), path, lambda image: _to_rgb(ImageOps.exif_transpose(image)))
 
 
+@dataclass(frozen=True)
+class Bands:
+    """An image of other channels than red, green and blue: each as a PIL image of floats in [0, 1]."""
+
+    bands: tuple[Image.Image, ...]
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Width and height, as PIL has them."""
+        return self.bands[0].size
+
+
+def read_bands(path: str | Path, channels: int) -> Bands:
+    """An image of ``channels`` channels: ``.npy`` or ``.npz`` (``[H,W,K]`` or ``[K,H,W]``), or a TIFF with a page or band each.
+
+    8 and 16 bits without a sign are scaled to [0, 1]; floats are in [0, 1] already.
+
+    Raises:
+        ImageError: it cannot be read, has other channels, or values that are not in [0, 1].
+    """
+    path = Path(path)
+    how = f"save it as .npy, [H,W,{channels}], or as a TIFF of {channels} pages"
+    if path.suffix.lower() in ARRAYS:
+        if not is_regular(path):
+            raise ImageError(f"{path} does not exist", path)
+        try:
+            loaded = np.load(path, allow_pickle=False)  # code in a file is never run
+            names = getattr(loaded, "files", None)
+            if names is not None and len(names) != 1:
+                raise ImageError(f"{path} holds {len(names)} arrays, {', '.join(names[:6])}: an image is one", path)
+            values: Any = loaded if names is None else loaded[names[0]]
+        except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+            if isinstance(error, ImageError):
+                raise
+            raise ImageError(f"{path} is damaged or holds more than numbers: {str(error).rstrip('.')}", path) from None
+    else:
+        try:
+            values = _opened(path, path, lambda image: _bands_of(image, channels))
+        except ImageError as error:
+            if "format" not in str(error):
+                raise
+            raise ImageError(f"{error}, with {channels} channels: {how}", path) from None
+    if channels == 1 and values.ndim == 2:
+        values = values[..., None]
+    if values.ndim == 3 and values.shape[2] != channels == values.shape[0]:
+        values = values.transpose(1, 2, 0)
+    if values.ndim != 3 or values.shape[2] != channels:
+        raise ImageError(f"{path} has shape {list(values.shape)}, and the model takes {channels} channel(s): {how}", path)
+    _check_size(path, (values.shape[1], values.shape[0]))
+    if values.dtype.kind == "u" and values.dtype.itemsize <= 2:
+        values = values / np.float32(np.iinfo(values.dtype).max)
+    elif values.dtype.kind not in "fb" or not (values.min() >= 0 and values.max() <= 1):
+        reach = f"{values.dtype} from {values.min():g} to {values.max():g}" if values.dtype.kind in "fiub" else values.dtype
+        raise ImageError(f"{path} holds {reach}: images are uint8, uint16, or floats in [0, 1]", path)
+    return Bands(tuple(Image.fromarray(np.ascontiguousarray(band, np.float32), "F") for band in values.transpose(2, 0, 1)))
+
+
+def _bands_of(image: Image.Image, channels: int) -> np.ndarray:
+    """Pages of one band each as ``[H,W,K]``, where there are so many; else the bands of the first."""
+    if getattr(image, "n_frames", 1) != channels:
+        return np.asarray(image)
+    pages = []
+    for page in range(channels):
+        image.seek(page)
+        pages.append(np.asarray(image))
+    return np.stack(pages, 2) if pages[0].ndim == 2 else pages[0]
+
+
 def read_mask(path: Path, of: Path) -> Image.Image:
     """The mask image of an image file ``of``, as it is stored.
 
@@ -50,7 +124,20 @@ def read_mask(path: Path, of: Path) -> Image.Image:
         raise ImageError(f"the mask of {of} cannot be read: {error}", of) from None
 
 
-def _opened(path: Path, of: object, take: Callable[[Image.Image], Image.Image]) -> Image.Image:
+def upright(image: Image.Image, name: object = "the image") -> Image.Image:
+    """A PIL image of any mode as 8-bit RGB, as :func:`read` gives a file: upright, transparency on white, 16 bits scaled.
+
+    Raises:
+        ImageError: its file is closed, cut off or damaged, or it is too small or too large.
+    """
+    _check_size(name, image.size)
+    try:
+        return _to_rgb(ImageOps.exif_transpose(image))
+    except (OSError, SyntaxError, ValueError) as error:
+        raise ImageError(f"{name} is closed, damaged or cut off: {str(error).rstrip('.')}", name) from None
+
+
+def _opened(path: Path, of: object, take: Callable[[Image.Image], T]) -> T:
     """What is taken from an image file while it is open; nothing but a regular file is: a named pipe would wait for ever."""
     if path.is_dir():
         raise ImageError(f"{path} is a folder, not an image", of)
@@ -81,7 +168,7 @@ def _opened(path: Path, of: object, take: Callable[[Image.Image], Image.Image]) 
         raise ImageError(f"{path} is damaged or cut off: {str(error).rstrip('.')}", of) from None
 
 
-def _check_size(path: Path, size: tuple[int, int]) -> None:
+def _check_size(path: object, size: tuple[int, int]) -> None:
     width, height = size
     if min(size) < LEAST_SIDE:
         raise ImageError(f"{path} has {width}x{height} pixels: an image needs at least {LEAST_SIDE} on each side")
@@ -103,9 +190,62 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
+def photograph(given: Image.Image | str | Path | np.ndarray | Tensor) -> Image.Image:
+    """One photograph in any of its forms as 8-bit RGB, upright: a path, a PIL image, an array or a tensor.
+
+    Raises:
+        FoveateError: something else, or several.
+        ImageError: a file that cannot be read.
+    """
+    if isinstance(given, (str, os.PathLike)):
+        return read(given)
+    if isinstance(given, Image.Image):
+        return upright(given)
+    if isinstance(given, Tensor) and given.layout == torch.strided:
+        given = given.detach().cpu().numpy()
+    if not isinstance(given, np.ndarray) or given.ndim not in (2, 3):
+        what = f"of shape {list(given.shape)}" if isinstance(given, (np.ndarray, Tensor)) else f"a {type(given).__name__}"
+        raise FoveateError(
+            f"one photograph is a path, a PIL image or an array [H,W,3], and this is {what}: model.read takes several"
+        )
+    first = given.ndim == 3 and given.shape[0] in (1, 3, 4) and given.shape[-1] not in (1, 3, 4)
+    return upright(from_array(np.moveaxis(given, 0, -1) if first else given))
+
+
+def from_array(values: np.ndarray) -> Image.Image:
+    """An array ``[H,W]`` or ``[H,W,C]`` as an image of 8 bits: floats in [0, 1], whole numbers of 8 or 16 bits, or bool.
+
+    Raises:
+        FoveateError: other values.
+    """
+    kind = values.dtype.kind
+    if kind == "b":
+        values = 255 * values.astype(np.uint8)
+    elif kind in "ui":
+        least, most = int(values.min()), int(values.max())
+        if least < 0 or most > 65535:
+            raise FoveateError(
+                f"whole numbers of an image are from 0 to 255, or to 65535, and these are from {least} to {most}"
+            )
+        eight = values.dtype.itemsize == 1 or (most <= 255 and values.dtype.itemsize != 2)
+        values = values.astype(np.uint8) if eight else (values / 257 + 0.5).astype(np.uint8)
+    elif kind != "f":
+        raise FoveateError(f"an array of {values.dtype} is no image: give numbers from 0 to 255, or floats in [0, 1]")
+    elif not np.isfinite(values).all():
+        raise FoveateError("the image holds NaN or infinity: mend it, or leave it out")
+    else:
+        low, high = float(values.min()), float(values.max())
+        if low < -0.01 or high > 1.01:
+            remedy = ": divide them by 255, or give array.astype('uint8')" if low >= 0 and high <= 255.5 else ""
+            raise FoveateError(f"floats of an image are in [0, 1], and these are in [{low:.4g}, {high:.4g}]{remedy}")
+        values = (np.clip(values.astype(np.float64), 0, 1) * 255 + 0.5).astype(np.uint8)
+    return Image.fromarray(np.ascontiguousarray(values[..., 0] if values.ndim == 3 and values.shape[-1] == 1 else values))
+
+
 def to_tensor(image: Image.Image) -> Tensor:
-    """An RGB image as ``[3,H,W]``, float32 in [0, 1]."""
-    return torch.from_numpy(np.array(image, dtype=np.uint8)).permute(2, 0, 1).float().div(255)
+    """An RGB image as ``[3,H,W]``, float32 in [0, 1]; a grey one as ``[1,H,W]``."""
+    pixels = torch.from_numpy(np.array(image, dtype=np.uint8))
+    return (pixels[None] if pixels.ndim == 2 else pixels.permute(2, 0, 1)).float().div(255)
 
 
 def as_rgb(x: Tensor) -> Tensor:
@@ -156,7 +296,7 @@ class Preprocess:
         crop: height and width that the network sees.
         resize: length of the shorter side before the crop; None to squash the image to ``crop``.
         interpolation: ``bilinear``, ``bicubic``, ``nearest`` or ``lanczos``.
-        mean, std: the normalisation that goes inside the model.
+        mean, std: the normalisation that goes inside the model; of so many channels its images are.
     """
 
     crop: tuple[int, int] = (224, 224)
@@ -221,9 +361,47 @@ class Preprocess:
         left, top = self._offset(width, height)
         return resized.crop((left, top, left + self.crop[1], top + self.crop[0]))
 
-    def __call__(self, image: Image.Image) -> Tensor:
-        """``[3,H,W]`` in [0, 1]."""
-        return to_tensor(self.image(image))
+    @property
+    def channels(self) -> int:
+        """How many channels the network takes."""
+        return len(self.mean)
+
+    def read(self, path: str | Path) -> Image.Image | Bands:
+        """An image file as this takes it: any picture for one or three channels, arrays and many-paged TIFFs for others.
+
+        Raises:
+            ImageError: it cannot be read, or has other channels.
+        """
+        arrays = Path(path).suffix.lower() in ARRAYS
+        return read_bands(path, self.channels) if arrays or self.channels not in (1, 3) else read(path)
+
+    def __call__(self, image: Image.Image | Bands | str | Path | np.ndarray | Tensor) -> Tensor:
+        """One photograph as ``[K,H,W]`` in [0, 1], of as many channels as the network takes; of one, colours are made grey.
+
+        Args:
+            image: a PIL image of any mode, a path, an array ``[H,W,3]`` or a tensor.
+
+        Raises:
+            ImageError: the image has other channels, or cannot be read.
+            FoveateError: it is none.
+        """
+        if isinstance(image, (str, Path)):
+            image = self.read(image)
+        if not isinstance(image, (Bands, Image.Image)) or (
+            isinstance(image, Image.Image) and (image.mode != "RGB" or image.getexif().get(ORIENTATION, 1) != 1)
+        ):
+            image = photograph(image)
+        if isinstance(image, Bands):
+            if len(image.bands) != self.channels:
+                raise ImageError(f"the image has {len(image.bands)} channel(s), and the model takes {self.channels}")
+            seen = [torch.from_numpy(np.array(self.image(band))) for band in image.bands]
+            return torch.stack(seen).clamp(0, 1)  # bicubic goes beyond
+        if self.channels not in (1, 3):
+            raise ImageError(
+                f"a picture has 1 or 3 channels, and the model takes {self.channels}: give an array, as .npy of "
+                f"[H,W,{self.channels}]"
+            )
+        return to_tensor(self.image(image.convert("L") if self.channels == 1 else image))
 
     def frame(self, size: tuple[int, int]) -> tuple[float, float, float, float]:
         """What the network sees of a photograph of ``size`` (width, height): ``left, top, right, bottom`` in its pixels.

@@ -12,7 +12,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from foveate.classifier import core, detached, eager, evaluating, modules_of, read_logits, swapped
+from foveate.classifier import Function, core, detached, eager, evaluating, modules_of, read_logits, swapped
 from foveate.errors import FoveateError, LayerError
 from foveate.memo import Memo
 
@@ -92,6 +92,11 @@ def resolve(
         raise LayerError(
             "a TorchScript model cannot be looked into: give the module that it was scripted or traced from, or take a method "
             f"that asks for no layer: {WITHOUT_LAYERS}"
+        )
+    if isinstance(core(model)[0], Function) and given != INPUT and not modules_of(core(model)[0])[1:]:
+        raise LayerError(
+            "a function of images has no layers that can be looked at: give the module that it calls, or take a method that "
+            f"asks for no layer: {WITHOUT_LAYERS}"
         )
     items = list(given) if isinstance(given, Sequence) and not isinstance(given, (str, nn.Module)) else [given]
     if not items:
@@ -220,6 +225,11 @@ _runs = Memo()
 WITHOUT_GRADIENTS = "'rise' and 'occlusion' need neither a layer nor a gradient"
 WITHOUT_LAYERS = f"'gradient' and 'integrated_gradients' need no layer, and {WITHOUT_GRADIENTS}"
 _NORMS = ("norm", "batchnorm", "bn")
+
+
+def already_found(model: nn.Module, size: tuple[int, ...]) -> str | None:
+    """What :func:`find` has found for images of this ``size [K,H,W]``; None before it was asked. Nothing is run."""
+    return _found.of(model).get(tuple(size))
 
 
 def find(model: nn.Module, x: Tensor, forward: Callable[[Tensor], Any] | None = None) -> str:

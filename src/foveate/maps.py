@@ -113,9 +113,9 @@ def apply_mask(x: Tensor, mask: Tensor, baseline: Tensor | float = 0.0) -> Tenso
     """Images seen through masks: ``x * M + baseline * (1 - M)``, black outside by default.
 
     Args:
-        x: ``[B,3,H,W]`` in [0, 1]; black is 0 because normalisation is inside the model.
+        x: ``[B,C,H,W]`` in [0, 1]; black is 0 because normalisation is inside the model.
         mask: ``[B,H,W]`` in [0, 1].
-        baseline: what is seen where the mask is 0: a number, or images ``[B,3,H,W]`` (a blur, say).
+        baseline: what is seen where the mask is 0: a number, or images ``[B,C,H,W]`` (a blur, say).
     """
     mask = mask.to(x.dtype)[:, None]
     masked = x * mask

@@ -7,10 +7,14 @@ import inspect
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Any, Literal, TypedDict
+
+from torch import nn
 
 from foveate.errors import FoveateError
+from foveate.precision import Precision
 from foveate.registry import METRICS, Metric, check_settings
+from foveate.targets import Head
 
 Target = Literal["label", "pred", "second"]
 FILLED_IN = ("target", "explained", "columns")
@@ -114,6 +118,26 @@ PRESETS = {
         ),
     )
 }
+
+
+class Planned(TypedDict, total=False):
+    """Options that everything which measures takes; :func:`foveate.measure` says what they are."""
+
+    layer: str | nn.Module
+    target: str | None
+    protocol: str | Protocol
+    settings: Mapping[str, Mapping[str, Any]] | None
+    head: Head | None
+    precision: Precision
+
+
+class Measuring(Planned, total=False):
+    """The options of :func:`foveate.measure`, for functions that hand them on."""
+
+    batch_size: int
+    output: str | int | None
+    keep_maps: bool
+    normalised: bool
 
 
 def preset(name: str | Protocol) -> Protocol:

@@ -10,6 +10,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from foveate.classifier import Function
 from foveate.errors import FoveateError
 
 Mode = Literal["cascade", "independent"]
@@ -22,6 +23,8 @@ def stages_of(model: nn.Module, stages: int = 5) -> list[list[str]]:
     The first stage is the last such module, the head; the others are parted equally, as far as they go round. 0: one each.
     """
     names = [name for name, module in model.named_modules() if next(module.parameters(recurse=False), None) is not None][::-1]
+    if any(isinstance(module, Function) for module in model.modules()):
+        raise FoveateError("a function of images cannot be randomised, for it calls what it always called: give the module")
     if not names:
         raise FoveateError(f"{type(model).__name__} has no parameters that could be randomised")
     if stages < 0:

@@ -136,7 +136,7 @@ class Runner:
         return logits
 
     def gradient(self, images: Tensor, target: Target) -> Tensor:
-        """Gradient of the score by changed images, ``[N,3,H,W]``; a function of the parameters where live."""
+        """Gradient of the score by changed images, ``[N,C,H,W]``; a function of the parameters where live."""
         with torch.inference_mode(False), torch.enable_grad():
             images = images.detach().clone().requires_grad_(True)
             score = target(self.differentiable(images))
@@ -248,6 +248,8 @@ class Runner:
                     known["batch"] = self._took
                     return logits
             reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            if x.requires_grad and "numpy()" in reason:
+                raise FoveateError(f"the model leaves PyTorch, so that no gradient comes back: {WITHOUT_GRADIENTS}") from error
             raise FoveateError(f"the model cannot take images of shape {list(x.shape)}: {reason}") from error
 
 

@@ -126,7 +126,14 @@ class Images:
         return Origin(run, tuple((self.names[i], short(self.listed[i]), content) for i, content in about))
 
 
-def prepare(folder: Path, identity: Mapping[str, Any], resume: bool, about: Mapping[str, Any], images: Images) -> list[str]:
+def prepare(
+    folder: Path,
+    identity: Mapping[str, Any],
+    resume: bool,
+    about: Mapping[str, Any],
+    images: Images,
+    overwrite: bool = False,
+) -> list[str]:
     """Make the folder ready: empty for a new run, checked for one that goes on.
 
     Nothing is deleted but results of this very run that are measured anew; what else stands in the way of new files is moved
@@ -136,8 +143,8 @@ def prepare(folder: Path, identity: Mapping[str, Any], resume: bool, about: Mapp
         What was kept aside or has to be measured anew, in sentences.
 
     Raises:
-        FoveateError: an unfinished run is there and ``resume`` was not asked for, it was another run, or the files that would
-            be replaced are not of foveate.
+        FoveateError: a run is there and neither ``resume`` nor ``overwrite`` was asked for, it was another run, or the files
+            that would be replaced are not of foveate.
     """
     rows = folder / ROWS
     if rows.exists() and not rows.is_dir():
@@ -148,9 +155,13 @@ def prepare(folder: Path, identity: Mapping[str, Any], resume: bool, about: Mapp
         _refuse_strangers(folder, trouble, bool(there), own, resume)
     elif record and resume:
         _refuse_another(folder, record["identity"], identity, images)
-    elif record and not record.get("finished", True) and there:
+    elif record and not overwrite and record.get("finished", True):
         raise FoveateError(
-            f"{folder} holds a run that was not finished: go on with --resume, use another --out, or take the folder away"
+            f"{str(folder)!r} holds a run already ({RECORD}): name another folder, or ask to resume or to overwrite it"
+        )
+    elif record and not overwrite and there:
+        raise FoveateError(
+            f"{folder} holds a run that was not finished: go on with --resume, use another --out, or ask to overwrite it"
         )
     rows.mkdir(parents=True, exist_ok=True)
     for place in (folder, rows):

@@ -16,6 +16,7 @@ from foveate.errors import FoveateError
 
 Head = Literal["softmax", "binary", "multilabel"]
 Score = Callable[[Tensor, Tensor], Tensor]
+Labels = Tensor | Sequence[int]
 NOISE = 2e-5  # of the largest logit, or of 1: far more than two ways of running a network in float32 were seen to differ by
 
 SINGLE = "one output is taken as the logit of a binary classifier: head='binary' (--head binary) says so without this note"
@@ -186,7 +187,7 @@ class Target:
 
 
 def classes(
-    target: object, logits: Tensor, labels: Tensor | None = None, head: Head | None = None, what: str = "target"
+    target: object, logits: Tensor, labels: Labels | None = None, head: Head | None = None, what: str = "target"
 ) -> Tensor:
     """The class of each image, ``[B]``, from what a person may write.
 
@@ -256,7 +257,7 @@ def resolve(
     *,
     score: str = "logit",
     against: object = None,
-    labels: Tensor | None = None,
+    labels: Labels | None = None,
     head: Head | None = None,
 ) -> Target:
     """The one resolver for methods and metrics: from what a person writes to a :class:`Target`.

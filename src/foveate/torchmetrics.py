@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Unpack
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +12,7 @@ from foveate._torchvision import torchvision
 from foveate.batch import Batch
 from foveate.errors import FoveateError
 from foveate.evaluate import Plan
+from foveate.protocol import Planned
 from foveate.registry import METRICS
 from foveate.results import MAP, MODEL
 from foveate.statistics import metric_of
@@ -53,7 +54,7 @@ class SaliencyMetrics(Metric):
         methods: str | Sequence[str] = "grad_cam",
         metrics: str | Sequence[str] = ("AD", "AG", "AI"),
         prefix: str = "",
-        **options: Any,
+        **options: Unpack[Planned],
     ) -> None:
         super().__init__()
         object.__setattr__(self, "held", _Held(model))  # no submodule: moving or copying the metric does neither to the model
@@ -64,7 +65,7 @@ class SaliencyMetrics(Metric):
     def update(
         self, x: Tensor, y: Tensor | None = None, mask: Tensor | None = None, boxes: Sequence[Tensor] | None = None
     ) -> None:
-        """Explain and measure a batch: ``x [B,3,H,W]`` in [0, 1], labels ``y [B]``, masks ``[B,H,W]`` or boxes."""
+        """Explain and measure a batch: ``x [B,C,H,W]`` in [0, 1], labels ``y [B]``, masks ``[B,H,W]`` or boxes."""
         model: nn.Module = self.__dict__["held"].model
         modes = {module: module.training for module in model.modules()}
         model.eval()
@@ -111,7 +112,7 @@ class SaliencyMetric(SaliencyMetrics):
         FoveateError: a metric with several columns, where one has to be named.
     """
 
-    def __init__(self, model: nn.Module, column: str, method: str = "grad_cam", **options: Any) -> None:
+    def __init__(self, model: nn.Module, column: str, method: str = "grad_cam", **options: Unpack[Planned]) -> None:
         record = METRICS.get(column)
         name = record.column(column) or next(iter(record.columns))
         if record.column(column) is None and len(record.columns) > 1:

@@ -17,7 +17,6 @@ from foveate.memory import keep_memory
 app = typer.Typer(
     help="Where an image classifier looks, whether that picture is true, and how to make it look at the right thing.",
     no_args_is_help=True,
-    add_completion=False,
     rich_markup_mode="rich",
     pretty_exceptions_enable=False,
 )

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from foveate.cli.options import FAILURES, Debug, Json, err, sentences
+from foveate.cli.options import FAILURES, Debug, Json, err, free_page, print_note, sentences
 from foveate.errors import FoveateError, printable
 
 WIDTH = 5  # columns beside each other in a terminal
@@ -25,6 +25,7 @@ def compare(
         list[str] | None,
         typer.Option(help="COLUMN=CHANGE or METHOD.COLUMN=CHANGE: exit with 1 where a change is worse, as AG=-2. Repeat."),
     ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a page that is there.")] = False,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
@@ -33,13 +34,13 @@ def compare(
         from foveate.trained import is_trained
 
         if any(map(is_trained, run)):
-            _trainings(run, out, fail_under, as_json)
+            _trainings(run, out, fail_under, as_json, overwrite)
             return
         from foveate import compare as comparing
         from foveate.report import comparison
 
         limits = [comparing.Limit.of(text) for text in fail_under or []]
-        _check_page(out)
+        _check_page(out, overwrite)
         result = comparing.compare(run)
         failures = result.failures(limits)
         if out is not None:
@@ -55,16 +56,18 @@ def compare(
             if out is not None:
                 err.print(f"written to [bold]{escape(printable(out))}[/]")
         for note in result.notes:
-            err.print(f"[yellow]note:[/] {escape(note)}", soft_wrap=True)
+            print_note(note)
         for sentence in failures:
             err.print(f"[bold red]worse:[/] {escape(sentence)}", soft_wrap=True)
         if failures:
             raise typer.Exit(FAILURES)
 
 
-def _check_page(out: str | None) -> None:
+def _check_page(out: str | None, overwrite: bool) -> None:
     if out is not None and not out.lower().endswith((".html", ".htm")):
         raise FoveateError(f"--out {out!r} is not a page: name a file that ends in .html")
+    if out is not None:
+        free_page("--out", out, overwrite)
 
 
 def _cells(frame: Any) -> dict[str, dict[str, Any]]:
@@ -77,13 +80,13 @@ def _cells(frame: Any) -> dict[str, dict[str, Any]]:
     return cells
 
 
-def _trainings(run: list[str], out: str | None, fail_under: list[str] | None, as_json: bool) -> None:
+def _trainings(run: list[str], out: str | None, fail_under: list[str] | None, as_json: bool, overwrite: bool) -> None:
     from foveate import trainings
     from foveate.report import trainings as page
 
     if fail_under:
         raise FoveateError("--fail-under holds for runs of foveate evaluate, and these are of foveate train")
-    _check_page(out)
+    _check_page(out, overwrite)
     result = trainings.compare(run)
     if out is not None:
         page.write(out, result)
@@ -104,7 +107,7 @@ def _trainings(run: list[str], out: str | None, fail_under: list[str] | None, as
         if out is not None:
             err.print(f"written to [bold]{escape(printable(out))}[/]")
     for note in result.notes:
-        err.print(f"[yellow]note:[/] {escape(note)}", soft_wrap=True)
+        print_note(note)
 
 
 def _mean(frame: Any, name: str, column: str) -> str:

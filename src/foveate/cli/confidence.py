@@ -27,6 +27,7 @@ from foveate.cli.options import (
     Model,
     NumClasses,
     Out,
+    Output,
     Pretrained,
     Size,
     Std,
@@ -54,6 +55,8 @@ def confidence(
     limit: Annotated[int | None, typer.Option(min=1, help="The first N images only.")] = None,
     batch_size: Annotated[int, typer.Option(min=1)] = 4,
     out: Out = "confidence",
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a study of that name by another call.")] = False,
+    output: Output = None,
     num_classes: NumClasses = None,
     size: Size = None,
     mean: Mean = None,
@@ -76,16 +79,19 @@ def confidence(
         called = name or Path(model.split(":")[-1]).name
         if not called.replace("-", "").replace("_", "").replace(".", "").isalnum():
             raise FoveateError(f"--name {called!r} becomes a file's name: use letters, digits, - and _")
-        classifier = open_model(model, weights, pretrained, num_classes, size, mean, std, classes, device, encoding, trust_code)
+        classifier = open_model(
+            model, weights, pretrained, num_classes, size, mean, std, classes, device, encoding, trust_code, output
+        )
         source = open_data(data, classifier, False, limit, encoding)
         folder = out_folder(out)
         call = {"data": data, "eta": eta, "unit": unit, "model": model, "weights": weights, "mean": mean, "std": std}
         call |= {"pretrained": pretrained, "size": size, "num_classes": num_classes}
+        call |= {} if output is None else {"output": output}
         call["images"] = short("\n".join([*listing(source)[1], *contents(source, range(len(source)))]))
         call["digest"] = weights_of(classifier)
         stack.enter_context(files.locked(folder))
         files.clear_waiting(folder)
-        _claim(folder, called, call)
+        _claim(folder, called, call, overwrite)
         print_notes(classifier)
         options: dict[str, Any] = {"eta": eta, "unit": unit, "batch_size": batch_size}
         lost: list[tuple[str, str]] = []
@@ -109,7 +115,7 @@ def confidence(
         raise typer.Exit(FAILURES if lost else DONE)
 
 
-def _claim(folder: Path, called: str, call: Mapping[str, Any]) -> None:
+def _claim(folder: Path, called: str, call: Mapping[str, Any], overwrite: bool = False) -> None:
     """Write down which call a name is of; the other studies of the folder must fit into one figure with it.
 
     Raises:
@@ -117,7 +123,7 @@ def _claim(folder: Path, called: str, call: Mapping[str, Any]) -> None:
     """
     from foveate.confidence import SHARED, read_call
 
-    record, known = folder / f"{called}.json", False
+    record, known, replaced = folder / f"{called}.json", False, False
     for other in folder.glob("*.json"):
         before = read_call(other)
         if before is None:
@@ -126,7 +132,13 @@ def _claim(folder: Path, called: str, call: Mapping[str, Any]) -> None:
             continue
         known = True
         if other == record and before != call:
-            raise FoveateError(f"{str(record)!r} is of another call, of other weights or images: give another --name or --out")
+            if not overwrite:
+                raise FoveateError(
+                    f"{str(record)!r} is of another call, of other weights or images: give another --name or --out, or ask to "
+                    "overwrite it"
+                )
+            replaced = True
+            continue
         if any(before.get(key) != call[key] for key in SHARED):
             raise FoveateError(
                 f"{str(other)!r} has other data, eta or unit, and one figure cannot show both: give another --out"
@@ -135,4 +147,6 @@ def _claim(folder: Path, called: str, call: Mapping[str, Any]) -> None:
     for name in written:
         if (folder / name).exists():
             raise FoveateError(f"{str(folder / name)!r} is there already, and not of foveate confidence: give another --out")
+    if replaced:
+        files.delete(folder / f"{called}.csv")
     files.write_json(record, call)

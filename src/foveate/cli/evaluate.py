@@ -12,8 +12,12 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from foveate.cli import completion
 from foveate.cli.options import (
+    DATA,
     FAILURES,
+    METHOD,
+    RESULTS,
     Classes,
     Debug,
     Device,
@@ -25,6 +29,8 @@ from foveate.cli.options import (
     Model,
     NumClasses,
     Out,
+    Output,
+    Overwrite,
     PrecisionOption,
     Pretrained,
     Setting,
@@ -37,10 +43,10 @@ from foveate.cli.options import (
     open_model,
     out_folder,
     own_settings,
+    print_note,
     print_notes,
     reason_of,
     refuse_empty,
-    renumbered,
     sentences,
 )
 from foveate.errors import FoveateError, printable
@@ -62,33 +68,57 @@ def evaluate(
     weights: Weights = None,
     pretrained: Pretrained = False,
     methods: Annotated[
-        str, typer.Option(help="Names, separated by commas; all, all-fast (those of one pass, and controls), controls.")
+        str,
+        typer.Option(
+            help="Names, separated by commas; all, all-fast (those of one pass, and controls), controls.",
+            show_default="grad_cam and the controls",
+            rich_help_panel=METHOD,
+            autocompletion=completion.methods,
+        ),
     ] = "grad_cam,fake_cam,random,centre",
     metrics: Annotated[
         str,
         typer.Option(
             help="Columns or metrics, separated by commas; 'all' that the data allows, but randomisation and "
-            "class_sensitivity, which run every method again: 'all,randomisation'."
+            "class_sensitivity, which run every method again: 'all,randomisation'.",
+            rich_help_panel=METHOD,
+            autocompletion=completion.metrics,
         ),
     ] = "all",
     layer: Layer = "auto",
     target: Annotated[
-        str | None, typer.Option(help="The class explained and scored: label, pred or second; the protocol's by default.")
+        str | None,
+        typer.Option(
+            help="The class explained and scored: label, pred or second; the protocol's by default.", rich_help_panel=METHOD
+        ),
     ] = None,
-    protocol: Annotated[str, typer.Option(help="Preset: foveate, opti_cam, ca_stream, rise, legacy.")] = "foveate",
+    protocol: Annotated[
+        str, typer.Option(help="Preset: foveate, opti_cam, ca_stream, rise, legacy.", rich_help_panel=METHOD)
+    ] = "foveate",
     controls: Annotated[
-        bool, typer.Option(help="Put the controls into a table that has none: they show which columns can be fooled.")
+        bool,
+        typer.Option(
+            help="Put the controls into a table that has none: they show which columns can be fooled.", rich_help_panel=METHOD
+        ),
     ] = True,
-    baseline: Annotated[str | None, typer.Option(help="The method that others are compared with, image by image.")] = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="The first N images only.")] = None,
-    batch_size: Annotated[int, typer.Option(min=1)] = 8,
+    baseline: Annotated[
+        str | None, typer.Option(help="The method that others are compared with, image by image.", rich_help_panel=METHOD)
+    ] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="The first N images only.", rich_help_panel=DATA)] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Images at once.", rich_help_panel=DATA)] = 8,
     setting: Setting = None,
     precision: PrecisionOption = "fp32",
-    devices: Annotated[int, typer.Option(min=1, help="Processes: GPUs where there are some, else CPU processes.")] = 1,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --out.")] = False,
-    strict: Annotated[bool, typer.Option("--strict", help="Stop at the first image that has to be left out.")] = False,
+    devices: Annotated[
+        int, typer.Option(min=1, help="Processes: GPUs where there are some, else CPU processes.", rich_help_panel=DATA)
+    ] = 1,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --out.", rich_help_panel=RESULTS)] = False,
+    overwrite: Overwrite = False,
+    strict: Annotated[
+        bool, typer.Option("--strict", help="Stop at the first image that has to be left out.", rich_help_panel=DATA)
+    ] = False,
     out: Out = "evaluated",
     head: HeadKind = None,
+    output: Output = None,
     num_classes: NumClasses = None,
     size: Size = None,
     mean: Mean = None,
@@ -130,11 +160,13 @@ def evaluate(
             keep_maps=True,
         )
         statistics.baseline_of([record.name for record in plan.records], baseline)
-        classifier = open_model(model, weights, pretrained, num_classes, size, mean, std, classes, device, encoding, trust_code)
+        classifier = open_model(
+            model, weights, pretrained, num_classes, size, mean, std, classes, device, encoding, trust_code, output
+        )
         unclipped = plan.protocol.metrics.get("localization", {}).get("clip", True) is False
         source = open_data(data, classifier, unclipped, limit, encoding)
         folder = out_folder(out)
-        kind = next(classifier.parameters()).device.type
+        kind = next((p.device.type for p in classifier.parameters()), "cpu")
         workers = runs.Workers(devices, "cuda" if kind == "cuda" else "cpu")
         if workers.device is not None:
             classifier.to(workers.device)
@@ -148,13 +180,14 @@ def evaluate(
             "precision": precision,
         }
         call |= {"limit": limit, "batch_size": batch_size, "head": head, "size": size}
+        call |= {} if output is None else {"output": output}
         images = runs.Images.of(source, batch_size)
         identity = fingerprint(classifier, images.listed, plan, call)
         with workers.together():
             if workers.rank == 0:
                 stack.enter_context(locked(folder))
-                for sentence in runs.prepare(folder, identity, resume, evaluation.about(plan, call), images):
-                    err.print(f"[yellow]note:[/] {escape(sentence)}", soft_wrap=True)
+                for sentence in runs.prepare(folder, identity, resume, evaluation.about(plan, call), images, overwrite):
+                    print_note(sentence)
         with workers.together():
             plan.settle(classifier, readable(source, range(len(source)), []))  # a wrong call ends before notes and work
         if workers.rank == 0:
@@ -182,7 +215,7 @@ def evaluate(
                 console.print(f"[bold]Which method should I use?[/] {escape(written.advice)}")
             console.print(f"written to [bold]{escape(printable(out))}[/]: table.md, rows/, and the page [bold]report.html[/]")
         for name, reason in results.left_out.items():
-            err.print(f"[yellow]note:[/] {escape('left out ' + reason_of(name, reason))}", soft_wrap=True)
+            print_note(f"left out {reason_of(name, reason)}")
         for _, reason in results.failures:
             err.print(f"[bold red]left out:[/] {escape(reason)}", soft_wrap=True)
         if results.failures:
@@ -198,6 +231,7 @@ def open_data(data: str, classifier: Any, unclipped: bool, limit: int | None, en
     from torch.utils.data import Subset
 
     from foveate.data.benchmarks import open_benchmark
+    from foveate.inputs import renumbered
 
     opened = open_benchmark(data, classifier.preprocess, clip_boxes=not unclipped, encoding=encoding)
     source = renumbered(opened, classifier, data)

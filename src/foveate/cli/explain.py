@@ -14,11 +14,15 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from foveate.cli import completion
 from foveate.cli.answers import Missing, Question, explain_batch, short, why
 from foveate.cli.drawing import Studio, crop_note, parse_pictures
 from foveate.cli.images import Pictures
 from foveate.cli.options import (
+    DATA,
     FAILURES,
+    METHOD,
+    RESULTS,
     Classes,
     Debug,
     Device,
@@ -30,6 +34,7 @@ from foveate.cli.options import (
     Model,
     NumClasses,
     Out,
+    Output,
     PrecisionOption,
     Pretrained,
     Setting,
@@ -43,6 +48,7 @@ from foveate.cli.options import (
     open_model,
     out_folder,
     own_settings,
+    print_note,
     print_notes,
     progress,
     reason_of,
@@ -72,30 +78,41 @@ def explain(
             "--method",
             help="One, several with commas, or repeated, of 'foveate list methods'; or all, all-fast (those of one pass, and "
             "controls), controls.",
+            rich_help_panel=METHOD,
+            autocompletion=completion.methods,
         ),
     ] = None,
     layer: Layer = "auto",
-    fuse: Annotated[str, typer.Option(help="How maps of several layers become one: mean, max, product, tanh_max.")] = "mean",
+    fuse: Annotated[
+        str, typer.Option(help="How maps of several layers become one: mean, max, product, tanh_max.", rich_help_panel=METHOD)
+    ] = "mean",
     target: Annotated[
         str,
         typer.Option(
             help="pred, label, second, a class index or a class name; several, as pred,label,second, are explained each, "
-            "and the first against each other one."
+            "and the first against each other one.",
+            rich_help_panel=METHOD,
         ),
     ] = "pred",
     against: Annotated[
-        str | None, typer.Option(help="Why the target and not this class: index, name, strongest, second or label.")
+        str | None,
+        typer.Option(
+            help="Why the target and not this class: index, name, strongest, second or label.", rich_help_panel=METHOD
+        ),
     ] = None,
     errors: Annotated[
         bool,
         typer.Option(
-            "--errors", help="Only images that the model gets wrong, by a labels.csv beside them or folders of classes."
+            "--errors",
+            help="Only images that the model gets wrong, by a labels.csv beside them or folders of classes.",
+            rich_help_panel=DATA,
         ),
     ] = False,
     setting: Setting = None,
     precision: PrecisionOption = "fp32",
     out: Out = "explained",
     head: HeadKind = None,
+    output: Output = None,
     num_classes: NumClasses = None,
     size: Size = None,
     mean: Mean = None,
@@ -108,26 +125,38 @@ def explain(
         str,
         typer.Option(
             help="all: overlays, four panels and sheets; overlay; sheet: one picture an image; or none. With commas also the "
-            "formats: png, pdf, svg, as in 'sheet,pdf'."
+            "formats: png, pdf, svg, as in 'sheet,pdf'.",
+            rich_help_panel=RESULTS,
         ),
     ] = "all",
     colormap: Annotated[
-        str, typer.Option(help="Colours of maps: foveate, or any of matplotlib's, such as viridis or inferno.")
+        str,
+        typer.Option(
+            help="Colours of maps: foveate, or any of matplotlib's, such as viridis or inferno.", rich_help_panel=RESULTS
+        ),
     ] = "foveate",
-    opacity: Annotated[float, typer.Option(help="Of a map's largest value on the photograph, above 0 and at most 1.")] = 0.85,
-    dpi: Annotated[int, typer.Option(help="Dots an inch of sheets and panels; overlays keep the photograph's pixels.")] = 110,
+    opacity: Annotated[
+        float,
+        typer.Option(help="Of a map's largest value on the photograph, above 0 and at most 1.", rich_help_panel=RESULTS),
+    ] = 0.85,
+    dpi: Annotated[
+        int,
+        typer.Option(help="Dots an inch of sheets and panels; overlays keep the photograph's pixels.", rich_help_panel=RESULTS),
+    ] = 110,
     scale: Annotated[
         str,
         typer.Option(
             help="Which maps have one scale of colours: own (each its own), images (those of a method over all images), "
-            "methods (those of an image over its methods), common (all)."
+            "methods (those of an image over its methods), common (all).",
+            rich_help_panel=RESULTS,
         ),
     ] = "own",
     crop: Annotated[
         str | None,
         typer.Option(
             help="What the model sees of a photograph, if not what it is made for: none (all of it at its own aspect, for "
-            "models that take other sizes), resize (all of it, squashed), centre."
+            "models that take other sizes), resize (all of it, squashed), centre.",
+            rich_help_panel=DATA,
         ),
     ] = None,
     as_json: Json = False,
@@ -154,7 +183,9 @@ def explain(
         ungrouped(names)  # an unknown name stops here, before the model is built
         if not names:
             raise FoveateError(f"--method {given!r} names none: see 'foveate list methods'")
-        classifier = open_model(model, weights, pretrained, num_classes, size, mean, std, classes, device, encoding, trust_code)
+        classifier = open_model(
+            model, weights, pretrained, num_classes, size, mean, std, classes, device, encoding, trust_code, output
+        )
         question = Question(
             methods=names,
             layer=several(layer),
@@ -182,6 +213,8 @@ def explain(
             for item in progress(explained, "explaining", quiet, len(named)):
                 if item is None:
                     continue
+                if not document:
+                    print_notes(classifier)
                 document.append(item)
                 if not as_json:
                     _print_image(item)
@@ -208,7 +241,7 @@ def explain(
             )
         print_notes(classifier)
         for name, reason in missing.left_out.items():
-            err.print(f"[yellow]note:[/] left out {escape(reason_of(name, reason))}", soft_wrap=True)
+            print_note(f"left out {reason_of(name, reason)}")
         for name, reason in [*missing.refused.items(), *(("", reason) for _, reason in named.failures)]:
             err.print(f"[bold red]left out:[/] {escape(reason_of(name, reason))}", soft_wrap=True)
         if isinstance(stopped, KeyboardInterrupt):
@@ -216,7 +249,7 @@ def explain(
         if stopped is not None:
             raise FoveateError(f"stopped after {len(document)} of {len(named)} image(s): {stopped}")
         if errors and not document:
-            err.print(f"[yellow]note:[/] --errors: the model gets all {len(named) - len(named.failures)} image(s) right")
+            print_note(f"--errors: the model gets all {len(named) - len(named.failures)} image(s) right")
         if named.failures or missing.refused:
             raise typer.Exit(FAILURES)
 

@@ -22,7 +22,7 @@ class Picture:
 
     path: Path
     stem: str
-    x: Tensor  # [3,H,W]
+    x: Tensor  # [C,H,W]
     label: int | None = None
     frame: tuple[float, float, float, float] | None = None  # of what the model saw, in pixels of the file
     cropped: float = 0.0  # share of the file that it did not see
@@ -62,7 +62,7 @@ class Pictures:
         Raises:
             FoveateError: a ``labels.csv`` that cannot be read, where labels are asked for.
         """
-        paths = list({path.resolve(): path for name in names for path in _files(Path(name))}.values())
+        paths = list({path.resolve(): path for name in names for path in _files(Path(name), classifier)}.values())
         labels: list[int | str]
         try:
             labels = _labels(paths, classifier, encoding)
@@ -85,25 +85,30 @@ class Pictures:
             try:
                 if path.is_dir():
                     raise ImageError(f"{path} is a folder without images")
-                photograph = images.read(path)
+                photograph = classifier.preprocess.read(path)
                 if isinstance(label, str) and self.labelled:
                     raise ImageError(label)
                 own, size = classifier.preprocess, photograph.size
                 way = own if self.crop is None else own.cropped(self.crop, size)
                 frame, known = way.frame(size), None if isinstance(label, str) else label
                 x, cropped = way(photograph), images.cropped_away(frame, size)
-                found.append(Picture(path, self.stems[row], x, known, frame, cropped))
+                shown = x if isinstance(photograph, images.Bands) else None
+                found.append(Picture(path, self.stems[row], x, known, frame, cropped, shown))
             except ImageError as error:
                 self.failures.append((str(path), str(error)))
         return found
 
 
-def _files(path: Path) -> list[Path]:
+def _files(path: Path, classifier: Classifier) -> list[Path]:
     """A file, or the images of a folder; an empty one stays as it is, and fails when it is read."""
     from foveate.data.folder import files_in
     from foveate.report.pictures import is_written
 
-    return [file for file in files_in(path) if not is_written(file)] or [path] if path.is_dir() else [path]
+    return (
+        [file for file in files_in(path, classifier.preprocess.channels) if not is_written(file)] or [path]
+        if path.is_dir()
+        else [path]
+    )
 
 
 def _stems(paths: Sequence[Path]) -> list[str]:

@@ -16,6 +16,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
+from foveate.cli import completion
 from foveate.errors import FoveateError, printable
 from foveate.text import parse_yaml, quoted, read_lines
 
@@ -28,32 +29,84 @@ DONE, FAILURES, WRONG_CALL, INTERRUPTED = 0, 1, 2, 130
 ASCII = {"█": "#", "→": "->", "±": "+-", "•": "*", "–": "-", "…": "...", "·": ".", "×": "x"}  # for terminals that have no more
 NET = True  # what nobody thought of ends in a sentence too; tests take it away, so that it hides nothing
 
-Model = Annotated[str, typer.Option("--model", "-m", help="timm:NAME, torchvision:NAME, foveate:small_cnn or file.py:factory.")]
-Weights = Annotated[str | None, typer.Option(help="State dict: .safetensors, .pt or .pth. Code in it is never run.")]
-Pretrained = Annotated[bool, typer.Option("--pretrained", help="Download the library's own weights.")]
-NumClasses = Annotated[int | None, typer.Option(help="Outputs of the head, where it is not the library's own.")]
-Size = Annotated[int | None, typer.Option(help="Input size, where it is not the model's own.")]
-Mean = Annotated[str | None, typer.Option(help="Normalisation, one number or three: 0.485,0.456,0.406.")]
-Std = Annotated[str | None, typer.Option(help="Likewise: 0.229,0.224,0.225.")]
-Classes = Annotated[str | None, typer.Option(help="File with one class name a line, in the order of the model's outputs.")]
+# Groups of options in --help.
+MODEL, METHOD, DATA, RESULTS = "Model", "Methods and metrics", "Images", "What is written"
+
+Model = Annotated[
+    str,
+    typer.Option(
+        "--model",
+        "-m",
+        help="timm:NAME, torchvision:NAME, foveate:small_cnn or file.py:factory.",
+        rich_help_panel=MODEL,
+        autocompletion=completion.models,
+    ),
+]
+Weights = Annotated[
+    str | None, typer.Option(help="State dict: .safetensors, .pt or .pth. Code in it is never run.", rich_help_panel=MODEL)
+]
+Pretrained = Annotated[bool, typer.Option("--pretrained", help="Download the library's own weights.", rich_help_panel=MODEL)]
+NumClasses = Annotated[
+    int | None, typer.Option(help="Outputs of the head, where it is not the library's own.", rich_help_panel=MODEL)
+]
+Size = Annotated[int | None, typer.Option(help="Input size, where it is not the model's own.", rich_help_panel=MODEL)]
+Mean = Annotated[
+    str | None, typer.Option(help="Normalisation, one number, or one a channel: 0.485,0.456,0.406.", rich_help_panel=MODEL)
+]
+Std = Annotated[str | None, typer.Option(help="Likewise: 0.229,0.224,0.225.", rich_help_panel=MODEL)]
+Classes = Annotated[
+    str | None,
+    typer.Option(help="File with one class name a line, in the order of the model's outputs.", rich_help_panel=MODEL),
+]
 HeadKind = Annotated[
-    str | None, typer.Option("--head", help="softmax, binary (one logit) or multilabel; by the number of outputs.")
+    str | None,
+    typer.Option("--head", help="softmax, binary (one logit) or multilabel; by the number of outputs.", rich_help_panel=MODEL),
 ]
-Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps: auto is a GPU where there is one.")]
-Layer = Annotated[str, typer.Option(help="Dotted path of the layer to look at; several, separated by commas, are fused.")]
-PrecisionOption = Annotated[str, typer.Option("--precision", help="Of changed images, in methods that run many: fp32, bf16.")]
+Output = Annotated[
+    str | None,
+    typer.Option(
+        help="Of a model with several outputs, the one that is explained: a name, an index, heads.breed.", rich_help_panel=MODEL
+    ),
+]
+Device = Annotated[
+    str, typer.Option(help="auto, cpu, cuda, cuda:1, mps: auto is a GPU where there is one.", rich_help_panel=MODEL)
+]
+Layer = Annotated[
+    str,
+    typer.Option(help="Dotted path of the layer to look at; several, separated by commas, are fused.", rich_help_panel=METHOD),
+]
+PrecisionOption = Annotated[
+    str, typer.Option("--precision", help="Of changed images, in methods that run many: fp32, bf16.", rich_help_panel=METHOD)
+]
 Setting = Annotated[
-    list[str] | None, typer.Option("--set", help="A method's own setting, METHOD.SETTING=VALUE, as opti_cam.steps=50. Repeat.")
+    list[str] | None,
+    typer.Option(
+        "--set", help="A method's own setting, METHOD.SETTING=VALUE, as opti_cam.steps=50. Repeat.", rich_help_panel=METHOD
+    ),
 ]
-Out = Annotated[str, typer.Option("--out", "-o", help="Folder for what is written.")]
-Json = Annotated[bool, typer.Option("--json", help="One JSON document on standard output, nothing else there.")]
+Out = Annotated[str, typer.Option("--out", "-o", help="Folder for what is written.", rich_help_panel=RESULTS)]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace a run that the folder holds.", rich_help_panel=RESULTS)]
+Json = Annotated[
+    bool, typer.Option("--json", help="One JSON document on standard output, nothing else there.", rich_help_panel=RESULTS)
+]
 TrustCode = Annotated[
-    bool, typer.Option("--trust-code", help="Run the Python file that a recipe, or a run's folder, names as its model.")
+    bool,
+    typer.Option(
+        "--trust-code", help="Run the Python file that a recipe, or a run's folder, names as its model.", rich_help_panel=MODEL
+    ),
 ]
 Encoding = Annotated[
-    str | None, typer.Option(help="Of labels.csv and --classes, where they are not UTF-8: cp1252 (Excel on Windows), latin-1.")
+    str | None,
+    typer.Option(
+        help="Of labels.csv and --classes, where they are not UTF-8: cp1252 (Excel on Windows), latin-1.", rich_help_panel=DATA
+    ),
 ]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+
+
+def kinds() -> list[str]:
+    """What ``foveate list`` lists, for completion."""
+    return ["methods", "metrics", "losses", "models", "recipes"]
 
 
 @contextmanager
@@ -62,11 +115,10 @@ def sentences(debug: bool) -> Iterator[None]:
     _print_anything()
 
     def note(message: Any, category: Any, *rest: Any, **more: Any) -> None:
-        if str(message) not in said:
-            err.print(f"[yellow]note:[/] {escape(printable(message))}", soft_wrap=True)
-        said.add(str(message))
+        print_note(str(message))
 
-    said: set[str] = set()
+    _said.clear()
+    _first.clear()
     shown, warnings.showwarning = warnings.showwarning, note
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -140,10 +192,17 @@ def open_model(
     device: str,
     encoding: str | None = None,
     trust_code: bool = False,
+    output: str | None = None,
 ) -> Classifier:
     from foveate.models.load import load
 
-    for option, text in (("--model", model), ("--weights", weights), ("--classes", classes), ("--device", device)):
+    for option, text in (
+        ("--model", model),
+        ("--weights", weights),
+        ("--classes", classes),
+        ("--device", device),
+        ("--output", output),
+    ):
         refuse_empty(option, text)
     names = None
     if classes is not None:
@@ -160,8 +219,10 @@ def open_model(
         mean=_numbers("mean", mean),
         std=_numbers("std", std),
         class_names=names,
+        output=output,
         trust_code=trust_code,
     )
+    _first.extend(note for note in loaded.notes if "random" in note)
     return _moved(loaded, device)
 
 
@@ -180,10 +241,22 @@ def _moved(classifier: Classifier, device: str) -> Classifier:
         raise FoveateError(f"--device {device!r} cannot be used here ({reason}): use cpu, or auto") from None
 
 
+_said: set[str] = set()  # notes of this call
+_first: list[str] = []  # what is to be said before any other note: whoever reads on would be misled without it
+
+
+def print_note(sentence: str) -> None:
+    """A note, once; in front of the first, that the weights are random where they are."""
+    for text in (*_first, sentence):
+        if text not in _said:
+            _said.add(text)
+            err.print(f"[yellow]note:[/] {escape(printable(text))}", soft_wrap=True)
+
+
 def print_notes(classifier: Classifier) -> None:
-    """What was assumed while the model was loaded; after the work, so that an error stands alone."""
+    """What was assumed while the model was loaded; before the first result, and not before an error, which stands alone."""
     for sentence in classifier.notes:
-        err.print(f"[yellow]note:[/] {escape(sentence)}", soft_wrap=True)
+        print_note(sentence)
 
 
 def out_folder(out: str) -> Path:
@@ -200,27 +273,16 @@ def out_folder(out: str) -> Path:
     return folder
 
 
-def renumbered(data: Any, classifier: Classifier, where: str) -> Any:
-    """Data whose classes are known by name, with the labels of the model's classes of these names.
+def free_page(option: str, path: str, overwrite: bool) -> None:
+    """Refuse a page that is there already, before the work: somebody may have kept it.
 
     Raises:
-        FoveateError: the model has no class of a name, or several; or its names are not known and counts differ.
+        FoveateError: it is, and nobody asked to overwrite it; or a folder has its name.
     """
-    names = data.class_names
-    if names is None:
-        return data
-    if classifier.class_names is None:
-        linear = [m.out_features for m in classifier.modules() if type(m).__name__ == "Linear"]
-        if not linear or linear[-1] != len(names):
-            raise FoveateError(
-                f"{where} has the classes {', '.join(names[:6])}, and the model's class names are not known: give "
-                "--classes FILE, with one class name a line, in the order of the model's outputs"
-            )
-        return data
-    try:
-        return data.renumbered({index: classifier.class_index(name) for index, name in enumerate(names)})
-    except FoveateError as error:
-        raise FoveateError(f"the classes of {where} are not the model's: {error}") from None
+    if Path(path).is_dir():
+        raise FoveateError(f"{option} {path!r} is a folder: name a file")
+    if not overwrite and Path(path).exists():
+        raise FoveateError(f"{option} {path!r} is there already: name another file, or ask to overwrite it")
 
 
 def _numbers(option: str, text: str | None) -> list[float] | None:
@@ -230,8 +292,8 @@ def _numbers(option: str, text: str | None) -> list[float] | None:
         values = [float(part) for part in text.split(",")]
     except ValueError:
         values = []
-    if len(values) not in (1, 3) or not all(map(math.isfinite, values)):
-        raise FoveateError(f"--{option} {text!r} is not one number or three, such as 0.485,0.456,0.406")
+    if not values or not all(map(math.isfinite, values)):
+        raise FoveateError(f"--{option} {text!r} is not one number, or one a channel, such as 0.485,0.456,0.406")
     return values
 
 

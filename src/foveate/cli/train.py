@@ -12,11 +12,13 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from foveate.cli import completion
 from foveate.cli.options import (
     Debug,
     Encoding,
     Json,
     Out,
+    Overwrite,
     TrustCode,
     err,
     out_folder,
@@ -58,13 +60,18 @@ def _epoch_bar(name: str) -> Any:
 
 
 def train(
-    recipe: Annotated[str, typer.Argument(help="A YAML file, or one of foveate's own: see 'foveate list recipes'.")],
+    recipe: Annotated[
+        str,
+        typer.Argument(
+            help="A YAML file, or one of foveate's own: see 'foveate list recipes'.", autocompletion=completion.recipes
+        ),
+    ],
     change: Annotated[list[str] | None, typer.Option("--set", help="key=value, such as epochs=5 or augment.flip=true.")] = None,
     data: Annotated[str | None, typer.Option(help="Train on this: what the recipe calls data.train.")] = None,
     encoding: Encoding = None,
     small: Annotated[bool, typer.Option("--small", help="The recipe's variant for a machine without a GPU.")] = False,
     out: Out = "run",
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a run that the folder holds.")] = False,
+    overwrite: Overwrite = False,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the last finished epoch in the folder.")] = False,
     devices: Annotated[int, typer.Option(min=1, help="GPUs, or processes on CPUs: a batch is divided among them.")] = 1,
     logger: Annotated[

@@ -1,1 +1,5 @@
 """Images with labels, masks and boxes."""
+
+from foveate._lazy import submodules as _submodules
+
+__getattr__, __dir__ = _submodules(__name__, __path__)

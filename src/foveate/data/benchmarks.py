@@ -16,7 +16,7 @@ from torch.utils.data import Dataset
 
 from foveate.batch import Batch
 from foveate.data import scenes
-from foveate.data.folder import SUFFIXES, Entry, Folder, open_folder
+from foveate.data.folder import SUFFIXES, Entry, Folder, open_folder, walked
 from foveate.errors import FoveateError
 from foveate.imagenet import wordnet_ids
 from foveate.images import Preprocess
@@ -65,8 +65,9 @@ def open_imagenet(where: str | Path, preprocess: Preprocess) -> Folder:
         FoveateError: no XML files of its images, or a class that is not one of the 1000.
     """
     root = _folder(where, "imagenet")
-    found = {path.stem: path for path in root.rglob("*.xml")}
-    pictures = [path for path in sorted(root.rglob("*")) if path.suffix.lower() in SUFFIXES and path.stem in found]
+    files = sorted(walked(root))
+    found = {path.stem: path for path in files if path.suffix == ".xml"}
+    pictures = [path for path in files if path.suffix.lower() in SUFFIXES and path.stem in found]
     if not pictures:
         raise FoveateError(
             f"{str(root)!r} has no images with XML boxes: ILSVRC2012_val_00000001.JPEG and ILSVRC2012_val_00000001.xml are "

@@ -78,7 +78,7 @@ class Folder(Dataset[Batch]):
             ImageError: the file or its mask cannot be read, or one of its boxes cannot be.
         """
         entry = self.entries[index]
-        image = images.read(entry.path)
+        image = self.preprocess.read(entry.path)
         mask = None
         if entry.mask is not None:
             opened = images.read_mask(entry.mask, entry.path)
@@ -135,15 +135,26 @@ def _check_box(box: Sequence[float], size: tuple[int, int], entry: Entry) -> Non
     raise ImageError(f"{entry.path}: {where} box '{x0:g} {y0:g} {x1:g} {y1:g}' {reason}", entry.path)
 
 
-def files_in(folder: Path) -> list[Path]:
-    """The image files in a folder and in those below it, by name, but for hidden ones."""
-    return [
-        path
-        for path in sorted(folder.rglob("*"))
-        if path.suffix.lower() in SUFFIXES
-        and not path.is_dir()
-        and not any(part.startswith(".") for part in path.relative_to(folder).parts)
-    ]
+def files_in(folder: Path, channels: int = 3) -> list[Path]:
+    """The image files in a folder and in those below it, by name, but for hidden ones; a link to a folder is one.
+
+    Arrays (``.npy``, ``.npz``) are images for networks of other than three channels.
+    """
+    suffixes = SUFFIXES if channels == 3 else (*SUFFIXES, *images.ARRAYS)
+    return sorted(path for path in walked(folder) if path.suffix.lower() in suffixes)
+
+
+def walked(folder: Path) -> Iterator[Path]:
+    """The files below a folder, also behind links to folders; each folder once, so that a link to one above it ends."""
+    seen: set[tuple[int, int]] = set()
+    for root, folders, names in os.walk(folder, followlinks=True):
+        about = os.stat(root)
+        if (about.st_dev, about.st_ino) in seen:
+            folders.clear()
+            continue
+        seen.add((about.st_dev, about.st_ino))
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        yield from (Path(root, name) for name in names if not name.startswith("."))
 
 
 def open_folder(root: str | Path, preprocess: Preprocess, encoding: str | None = None) -> Folder:
@@ -166,7 +177,7 @@ def open_folder(root: str | Path, preprocess: Preprocess, encoding: str | None =
         entries, names = read_labels(root / "labels.csv", encoding)
         return Folder(tuple(entries), preprocess, names, root)
     classes = sorted(folder for folder in root.iterdir() if folder.is_dir() and not folder.name.startswith("."))
-    entries = [Entry(path, label) for label, folder in enumerate(classes) for path in files_in(folder)]
+    entries = [Entry(path, label) for label, folder in enumerate(classes) for path in files_in(folder, preprocess.channels)]
     if not entries:
         raise FoveateError(f"data folder {str(root)!r} has neither a labels.csv nor a folder of images for each class")
     return Folder(tuple(entries), preprocess, tuple(printable(folder.name) for folder in classes), root)

@@ -42,7 +42,7 @@ def interpretable_gradients(gradient: Tensor, guided: Tensor, *, error: Error = 
     """How far an input gradient is from the guided one, ``E(d, d_G)``, ``[B]``.
 
     Args:
-        gradient: ``[B,3,H,W]`` of one scalar an image, differentiable in the parameters (``create_graph=True``).
+        gradient: ``[B,C,H,W]`` of one scalar an image, differentiable in the parameters (``create_graph=True``).
         guided: of the same scalar by guided backpropagation; the target, so it is detached here.
         error: ``cosine``: ``1 - <d, d_G> / (|d| |d_G|)`` in [0, 2]; ``l1``, ``l2``: mean absolute and squared difference;
             ``histogram``: ``1 - sum min(|d| / |d|_1, |d_G| / |d_G|_1)`` in [0, 1].

@@ -58,7 +58,7 @@ def adapt(
         name: in tables; ``captum.Lime`` where it is None.
         colour: how attributions of three channels become one map: ``sum``, ``sum_abs``, ``max_abs``.
         cells: methods that switch segments on and off (LIME, KernelSHAP) get a grid of so many cells a side,
-        segments: or what this returns: ``x [B,3,H,W]`` to integer labels from 0, ``[B,H,W]`` (scikit-image's, say).
+        segments: or what this returns: ``x [B,C,H,W]`` to integer labels from 0, ``[B,H,W]`` (scikit-image's, say).
         seed: of methods that draw samples, each image alone, so that a batch gives what single images give.
         **options: of ``attribute`` (Captum) or of the call (pytorch-grad-cam), such as ``n_samples``.
 

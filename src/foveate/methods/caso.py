@@ -34,7 +34,7 @@ class Solution:
     """The change of each image, and how it was found.
 
     Attributes:
-        delta: ``[B,3,H,W]``, exact zeros where nothing changes; colours are variables of their own.
+        delta: ``[B,C,H,W]``, exact zeros where nothing changes; colours are variables of their own.
         first_order: the change by the gradient alone, with the same sparsity (CAFO): what CASO is compared with.
         lambda1, lambda2: of each image, ``[B]``.
         eta: share of exact zeros of ``delta``, ``[B]``.

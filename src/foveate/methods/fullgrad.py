@@ -30,7 +30,7 @@ class FullGradients:
     """The parts of a score: ``score = sum(image) + sum of all biases`` in a network of ReLUs, max-pools and affine maps.
 
     Attributes:
-        image: input times gradient at the normalised input, ``[B,3,H,W]``.
+        image: input times gradient at the normalised input, ``[B,C,H,W]``.
         biases: for each bias with a grid, bias times gradient at the output it was added to, ``[B,K,h,w]``.
         scalars: what biases without a grid add, ``[B]``.
         error: how far the sum misses the score, relative to the sizes of the parts and of the score, ``[B]``.

@@ -21,7 +21,7 @@ Quadrature = Literal["midpoint", "gauss_legendre", "right"]
 
 
 def over_colour(values: Tensor, colour: Colour) -> Tensor:
-    """One value a pixel: ``max_c |v_c|``, ``sum_c |v_c|`` or ``sum_c v_c`` (signed); ``[B,3,H,W]`` to ``[B,H,W]``.
+    """One value a pixel: ``max_c |v_c|``, ``sum_c |v_c|`` or ``sum_c v_c`` (signed); ``[B,C,H,W]`` to ``[B,H,W]``.
 
     Raises:
         FoveateError: an unknown word.
@@ -92,7 +92,7 @@ def path_completeness(
 
 
 def baseline_of(capture: Capture, baseline: object) -> Tensor:
-    """Images that hold nothing, ``[B,3,H,W]``: a grey value, ``"blur"`` (a tenth of the longer side), or a tensor.
+    """Images that hold nothing, ``[B,C,H,W]``: a grey value, ``"blur"`` (a tenth of the longer side), or a tensor.
 
     Raises:
         FoveateError: none of these.
@@ -174,7 +174,7 @@ def accumulate(
     images: Callable[[Tensor, Tensor], Tensor],
     change: Callable[[Tensor, Tensor], Tensor],
 ) -> Tensor:
-    """The sum over ``count`` changed copies of each image of their changed gradients, ``[B,3,H,W]``.
+    """The sum over ``count`` changed copies of each image of their changed gradients, ``[B,C,H,W]``.
 
     Copies of all images share the chunks; memory depends on the chunk alone.
 

@@ -217,7 +217,7 @@ def extremal_perturbation(
         rows = numbers // len(areas)  # image of each mask, [N]
         within = [inside[number % len(areas)] for number in numbers.tolist()]
         x = capture.images[rows]
-        pyramid = blur_pyramid(x, blurs, strongest) if hidden is None else torch.stack([hidden[rows], x])  # [L,N,3,H,W]
+        pyramid = blur_pyramid(x, blurs, strongest) if hidden is None else torch.stack([hidden[rows], x])  # [L,N,C,H,W]
         p = (torch.as_tensor(start).to(pyramid) * pyramid.new_ones(len(rows), *smooth.grid)).requires_grad_(True)
         optimiser = torch.optim.SGD([p], lr, momentum=0.9, dampening=0.9)
         for step in range(steps):
@@ -352,12 +352,12 @@ class _SmoothMax(torch.autograd.Function):
 
 
 def blur_pyramid(x: Tensor, levels: int, strongest: float) -> Tensor:
-    """Images from most blurred to intact, ``[L,B,3,H,W]``: level l has standard deviation ``(1 - l/(L-1)) strongest``."""
+    """Images from most blurred to intact, ``[L,B,C,H,W]``: level l has standard deviation ``(1 - l/(L-1)) strongest``."""
     return torch.stack([maps.blur(x, (1 - level / (levels - 1)) * strongest) for level in range(levels)])
 
 
 def through(pyramid: Tensor, m: Tensor) -> Tensor:
-    """Images ``[L,N,3,H,W]`` seen through masks ``[N,H,W]``: linear between the two nearest levels, ``[N,3,H,W]``."""
+    """Images ``[L,N,C,H,W]`` seen through masks ``[N,H,W]``: linear between the two nearest levels, ``[N,C,H,W]``."""
     height = m * (len(pyramid) - 1)
     below = height.detach().long().clamp(max=len(pyramid) - 2)  # the level below each pixel
     index = below[None, :, None].expand(1, -1, pyramid.shape[2], -1, -1)  # [1,N,3,H,W]

@@ -26,7 +26,7 @@ Fusion = Literal["mean", "max", "product", "tanh_max"]
 
 @dataclass(frozen=True)
 class Transform:
-    """A change of images and its way back for maps: ``images [N,3,H,W] -> [N,3,H,W]`` and ``maps [N,h,w] -> [N,h,w]``."""
+    """A change of images and its way back for maps: ``images [N,C,H,W] -> [N,C,H,W]`` and ``maps [N,h,w] -> [N,h,w]``."""
 
     images: Callable[[Tensor], Tensor]
     maps: Callable[[Tensor], Tensor]

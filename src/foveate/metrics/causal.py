@@ -142,7 +142,7 @@ def rise_kernel(side: int, sigma: float = 5.0) -> Tensor:
 
 
 def _end(capture: Capture, name: str, kernel: int, sigma: float) -> End:
-    """Images of which nothing is shown, ``[B,3,H,W]``, and their logits ``[B,C]``; run once a capture."""
+    """Images of which nothing is shown, ``[B,C,H,W]``, and their logits ``[B,C]``; run once a capture."""
     kept = _ends.setdefault(capture, {})
     key = (name, kernel, sigma) if name == "blur" else name
     if key not in kept:

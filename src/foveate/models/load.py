@@ -6,18 +6,24 @@ import difflib
 import importlib.util
 import pickle
 import sys
+import warnings
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from foveate import layers
 from foveate._torchvision import only_tensors, timm, torchvision
-from foveate.classifier import IMAGENET_MEAN, IMAGENET_STD, Normalized
+from foveate.classifier import IMAGENET_MEAN, IMAGENET_STD, Function, Normalized, core, one_output, read_logits, unwrap
 from foveate.errors import FoveateError
 from foveate.imagenet import LINE, WORDNET_ID, imagenet_names, without_ids, wordnet_ids
-from foveate.images import Preprocess, floor_resize, read
+from foveate.images import Preprocess, floor_resize
+from foveate.models.stated import says_normalisation, says_size, spread, stated_names, stated_preprocess, takes_images
+from foveate.models.weights import load_weights, read_weights
+from foveate.shown import listed
 
 STREAM = "ca_stream:"
 
@@ -64,9 +70,33 @@ class Classifier(Normalized):
             self._class_names, ids = without_ids(names)
             self.wordnet_ids = ids if any(ids) else None
 
-    def read(self, *paths: str | Path) -> Tensor:
-        """Image files as this classifier takes them, ``[B,3,H,W]`` in [0, 1]."""
-        return torch.stack([self.preprocess(read(path)) for path in paths])
+    def read(self, *images: Any) -> Tensor:
+        """Photographs as this classifier takes them, ``[B,3,H,W]`` in [0, 1]: paths, folders, PIL images, arrays, tensors.
+
+        Raises:
+            FoveateError: see :func:`foveate.inputs.taken`.
+        """
+        from foveate.inputs import taken
+
+        return taken(self, images[0] if len(images) == 1 else list(images)).x
+
+    def __repr__(self) -> str:
+        """A few lines for people; ``print(classifier.model)`` shows the modules."""
+        height, width = self.preprocess.crop
+        mean, std = (
+            " ".join(f"{value:.3g}" for value in dict.fromkeys(values))
+            for values in (self.preprocess.mean, self.preprocess.std)
+        )
+        names, layer = self.class_names, layers.already_found(self, (self.mean.shape[1], height, width))
+        first = next(self.parameters(), None)
+        lines = [
+            f"Classifier {self.name or type(self.model).__name__}" + ("" if first is None else f" on {first.device}"),
+            f"  takes:   images in [0, 1], {height} x {width}; inside, mean {mean} and std {std}",
+            "  classes: " + ("names are not known" if names is None else f"{len(names)}: {listed(names, 3)}"),
+            f"  layer:   {layer or 'found when it is first asked for'}",
+            *(f"  note:    {note}" for note in self.notes),
+        ]
+        return "\n".join(lines)
 
     def class_index(self, name: str) -> int:
         """The class of a name, or of one of its synonyms (``tabby`` for ``tabby, tabby cat``), or of a part of it.
@@ -112,7 +142,7 @@ def _plain(name: str) -> str:
     return name.lower().strip().replace("_", " ")
 
 
-Built = tuple[nn.Module, Preprocess | None, Sequence[str] | None]
+Built = tuple[nn.Module, Preprocess, Sequence[str] | None]
 
 
 def load(
@@ -125,13 +155,14 @@ def load(
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
     class_names: Sequence[str] | None = None,
+    output: str | int | None = None,
     trust_code: bool = False,
 ) -> Classifier:
     """A classifier by name, in evaluation mode, with its own preprocessing and its normalisation inside.
 
     Args:
-        spec: ``timm:NAME``, ``torchvision:NAME``, ``foveate:small_cnn`` or ``file.py:factory``, where ``factory`` is a
-            function without arguments that returns a module in evaluation mode, or such a module. With ``ca_stream:``
+        spec: ``timm:NAME``, ``torchvision:NAME``, ``foveate:small_cnn`` or ``file.py:factory``: a function without
+            arguments that returns a module in evaluation mode, or such a module, or a function of images. With ``ca_stream:``
             in front of any of them, that model with a CA-Stream instead of its pooling. Or the folder of a finished
             run of ``foveate train``: its model with its weights, whatever the recipe made of it.
         weights: a state dict, ``.safetensors`` or ``.pt``/``.pth``; code inside it is never run.
@@ -140,6 +171,8 @@ def load(
         size: input size other than the model's own.
         mean, std: normalisation, where the model does not say.
         class_names: where they are not ImageNet's.
+        output: of a model with several outputs, the one that is explained: a name, an index, or a dotted path such as
+            ``heads.breed``. One black image is run to see that it is there.
         trust_code: run the Python file that the recipe of a run's folder names. A file that ``spec`` itself names is run
             without it.
 
@@ -147,23 +180,28 @@ def load(
         FoveateError: an unknown source, model or factory; weights that cannot be read, do not fit or hold NaN; a
             factory that returns a model in training mode; code that was not asked for.
     """
+    options: dict[str, Any] = {"pretrained": pretrained, "num_classes": num_classes, "size": size, "mean": mean, "std": std}
+    options |= {"class_names": class_names, "trust_code": trust_code}
+    if output is not None:
+        return _by_output(load(spec, weights=weights, **options), output, class_names is not None)
     if (Path(spec) / "recipe.yaml").is_file():
         return _from_run(Path(spec), Path(weights) if weights is not None else Path(spec) / "model.safetensors", trust_code)
     if spec.startswith(STREAM):
         from foveate.models.castream import ca_stream
 
-        options: dict[str, Any] = {"pretrained": pretrained, "num_classes": num_classes, "size": size}
-        options |= {"mean": mean, "std": std, "class_names": class_names, "trust_code": trust_code}
         made: Classifier = ca_stream(load(spec.removeprefix(STREAM), **options))
         if weights is not None:
             load_weights(made.model, weights)
             made.notes = [note for note in made.notes if "random" not in note]
         elif not any("random" in note for note in made.notes):
-            made.notes.append("the stream's weights are random: train it, or give a weights file")
+            made.notes.insert(0, "the stream's weights are random: train it, or give a weights file")
         return made
     kind, _, name = spec.rpartition(":")
     if not kind or not name:
-        raise FoveateError(f"model {spec!r} is not of the form timm:NAME, torchvision:NAME, foveate:NAME or file.py:factory")
+        raise FoveateError(
+            f"model {spec!r} is not of the form timm:NAME, torchvision:NAME, foveate:NAME or file.py:factory: see "
+            f"'foveate list models {spec}'"
+        )
     if weights is not None and pretrained:
         raise FoveateError("weights from a file and pretrained weights were both asked for: choose one")
     notes: list[str] = []
@@ -180,21 +218,26 @@ def load(
         raise FoveateError(f"model source {kind!r} is unknown: use timm, torchvision, foveate or a Python file")
     if weights is not None:
         load_weights(model, weights)
-    assumed = preprocess is None and mean is None
-    if preprocess is None:
-        preprocess = Preprocess()
-        if mean is None:
-            notes.append(
-                "the model does not say how its input is normalised, and ImageNet's mean and std are assumed: if its "
-                "probabilities look wrong, give mean and std, or set them on the model as model.mean and model.std"
-            )
+    assumed = kind not in SOURCES and not says_normalisation(model) and mean is None
+    if assumed:
+        plain = f"takes {preprocess.channels} channel(s), and does not say" if preprocess.channels != 3 else ""
+        taken = "its images are given as they are, in [0, 1]" if plain else "ImageNet's mean and std are assumed"
+        notes.append(
+            f"the model {plain or 'does not say'} how its input is normalised, and {taken}: if its "
+            "probabilities look wrong, give mean and std, or set them on the model as model.mean and model.std"
+        )
     if mean is not None or std is not None:
         if mean is None or std is None:
             raise FoveateError("mean and std belong together: give both")
-        preprocess = Preprocess(preprocess.crop, preprocess.resize, preprocess.interpolation, _three(mean), _three(std))
+        if len(mean) != len(std) and 1 not in (len(mean), len(std)):
+            raise FoveateError(f"mean has {len(mean)} numbers and std {len(std)}: give one number a channel, or one for all")
+        channels = preprocess.channels if len(mean) == len(std) == 1 else max(len(mean), len(std))
+        preprocess = replace(preprocess, mean=spread(mean, channels), std=spread(std, channels))
     if size is not None:
         preprocess = preprocess.sized(size)
-    return Classifier(model, preprocess, spec, class_names if class_names is not None else names, notes, assumed)
+    return Classifier(
+        model, preprocess, spec, class_names if class_names is not None else names, notes, assumed and preprocess.channels == 3
+    )
 
 
 def code_of(spec: str) -> str | None:
@@ -251,8 +294,26 @@ def _from_run(folder: Path, weights: Path, trust_code: bool) -> Classifier:
     return model.eval()
 
 
-def _three(values: Sequence[float]) -> tuple[float, ...]:
-    return tuple(values) * 3 if len(values) == 1 else tuple(values)
+def _by_output(classifier: Classifier, output: str | int, named: bool) -> Classifier:
+    """The classifier by one of its outputs; the names of another one's classes are none of its own.
+
+    Raises:
+        FoveateError: it has no such output; the message lists those that there are.
+    """
+    made: Classifier = one_output(classifier, output)
+    first = next(made.parameters(), torch.zeros(()))
+    black = torch.zeros(1, made.preprocess.channels, *made.preprocess.crop, device=first.device, dtype=first.dtype)
+    try:
+        with torch.no_grad():
+            count = read_logits(made(black)).shape[1]
+    except (RuntimeError, TypeError, IndexError) as error:
+        raise FoveateError(f"the model cannot take images of shape {list(black.shape)}: {error}") from error
+    names = getattr(classifier.model, "class_names", None)
+    if not named and isinstance(names, Mapping) and output in names:
+        made.class_names = list(names[output])
+    elif not named and made.class_names is not None and len(made.class_names) != count:
+        made.class_names = None
+    return made
 
 
 # -- sources -------------------------------------------------------------------------------------------------------
@@ -300,9 +361,8 @@ def _from_torchvision(name: str, pretrained: bool, num_classes: int | None) -> B
         with only_tensors():
             model = models.get_model(name, weights=weights if pretrained else None, **settings)
     except (OSError, RuntimeError, ValueError, pickle.UnpicklingError) as error:
-        raise (
-            _not_downloaded(name, error) if pretrained else FoveateError(f"torchvision could not build {name!r}: {error}")
-        ) from None
+        reason = FoveateError(f"torchvision could not build {name!r}: {error}")
+        raise (_not_downloaded(name, error) if pretrained else reason) from None
     transforms = weights.transforms()
     preprocess = Preprocess(
         crop=(transforms.crop_size[0], transforms.crop_size[0]),
@@ -379,112 +439,39 @@ def _from_file(path: Path, name: str) -> Built:
         near = difflib.get_close_matches(name, names, 3, 0.4)
         raise FoveateError(f"{path} has no {name!r}" + (f": did you mean {' or '.join(near)}?" if near else ""))
     try:
-        model = factory if isinstance(factory, nn.Module) else factory()
+        model = factory if isinstance(factory, nn.Module) or takes_images(factory) else factory()
     except Exception as error:  # likewise
         raise FoveateError(f"{path}:{name} raised {type(error).__name__}: {error}") from error
+    if callable(model) and not isinstance(model, (nn.Module, type)):
+        model = Function(model)
     if not isinstance(model, nn.Module):
-        raise FoveateError(f"{path}:{name} returned a {type(model).__name__}, and a torch.nn.Module is needed")
+        raise FoveateError(
+            f"{path}:{name} returned a {type(model).__name__}, and a torch.nn.Module or a function of images is needed"
+        )
     if model.training:
         raise FoveateError(f"the model of {path}:{name} is in training mode: return model.eval()")
-    return model, _stated_preprocess(model), _stated_names(model)
+    return model, stated_preprocess(model), stated_names(model)
 
 
-def _stated_preprocess(model: nn.Module) -> Preprocess | None:
-    """What a model of somebody's own says about its input: a timm-like ``default_cfg``, or ``mean`` and ``std``."""
-    config = getattr(model, "pretrained_cfg", None) or getattr(model, "default_cfg", None)
-    if not isinstance(config, Mapping):
-        config = {key: getattr(model, key) for key in ("mean", "std", "input_size") if hasattr(model, key)}
-    if "mean" not in config or "std" not in config:
-        return None
-    size = config.get("input_size", (3, 224, 224))
-    height, width = (size, size) if isinstance(size, int) else tuple(size)[-2:]
-    mean, std = (torch.as_tensor(config[key]).flatten().tolist() for key in ("mean", "std"))
-    return Preprocess(
-        (height, width), floor_resize(min(height, width), config.get("crop_pct") or 0.875), mean=_three(mean), std=_three(std)
-    )
+def preprocess_of(model: nn.Module) -> Preprocess:
+    """From a photograph to what a model takes: a :class:`Classifier`'s own, what any other says of itself, or ImageNet's.
 
-
-def _stated_names(model: nn.Module) -> list[str] | None:
-    names = getattr(model, "class_names", None)
-    if names is not None:
-        return list(names)
-    labels = getattr(getattr(model, "config", None), "id2label", None)  # Hugging Face
-    if isinstance(labels, Mapping) and labels:
-        return [str(labels[key]) for key in sorted(labels, key=int)]
-    linear = [module for module in model.modules() if isinstance(module, nn.Linear)]
-    return imagenet_names() if linear and linear[-1].out_features == 1000 else None
-
-
-# -- weights -------------------------------------------------------------------------------------------------------
-
-
-def read_weights(path: str | Path) -> dict[str, Tensor]:
-    """A state dict from a file, ``.safetensors`` or PyTorch's own format with ``weights_only``: code is never run.
-
-    Raises:
-        FoveateError: missing, unreadable, not a state dict, or a pickle with more than tensors in it.
+    A warning where ImageNet's sizes are assumed.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise FoveateError(f"weights file {str(path)!r} does not exist")
-    try:
-        if path.suffix == ".safetensors":
-            from safetensors.torch import load_file
-
-            state: Any = load_file(path)
-        else:
-            state = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError:
-        raise FoveateError(
-            f"weights file {str(path)!r} holds more than tensors, and code in it is not run: "
-            "save model.state_dict() alone, best as .safetensors"
-        ) from None
-    except Exception as error:  # safetensors and torch raise many kinds for a damaged file
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise FoveateError(f"weights file {str(path)!r} cannot be read: {type(error).__name__}: {reason}") from None
-    for key in ("state_dict", "model_state_dict", "model"):
-        if isinstance(state, Mapping) and isinstance(state.get(key), Mapping):
-            state = state[key]
-    if not isinstance(state, Mapping) or not state or not all(isinstance(value, Tensor) for value in state.values()):
-        raise FoveateError(f"weights file {str(path)!r} holds no state dict")
-    return dict(state)
-
-
-def _all_start(state: Mapping[str, Tensor], prefix: str) -> bool:
-    return all(key.startswith(prefix) for key in state)
-
-
-def load_weights(model: nn.Module, path: str | Path) -> None:
-    """Put a state dict into a model; prefixes of wrappers (``module.``, ``_orig_mod.``, ``model.``) are taken off.
-
-    Raises:
-        FoveateError: names or shapes that do not fit, or NaN and infinity in a tensor; the model is then unchanged.
-    """
-    state = read_weights(path)
-    own = model.state_dict()
-    prefixes = ("module.", "_orig_mod.", "model.")
-    while prefix := next((p for p in prefixes if _all_start(state, p) and not _all_start(own, p)), None):
-        state = {key.removeprefix(prefix): value for key, value in state.items()}
-    missing = [key for key in own if key not in state and not key.endswith("num_batches_tracked")]
-    surplus = [key for key in state if key not in own]
-    shapes = [key for key in own if key in state and own[key].shape != state[key].shape]
-    if missing or surplus or shapes:
-        parts = []
-        if missing:
-            parts.append(f"{len(missing)} of {len(own)} tensors are missing, such as {missing[0]!r}")
-        if surplus:
-            parts.append(f"{len(surplus)} have no place, such as {surplus[0]!r}")
-        if shapes:
-            key = shapes[0]
-            parts.append(
-                f"{len(shapes)} have another shape, such as {key!r}: {list(state[key].shape)} in the file, "
-                f"{list(own[key].shape)} in the model"
-            )
-        raise FoveateError(f"weights file {str(path)!r} does not fit the model: {'; '.join(parts)}")
-    for key, value in state.items():
-        if value.is_floating_point() and not torch.isfinite(value).all():
-            raise FoveateError(f"weights file {str(path)!r} holds NaN or infinity in {key!r}: it is not a usable model")
-    model.load_state_dict(state, strict=False)
+    model = unwrap(model)
+    known = getattr(model, "preprocess", None)
+    if isinstance(known, Preprocess):
+        return known
+    inner = core(model)[0]
+    known = stated_preprocess(inner)
+    if not says_size(inner):
+        height, width = known.crop
+        warnings.warn(
+            f"the model does not say which size of images it takes: photographs are cropped to {height} x {width}, as for "
+            "ImageNet; foveate.load knows, or give a tensor of the size that it takes",
+            stacklevel=2,
+        )
+    return known
 
 
 __all__ = ["IMAGENET_MEAN", "IMAGENET_STD", "Classifier", "imagenet_names", "load", "load_weights", "read_weights"]

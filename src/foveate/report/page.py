@@ -28,13 +28,18 @@ class Look:
     inside: float
 
 
-def render(template: str, path: str | Path, content: Mapping[str, Any]) -> Path:
-    """Fill a template of this folder and write the page; nothing in it is loaded from elsewhere."""
+def filled(template: str, content: Mapping[str, Any]) -> str:
+    """A template of this folder with its content; what is text stays text, whatever is in it."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(TEMPLATES), autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True
     )
     environment.filters["percent"] = lambda value: f"{100 * value:.1f}"
-    write_text(path, environment.get_template(template).render({"version": __version__, **content}))
+    return environment.get_template(template).render({"version": __version__, **content})
+
+
+def render(template: str, path: str | Path, content: Mapping[str, Any]) -> Path:
+    """Fill a template of this folder and write the page; nothing in it is loaded from elsewhere."""
+    write_text(path, filled(template, content))
     return Path(path)
 
 
