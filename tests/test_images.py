@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 
 from foveate import FoveateError, ImageError, images
 from foveate.data.folder import labels_beside, open_folder
-from foveate.images import Preprocess
+from foveate.images import Preprocess, colours_of, to_image
 from foveate.models.load import Classifier, load
 
 RAMP = np.linspace(0, 255, 32 * 40).reshape(32, 40)
@@ -236,3 +236,37 @@ class TestClassNames:
         save_file(load("foveate:small_cnn", num_classes=2).model.state_dict(), tmp_path / "model.safetensors")
         made = load(str(tmp_path))
         assert (made.class_names, made.class_index("n02123045")) == (["tench", "tabby"], 1)
+
+
+@pytest.mark.parametrize("size", [(3000, 800), (120, 500), (300, 300)])
+@pytest.mark.parametrize("resize", [None, 64])
+def test_the_frame_is_what_the_crop_shows(size: tuple[int, int], resize: int | None) -> None:
+    across, down = np.meshgrid(np.linspace(0, 255, size[0]), np.linspace(0, 255, size[1]))
+    picture = Image.fromarray(np.stack([across, down, across], -1).round().astype(np.uint8))
+    preprocess = Preprocess((56, 48), resize)
+    left, top, right, bottom = preprocess.frame(size)
+    seen = 255 * preprocess(picture)[:2].mean((1, 2))
+    middle = torch.tensor([(left + right) / 2 / size[0], (top + bottom) / 2 / size[1]]) * 255
+    assert torch.allclose(seen, middle, atol=2)
+    if resize is None:
+        assert (left, top, right, bottom) == (0, 0, *size)
+    else:
+        assert (right - left) / (bottom - top) == pytest.approx(48 / 56, rel=0.02)
+
+
+@pytest.mark.parametrize("channels", [1, 2, 3, 4, 6, 13])
+def test_images_of_any_number_of_channels_can_be_looked_at(channels: int) -> None:
+    x = torch.rand(channels, 5, 7, generator=torch.Generator().manual_seed(channels))
+    shown = torch.from_numpy(np.array(to_image(x))).permute(2, 0, 1) / 255
+    groups = [x[0], x[0], x[0]] if channels == 1 else [x[0], x[1], x[0]] if channels == 2 else [x[0], x[1], x[2]]
+    if channels == 13:
+        groups = [x[:5].mean(0), x[5:9].mean(0), x[9:].mean(0)]
+    elif channels == 6:
+        groups = [x[:2].mean(0), x[2:4].mean(0), x[4:].mean(0)]
+    assert torch.allclose(shown, torch.stack(groups), atol=1 / 255)
+    assert bool(colours_of(channels)) == (channels not in (1, 3))
+
+
+def test_what_is_no_image_is_refused() -> None:
+    with pytest.raises(FoveateError, match=r"\[K,H,W\], and this one has \[5, 7\]"):
+        to_image(torch.rand(5, 7))

@@ -11,6 +11,7 @@ from PIL import Image
 from torch import Tensor
 
 from foveate import maps
+from foveate.images import Preprocess, to_image, to_tensor
 from foveate.report import pictures
 
 
@@ -126,3 +127,32 @@ def test_pictures_are_known_again(tmp_path: Path) -> None:
     (tmp_path / "broken.png").write_text("no picture")
     found = {path.name for path in tmp_path.iterdir() if pictures.is_written(path)}
     assert found == {"own.png", "sheet.png"}
+
+
+class TestOnAPhotograph:
+    """The overlay is of the photograph as it is, not of what the network saw of it."""
+
+    def test_panorama(self) -> None:
+        photo = Image.new("RGB", (300, 80), (100, 120, 140))
+        saliency = torch.zeros(56, 56)
+        saliency[:28, :28] = 1
+        left, top, right, bottom = frame = Preprocess((56, 56), 64).frame(photo.size)
+        shown = np.asarray(pictures.on_photograph(photo, saliency, frame)).astype(int)
+        assert shown.shape == (80, 300, 3)
+        hot, cold = shown[round(top) + 9, round(left) + 9], shown[round(bottom) - 9, round(right) - 9]
+        outside = shown[40, 20]
+        assert np.abs(hot - cold).max() > 40
+        assert (outside < cold).all() and (shown[:, : int(left) - 1] == shown[0, 0]).all()
+        assert (shown[round(top)] == 255).all(1).sum() >= right - left - 2  # the frame
+        one = pictures.overlay(torch.tensor([100, 120, 140])[:, None, None].expand(3, 56, 56) / 255, saliency)
+        assert np.abs(hot - 255 * one[:, 5, 5].numpy()).max() <= 1
+
+    def test_no_frame_where_all_was_seen_and_rows_join(self) -> None:
+        photo = Image.fromarray(np.random.default_rng(0).integers(0, 255, (2 * pictures.ROWS + 7, 40, 3), dtype=np.uint8))
+        saliency = torch.ones(8, 8)
+        frame = Preprocess((8, 8), None).frame(photo.size)
+        shown = pictures.on_photograph(photo, saliency, frame)
+        whole = pictures.overlay(to_tensor(photo), torch.ones(photo.height, photo.width))
+        assert np.abs(np.asarray(shown).astype(int) - np.asarray(to_image(whole)).astype(int)).max() <= 1
+        assert pictures.cropped_away(frame, photo.size) == 0
+        assert pictures.cropped_away((1150, 50, 1850, 750), (3000, 800)) == pytest.approx(1 - 700 * 700 / 3000 / 800)

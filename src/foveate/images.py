@@ -106,9 +106,43 @@ def to_tensor(image: Image.Image) -> Tensor:
     return torch.from_numpy(np.array(image, dtype=np.uint8)).permute(2, 0, 1).float().div(255)
 
 
+def as_rgb(x: Tensor) -> Tensor:
+    """An image ``[K,H,W]`` of any number of channels as one that can be looked at, ``[3,H,W]``: see :func:`colours_of`.
+
+    Raises:
+        FoveateError: not of three dimensions, or without a channel.
+    """
+    if x.ndim != 3 or not len(x):
+        raise FoveateError(f"an image to look at has shape [K,H,W], and this one has {list(x.shape)}")
+    if len(x) == 1:
+        return x.expand(3, -1, -1)
+    if len(x) == 2:
+        return x[[0, 1, 0]]
+    if len(x) <= 4:
+        return x[:3]
+    return torch.stack([group.mean(0) for group in x.tensor_split(3)])
+
+
+def colours_of(channels: int) -> str:
+    """What red, green and blue of :func:`as_rgb` are, in words; nothing where there is nothing to say.
+
+    >>> colours_of(13)
+    'red, green, blue: means of channels 1-5, 6-9, 10-13 of 13'
+    """
+    if channels in (1, 3):
+        return ""
+    if channels == 2:
+        return "magenta: channel 1, green: channel 2"
+    if channels == 4:
+        return "channels 1-3 of 4"
+    groups = torch.arange(1, channels + 1).tensor_split(3)
+    means = ", ".join(f"{group[0]}-{group[-1]}" if len(group) > 1 else f"{group[0]}" for group in groups)
+    return f"red, green, blue: means of channels {means} of {channels}"
+
+
 def to_image(x: Tensor) -> Image.Image:
-    """``[3,H,W]`` in [0, 1] as an RGB image."""
-    pixels = (x.detach().float().clamp(0, 1) * 255).round().to(torch.uint8)
+    """``[K,H,W]`` in [0, 1] as an RGB image; one of other than three channels as :func:`as_rgb` shows it."""
+    pixels = (as_rgb(x.detach().float()).clamp(0, 1) * 255).round().to(torch.uint8)
     return Image.fromarray(pixels.permute(1, 2, 0).cpu().numpy(), "RGB")
 
 
@@ -165,6 +199,17 @@ class Preprocess:
     def __call__(self, image: Image.Image) -> Tensor:
         """``[3,H,W]`` in [0, 1]."""
         return to_tensor(self.image(image))
+
+    def frame(self, size: tuple[int, int]) -> tuple[float, float, float, float]:
+        """What the network sees of a photograph of ``size`` (width, height): ``left, top, right, bottom`` in its pixels.
+
+        >>> Preprocess((224, 224), 256).frame((3000, 800))
+        (1150.0, 50.0, 1850.0, 750.0)
+        """
+        width, height = self._resized(size)
+        left, top = self._offset(width, height)
+        across, down = size[0] / width, size[1] / height
+        return left * across, top * down, (left + self.crop[1]) * across, (top + self.crop[0]) * down
 
     def mask(self, mask: Image.Image) -> Tensor:
         """A mask image as ``[H,W]`` bool: above half of its largest value is the object, so 0/1 and 0/255 are alike.

@@ -15,16 +15,19 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
+from PIL import Image, ImageDraw
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
 from foveate.errors import FoveateError
 from foveate.files import replacing
-from foveate.images import to_image
+from foveate.images import as_rgb, to_image
 from foveate.maps import apply_mask, scale, upsample
 
 HEAT = "inferno"
+OPACITY = 0.85  # of the largest value
+OUTSIDE = 0.55  # brightness of what the network did not see
+ROWS = 256  # of a photograph that are drawn together
 SIGNED = "RdBu_r"
 ABREAST = 7  # panels in a line of a sheet
 SPECKLE = 0.1  # of the largest: pixels below do not count as bright, however few are above
@@ -53,21 +56,81 @@ def is_speckled(saliency: Tensor) -> bool:
     return bool((saliency[2:-2, 2:-2] - around).abs().mean() > 0.25 * saliency.mean())
 
 
-def overlay(x: Tensor, saliency: Tensor, strength: float = 0.85) -> Tensor:
-    """The image ``[3,H,W]`` under its map ``[H,W]``: the more salient, the more of the heat, on a dimmed grey image.
+def overlay(x: Tensor, saliency: Tensor, *, colormap: str = HEAT, opacity: float = OPACITY) -> Tensor:
+    """The image ``[K,H,W]`` under its map ``[H,W]``: the more salient, the more of the heat, on a dimmed grey image.
 
     Of a map of single pixels (:func:`is_speckled`) the brightest 1 % are shown alike, on an image dimmed further.
     """
-    x, saliency = x.detach().float().cpu(), saliency.detach().float().clamp(0, 1).cpu()
-    if is_speckled(saliency):
-        pixels = saliency.flatten()
-        bright = pixels.kthvalue(max(1, math.ceil(0.99 * len(pixels)))).values.clamp(min=SPECKLE)
-        x, saliency, strength = 0.6 * x, (saliency / bright).clamp(max=1), 0.95
+    seen, dim = visible(saliency)
+    return _blended(as_rgb(x.detach().float().cpu()), seen, dim, colormap, opacity)
+
+
+def visible(saliency: Tensor) -> tuple[Tensor, float]:
+    """A map ``[H,W]`` as it is shown on an image, and what the image is multiplied by: 1, or less behind single pixels."""
+    saliency = saliency.detach().float().clamp(0, 1).cpu()
+    if not is_speckled(saliency):
+        return saliency, 1.0
+    pixels = saliency.flatten()
+    bright = pixels.kthvalue(max(1, math.ceil(0.99 * len(pixels)))).values.clamp(min=SPECKLE)
+    return (saliency / bright).clamp(max=1), 0.6
+
+
+def _blended(x: Tensor, saliency: Tensor, dim: float, colormap: str, opacity: float) -> Tensor:
+    """The image ``[3,H,W]``, multiplied by ``dim``, under a map ``[H,W]`` that :func:`visible` gave."""
+    x = dim * x
     grey = x.mean(0, keepdim=True)
     quiet = (0.55 * x + 0.45 * grey) * 0.82
-    share = strength * saliency**0.8
-    lit = 0.74 * heat(saliency) + 0.26 * x
+    share = (opacity if dim == 1 else min(1.0, opacity + 0.1)) * saliency**0.8
+    lit = 0.74 * heat(saliency, colormap) + 0.26 * x
     return (quiet * (1 - share) + (quiet * 0.25 + lit * 0.9) * share).clamp(0, 1)
+
+
+def on_photograph(
+    image: Image.Image,
+    saliency: Tensor,
+    frame: Sequence[float],
+    *,
+    colormap: str = HEAT,
+    opacity: float = OPACITY,
+) -> Image.Image:
+    """The overlay on a photograph as it is: at its own resolution and aspect, what the network saw of it in a frame.
+
+    What lies outside of the frame is darker; no frame is drawn where all of the photograph was seen.
+
+    Args:
+        saliency: ``[H,W]`` in [0, 1], a map of what the network saw.
+        frame: ``left, top, right, bottom`` of that in pixels of the photograph: :meth:`foveate.images.Preprocess.frame`.
+    """
+    width, height = image.size
+    pixels = np.asarray(image.convert("RGB"))
+    seen, dim = visible(saliency)
+    left, top, right, bottom = frame
+    # Where the centre of each pixel of the photograph lies on the map, from -1 to 1 over what was seen.
+    across = ((torch.arange(width) + 0.5 - left) / (right - left) * 2 - 1).float()
+    down = ((torch.arange(height) + 0.5 - top) / (bottom - top) * 2 - 1).float()
+    drawn = np.empty((height, width, 3), np.uint8)
+    for start in range(0, height, ROWS):  # whole, a large photograph would take gigabytes of floats
+        rows = down[start : start + ROWS]
+        grid = torch.stack(torch.meshgrid(across, rows, indexing="xy"), -1)[None]
+        here = F.grid_sample(seen[None, None], grid, padding_mode="border", align_corners=False)[0, 0]
+        outside = ((rows.abs() > 1)[:, None] | (across.abs() > 1)).float()
+        x = torch.from_numpy(pixels[start : start + ROWS].copy()).permute(2, 0, 1).float().div(255)
+        blended = _blended(x, here * (1 - outside), dim, colormap, opacity) * (1 - (1 - OUTSIDE) * outside)
+        drawn[start : start + ROWS] = (blended * 255).round().byte().permute(1, 2, 0).numpy()
+    made = Image.fromarray(drawn, "RGB")
+    if cropped_away(frame, image.size) > 0:
+        thick = max(1, round(max(image.size) / 600))
+        draw = ImageDraw.Draw(made)
+        edges = [round(left), round(top), round(right) - 1, round(bottom) - 1]
+        draw.rectangle(edges, outline="white", width=thick)
+        draw.rectangle([edges[0] + thick, edges[1] + thick, edges[2] - thick, edges[3] - thick], outline="black", width=1)
+    return made
+
+
+def cropped_away(frame: Sequence[float], size: tuple[int, int]) -> float:
+    """Share of a photograph of ``size`` (width, height) that lies outside of a frame: what the network never saw."""
+    left, top, right, bottom = frame
+    return max(0.0, 1 - (right - left) * (bottom - top) / (size[0] * size[1]))
 
 
 def write(image: Image.Image, path: str | Path) -> None:
