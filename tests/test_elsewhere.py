@@ -245,6 +245,7 @@ def test_the_command_puts_them_into_table_page_and_rows_and_knows_them_again(pho
     for number in range(4):
         write(tmp_path / "lime", str(number), rng.random((8, 8)), "npy")
         write(tmp_path / "other", str(number), rng.random((8, 8)).astype(np.float32), "safetensors")
+    write(tmp_path / "lime", "stranger", rng.random((8, 8)), "npy")
     (tmp_path / "names.txt").write_text("cat\ndog\n")
     out = tmp_path / "run"
     call = ["evaluate", str(photos.root), "--model", "foveate:small_cnn", "--num-classes", "2", "--size", "32"]
@@ -264,6 +265,7 @@ def test_the_command_puts_them_into_table_page_and_rows_and_knows_them_again(pho
     call += ["--weights", str(tmp_path / "w.pt"), "--maps", str(tmp_path / "lime"), "--maps", f"theirs={tmp_path / 'other'}"]
     found = CliRunner().invoke(app, call)
     assert found.exit_code == 0, found.output
+    assert "lime: 1 map(s) of no image, passed over: stranger" in " ".join(found.stderr.split())
     document = json.loads(found.stdout)
     table, costs = document["table"], document["costs"]
     assert [name for name in table if name != "(model)"] == ["lime", "theirs", "gradient", "centre", "fake_cam", "random"]

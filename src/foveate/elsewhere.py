@@ -98,7 +98,7 @@ class Elsewhere:
             )
         for some, sentence in ((lost, "image(s) without a map"), (left, "map(s) of no image, passed over")):
             if some:
-                warnings.warn(f"{self.name}: {len(some)} {sentence}: {_some(some)}", MapsWarning, stacklevel=3)
+                warnings.warn(f"{self.name}: {len(some)} {sentence}: {_some(some)}", MapsWarning, stacklevel=2)
 
     def maps(self, ids: Sequence[str], size: tuple[int, int]) -> list[Tensor | None]:
         """The map of each image, ``[h,w]``, as the network sees the image; None where there is none.
