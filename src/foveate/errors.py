@@ -63,6 +63,14 @@ class TableWarning(UserWarning):
     """A table was read in another way than it stands there: its encoding, its delimiter, lines that repeat each other."""
 
 
+class SplitWarning(UserWarning):
+    """A folder has splits, such as train, val and test: which of them is taken, or what is the matter with one."""
+
+
+class MapsWarning(UserWarning):
+    """Maps from elsewhere and the images do not quite go together: an image has no map, or a map no image."""
+
+
 def not_imported(what: str, package: str, install: str, error: ImportError) -> FoveateError:
     """Why ``what`` cannot have its ``package``: it is not installed, or what it imports itself is not there or is broken.
 

@@ -18,12 +18,13 @@ from torch.utils.data import Dataset
 
 from foveate import maps, memory, missing
 from foveate.batch import Batch
-from foveate.boxes import objects
 from foveate.capture import Capture
 from foveate.classifier import one_output, unwrap
+from foveate.elsewhere import Elsewhere, Of, alone, elsewhere, together
 from foveate.errors import DegenerateMapWarning, FoveateError, ImageError, LayerError, NotFiniteError
 from foveate.explain import Model, chosen_methods
 from foveate.inputs import data_of
+from foveate.measured import Measured, again, choose, measured
 from foveate.methods.cam import contrast_of
 from foveate.precision import Precision
 from foveate.protocol import Measuring, Protocol, preset
@@ -113,6 +114,8 @@ def measure(
     precision: Precision = "fp32",
     keep_maps: bool = False,
     normalised: bool = False,
+    maps: Any = None,
+    maps_of: Of = "auto",
 ) -> Results:
     """Every metric of every method on every image: :class:`foveate.results.Results`, with ``.frame()`` and ``.table()``.
 
@@ -135,15 +138,21 @@ def measure(
         output: of a model with several outputs, the one that is explained: a name, an index or a dotted path.
         keep_maps: keep a small copy of each map, for pictures of the data as a whole.
         normalised: the images were normalised with the model's own mean and std, which is undone.
+        maps: maps from elsewhere, for a row beside the methods': an array ``[N,h,w]`` in the order of the images, a folder of
+            ``.npy``, ``.npz``, grey ``.png`` or ``.safetensors`` called as the images are, or several by name.
+        maps_of: what they cover: the ``crop`` that the network sees, the stored ``file``, or ``auto``: what their shape fits.
 
     Raises:
         FoveateError: an unknown method or metric, one that needs what the data has not, or no image that can be measured.
     """
     classifier = one_output(unwrap(model), output)
-    plan = Plan.of(methods, metrics, protocol, settings, target, layer, head, precision, keep_maps)
+    plan = Plan.of(methods, metrics, protocol, settings, target, layer, head, precision, keep_maps, elsewhere(maps, maps_of))
     failures: list[tuple[str, str]] = []
     data = data_of(model, data, normalised)
     if isinstance(data, Dataset) and hasattr(data, "__len__"):
+        if callable(name_of := getattr(data, "name_of", None)):
+            for given in plan.maps:
+                given.bind(data, [name_of(i) for i in range(len(data))])
         data = readable(data, range(len(data)), failures)
 
     def parts() -> Iterator[Results]:
@@ -152,6 +161,8 @@ def measure(
             yield plan.run(classifier, batch, number)
 
     results = joined(parts())
+    for given in plan.maps:
+        given.settle([*results.ids, *(name for name, _ in results.failures)])
     results.failures = failures + results.failures
     results.left_out, results.protocol = dict(plan.left_out), plan.protocol.record()
     if results.failures and not len(results):
@@ -186,6 +197,7 @@ class Plan:
     head: Head | None = None
     precision: Precision = "fp32"
     keep_maps: bool = False
+    maps: list[Elsewhere] = field(default_factory=list)
     left_out: dict[str, str] = field(default_factory=dict)
 
     @staticmethod
@@ -199,6 +211,7 @@ class Plan:
         head: Head | None = None,
         precision: Precision = "fp32",
         keep_maps: bool = False,
+        maps: Sequence[Elsewhere] = (),
     ) -> Plan:
         """Look every name up.
 
@@ -221,7 +234,8 @@ class Plan:
             if name.lower() not in METRICS.groups:
                 METRICS.get(name, groups=True)
         full = base.with_settings({**given, **own}, target)
-        return Plan(records, own, optional, wanted, full, layer, head, precision, keep_maps)
+        records = [*(given.record for given in maps), *records]
+        return Plan(records, own, optional, wanted, full, layer, head, precision, keep_maps, list(maps))
 
     def settle(self, model: nn.Module, data: Iterable[Batch]) -> None:
         """Leave out what came in with a group and does not apply to the model, by the first image, once for all batches.
@@ -254,9 +268,12 @@ class Plan:
 
         Images that hold NaN, or on which the model gives such logits, are in ``failures`` and have no values.
         """
+        given = {source.name: source.maps(batch.id, (batch.x.shape[-2], batch.x.shape[-1])) for source in self.maps}
         capture, kept, failures = self._captured(model, batch)
         if capture is None:
             return Results(failures=failures)
+        lost = {name for name, _ in failures}
+        given = {own: [m for m, name in zip(found, batch.id, strict=True) if name not in lost] for own, found in given.items()}
         batch = kept.to(capture.x.device)
         check_single(capture.logits, self.head, batch.y, batch.id)
         if batch.y is not None:
@@ -275,23 +292,31 @@ class Plan:
         known: list[tuple[str, Tensor, Measured]] = []
         costed = number < COSTED_BATCHES and any(metric.name == "cost" for metric, _ in scored)
         for record in self.records:
-            if costed and number == 0 and not record.repeats:  # the first run of anything is slower than those that follow
+            theirs = given.get(record.name)
+            if (
+                theirs is None and costed and number == 0 and not record.repeats
+            ):  # the first run of anything is slower than those that follow
                 with suppress(NotFiniteError):
                     record(capture, None, target, **self.own.get(record.name, {}))
             try:
-                raw, spent, facts = self._map(model, capture, batch, record, target, costed)
+                raw, spent, facts = self._map(model, capture, batch, record, target, costed, theirs)
             except NotFiniteError:
                 raw, spent, facts = self._singly(model, capture, batch, record), None, {}
             spoilt = missing.not_finite(raw)  # such a map is none: it is neither constant nor prepared
             clean = missing.without(raw, spoilt)
             part.degenerate[record.name] = int((maps.is_constant(maps.relu(clean)) & ~spoilt).sum())
-            shown = self._prepared(clean, capture.size)
+            # Of a shape of its own each is prepared alone, as it would be in any other batch.
+            each = [clean] if theirs is None else [missing.without(m, missing.not_finite(m)) for m in alone(theirs, raw)]
+            shown = torch.cat([self._prepared(m, capture.size) for m in each])
             M = shown.masked_fill(spoilt[:, None, None], torch.nan) if spoilt.any() else shown
             own = self.own.get(record.name, {})
             aim = contrast_of(capture, target, own.get("against")) if record.contrasts else target
             explained = Explained(record, raw, aim, own, spent, facts)
             twin = next(((name, found) for name, other, found in known if _same(M, other)), None)
-            found = self._values(scored, capture, M, batch, explained, Measured() if twin is None else twin[1])
+            asked = scored if theirs is None else [pair for pair in scored if not again(pair[0])]
+            found = self._values(asked, capture, M, batch, explained, Measured() if twin is None else twin[1])
+            if theirs is not None:
+                found = found.of_elsewhere([name for metric, columns in scored if again(metric) for name in columns], theirs)
             if twin is not None:
                 part.same[record.name] = twin[0]
             else:
@@ -303,7 +328,7 @@ class Plan:
                 part.values[record.name, MAP] = (small * 255).round().div(255).cpu().numpy()
         for metric, columns in scored:
             if metric.of_model:
-                found = _measured(metric, columns, capture, None, batch, dict(self.protocol.metrics.get(metric.name, {})))
+                found = measured(metric, columns, capture, None, batch, dict(self.protocol.metrics.get(metric.name, {})))
                 part.values |= {(MODEL, name): array for name, array in found.values.items()}
                 add_missing(part.missing, {MODEL: found.missing} if found.missing else {})
         return part
@@ -350,9 +375,11 @@ class Plan:
         return Capture(model, x, None, head=self.head, precision=self.precision)
 
     def _map(
-        self, model: nn.Module, capture: Capture, batch: Batch, record: Method, target: Any, costed: bool
+        self, model: nn.Module, capture: Capture, batch: Batch, record: Method, target: Any, costed: bool, theirs: Any
     ) -> tuple[Tensor, Spent | None, dict[str, Tensor]]:
         own = self.own.get(record.name, {})
+        if theirs is not None:
+            return together(theirs, capture.images), None, {}
         if not costed:
             return record(capture, None, target, **own).detach(), None, capture.facts
 
@@ -400,88 +427,10 @@ class Plan:
             offered = {"target": self.protocol.target, "explained": explained, "columns": columns}
             filled = {name: value for name, value in offered.items() if name in asked}
             own = self.protocol.metrics.get(metric.name, {})
-            one = _measured(metric, columns, capture, M, batch, {**filled, **own})
+            one = measured(metric, columns, capture, M, batch, {**filled, **own})
             found.values |= one.values
             found.missing |= one.missing
         return found
-
-
-def choose(metrics: str | Sequence[str], batch: Batch, layer: bool = True) -> list[tuple[Metric, list[str]]]:
-    """The metrics to compute with the columns to keep of each.
-
-    Raises:
-        FoveateError: an unknown name, or one that needs what the batch has not.
-    """
-    has = {"mask": batch.mask is not None, "boxes": batch.boxes is not None, "labels": batch.y is not None}
-    has |= {"region": has["mask"] or has["boxes"], "layer": layer}
-    if batch.mask is not None and bool(((batch.mask > 0) & (batch.mask < 1)).any()):
-        raise FoveateError("a mask of shares between 0 and 1 has no edge to measure at: compare it first, as in mask > 0.5")
-    chosen: dict[str, tuple[Metric, list[str]]] = {}
-    for name in [metrics] if isinstance(metrics, str) else metrics:
-        if (group := name.lower()) in METRICS.groups:
-            there = [r for r in METRICS.all().values() if (r.group == group or (group == "all" and not r.costly))]
-            fits = [record for record in there if all(has[need] for need in record.needs)]
-            chosen |= {record.name: (record, list(record.columns)) for record in fits}
-            if fits:
-                continue
-        record = METRICS.get(name)
-        if missing := ["boxes or masks" if need == "region" else need for need in record.needs if not has[need]]:
-            owner = "model" if missing == ["layer"] else "data"
-            raise FoveateError(f"metric {name!r} needs {' and '.join(missing)}, and this {owner} has none")
-        column = record.column(name)
-        columns = list(record.columns) if column is None or name == record.name else [column]
-        kept = chosen.setdefault(record.name, (record, []))[1]
-        kept += [column for column in columns if column not in kept]
-    return list(chosen.values())
-
-
-def _arrays(result: Mapping[str, Tensor], columns: Sequence[str]) -> dict[str, np.ndarray]:
-    return {
-        name: values.detach().cpu().double().numpy() if values.ndim == 1 else values.detach().cpu().float().numpy()
-        for name, values in result.items()
-        if name.removesuffix("_curve") in columns
-    }
-
-
-@dataclass
-class Measured:
-    """Columns and curves of a method on a batch, and how many images have no value, by column and reason."""
-
-    values: dict[str, np.ndarray] = field(default_factory=dict)
-    missing: dict[str, dict[str, int]] = field(default_factory=dict)
-
-
-def _measured(
-    metric: Metric, columns: Sequence[str], capture: Capture, M: Tensor | None, batch: Batch, settings: dict[str, Any]
-) -> Measured:
-    """The columns of a metric, and why some images have no value."""
-    before = capture.passes.spoilt
-    try:
-        result = metric(capture, M, batch, **settings)
-    except NotFiniteError:  # the method runs again in it
-        nothing = torch.full((len(batch),), torch.nan, dtype=torch.float64)
-        result, before = dict.fromkeys(columns, nothing), -1
-    found = Measured(_arrays(result, columns))
-    for name in columns if metric.name != "cost" else ():
-        lost = torch.from_numpy(~np.isfinite(found.values[name]))
-        if not (lost := lost if lost.ndim == 1 else lost.any(1)).any():
-            continue
-        whole = torch.full_like(lost, capture.passes.spoilt > before)
-        others = [*_nothing(metric, batch, capture.size, settings), (missing.LOGITS, whole)]
-        found.missing[name] = missing.reasons(lost, metric.without_value(M, batch, settings), others)
-    return found
-
-
-def _nothing(metric: Metric, batch: Batch, size: tuple[int, int], settings: Mapping[str, Any]) -> list[tuple[str, Tensor]]:
-    """The images of which a metric that needs the object has none, by reason."""
-    region: Any = settings.get("region", "auto") if "region" in metric.needs else "mask"
-    if not {"region", "mask"} & set(metric.needs):
-        return []
-    nothing = torch.tensor([not len(thing.areas) for thing in objects(batch, size, region)])
-    if batch.boxes is None or region == "mask":
-        return [(missing.NOTHING, nothing)]
-    outside = torch.tensor([missing.outside(boxes, size) for boxes in batch.boxes])
-    return [(missing.OUTSIDE, nothing & outside), (missing.NOTHING, nothing)]
 
 
 def _same(a: Tensor, b: Tensor) -> bool:

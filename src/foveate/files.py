@@ -234,6 +234,11 @@ def digest(path: str | Path) -> str:
         return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=8)).hexdigest()
 
 
+def digest_of_bytes(content: bytes) -> str:
+    """16 digits of some bytes, as :func:`digest` gives them of a file."""
+    return hashlib.blake2b(content, digest_size=8).hexdigest()
+
+
 def is_regular(path: str | Path) -> bool:
     """Whether a path is a file with content: opening a named pipe would wait for ever."""
     try:

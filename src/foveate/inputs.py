@@ -165,7 +165,7 @@ def _is_label(value: Any) -> bool:
 def _files(model: nn.Module, given: str | os.PathLike[str]) -> Iterator[_Item]:
     """A file, or the images of a folder and of those below it, but for pictures that foveate wrote."""
     from foveate import images
-    from foveate.data.folder import files_in
+    from foveate.data.layout import files_in
 
     if "://" in str(given):
         raise ImageError(f"{str(given)!r} is an address, and nothing is downloaded: save the file first", given)
@@ -173,11 +173,12 @@ def _files(model: nn.Module, given: str | os.PathLike[str]) -> Iterator[_Item]:
     if not str(given):
         raise ImageError("the path of an image is empty: name a file or a folder", given)
     files = [path]
+    preprocess = getattr(unwrap(model), "preprocess", None)
     if path.is_dir():
-        files = [file for file in files_in(path) if not _is_written(file)]
+        channels = preprocess.channels if isinstance(preprocess, images.Preprocess) else 3
+        files = [file for file in files_in(path, channels) if not _is_written(file)]
         if not files:
             raise ImageError(f"{path} is a folder without images", path)
-    preprocess = getattr(unwrap(model), "preprocess", None)
     for file in files:
         shown = preprocess.read(file) if isinstance(preprocess, images.Preprocess) else images.read(file)
         kept = file if not isinstance(shown, images.Bands) else None  # channels without colours: what was seen is drawn

@@ -16,6 +16,8 @@ BOXES = "a box is inverted, NaN or infinite"
 LOGITS = "the model gives NaN or infinity on changed images"
 NOTHING = "no object is in view"
 OUTSIDE = "its boxes lie outside the image (boxes are pixels of x, the image as the model gets it)"
+NO_MAP = "the image has no map"
+ELSEWHERE = "its maps come from elsewhere: what they cost is not known, and they cannot be made again"
 UNDEFINED = "it is not defined there"
 
 

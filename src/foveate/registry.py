@@ -17,7 +17,7 @@ from contextlib import suppress
 from dataclasses import replace
 from typing import Any, Generic, Literal, TypeVar
 
-from foveate import elsewhere
+from foveate import peers
 from foveate.errors import FoveateError
 from foveate.records import GROUPS, Column, Direction, Explained, Loss, Method, Metric, Spent, plain
 from foveate.text import parse_yaml, quoted
@@ -77,7 +77,7 @@ class Register(Generic[Record]):
             names += [name for record in self._records.values() for name in _names(record)]
             near = difflib.get_close_matches(name, names, 3, 0.5)
             hint = f"did you mean {' or '.join(near)}?" if near else f"there are {', '.join(sorted(names))}"
-            hint = elsewhere.hint(self.kind, name) or hint
+            hint = peers.hint(self.kind, name) or hint
             raise FoveateError(f"{self.kind} {name!r} is unknown: {hint}")
         return record
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,8 +18,9 @@ from foveate.batch import Batch
 from foveate.boxes import regions
 from foveate.data import scenes
 from foveate.data.benchmarks import Vision, open_benchmark
-from foveate.data.folder import Folder
-from foveate.errors import FoveateError
+from foveate.data.folder import Folder, numbered_alike
+from foveate.data.layout import splits_in
+from foveate.errors import FoveateError, SplitWarning, printable
 from foveate.images import Preprocess
 from foveate.recipe import Augment, Data, Recipe
 
@@ -63,9 +66,12 @@ def open_splits(recipe: Recipe, preprocess: Preprocess) -> dict[str, Dataset[Bat
     assert isinstance(data, Data)
     train: Any = open_benchmark(data.train, preprocess, train=True, encoding=data.encoding)
     found: dict[str, Any] = {}
-    for split, where in (("val", data.val), ("test", data.test)):
-        if where is not None:
-            found[split] = _numbered_alike(open_benchmark(where, preprocess, encoding=data.encoding), train, where)
+    for split, where in _named_splits(data, train).items():
+        opened = open_benchmark(where, preprocess, encoding=data.encoding, split=split)
+        known = getattr(train, "class_names", None)
+        if isinstance(opened, Folder) and opened.class_names is not None and known is not None:
+            opened = numbered_alike(opened, known, where)
+        found[split] = opened
     labels = labels_of(train)
     rest = list(range(len(train)))
     if data.folds is not None:
@@ -109,13 +115,22 @@ def held_out(labels: Tensor, share: float, seed: int, fold: int = 0, folds: int 
     return sorted(chosen)
 
 
-def _numbered_alike(data: Any, like: Any, where: str) -> Any:
-    """Classes by name get the numbers that they have in training, also where a folder lacks one of them."""
-    if not isinstance(data, Folder) or data.class_names is None or getattr(like, "class_names", None) is None:
-        return data
-    if unknown := [name for name in data.class_names if name not in like.class_names]:
-        raise FoveateError(f"{where!r} has the class {unknown[0]!r}, and the training data has not")
-    return data.renumbered({i: like.class_names.index(name) for i, name in enumerate(data.class_names)})
+def _named_splits(data: Data, train: Any) -> dict[str, str]:
+    """Where validation and test data are: as the recipe names them, or beside the training split of one folder (it is said)."""
+    named = {split: where for split, where in (("val", data.val), ("test", data.test)) if where is not None}
+    root = Path(data.train)
+    if not isinstance(train, Folder) or not train.root.is_relative_to(root) or train.root == root:
+        return named
+    below = {split: folder for split, folder in splits_in(root).items() if split != "train" and split not in named}
+    left = below.pop("test", None) if data.folds is not None else None
+    does = {"val": "validates on", "test": "tests on"}
+    said = [f"trains on {train.root.name}/", *(f"{does[split]} {folder.name}/" for split, folder in below.items())]
+    if left is not None:
+        said.append(f"leaves {left.name}/ alone, for folds takes the test data from {train.root.name}/")
+    elif "val" not in {*below, *named}:
+        said.append(f"holds {data.hold_out:.0%} of {train.root.name}/ out for validation")
+    warnings.warn(f"{printable(root)} has splits: this run {', '.join(said)}", SplitWarning, stacklevel=2)
+    return {**named, **{split: str(folder) for split, folder in below.items()}}
 
 
 def labels_of(data: Any) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from contextlib import ExitStack
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -95,6 +96,21 @@ def evaluate(
     protocol: Annotated[
         str, typer.Option(help="Preset: foveate, opti_cam, ca_stream, rise, legacy.", rich_help_panel=METHOD)
     ] = "foveate",
+    maps: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Maps from elsewhere, beside the methods: a folder of .npy, .npz, grey .png or .safetensors called as the "
+            "images are; FOLDER, or NAME=FOLDER. Repeat.",
+            rich_help_panel=METHOD,
+        ),
+    ] = None,
+    maps_of: Annotated[
+        str,
+        typer.Option(
+            help="What such maps cover: crop (what the network sees), file, or auto: what their shape fits.",
+            rich_help_panel=METHOD,
+        ),
+    ] = "auto",
     controls: Annotated[
         bool,
         typer.Option(
@@ -133,6 +149,7 @@ def evaluate(
     """A table of methods and metrics on a data set, with 95 % intervals, and a page to look at."""
     with sentences(debug), ExitStack() as stack:
         from foveate import runs, statistics
+        from foveate.elsewhere import elsewhere
         from foveate.evaluate import Plan, readable
         from foveate.files import locked
         from foveate.identity import fingerprint
@@ -158,6 +175,7 @@ def evaluate(
             head,  # type: ignore[arg-type]
             precision,  # type: ignore[arg-type]
             keep_maps=True,
+            maps=elsewhere(named_maps(maps), maps_of),  # type: ignore[arg-type]
         )
         statistics.baseline_of([record.name for record in plan.records], baseline)
         classifier = open_model(
@@ -182,6 +200,10 @@ def evaluate(
         call |= {"limit": limit, "batch_size": batch_size, "head": head, "size": size}
         call |= {} if output is None else {"output": output}
         images = runs.Images.of(source, batch_size)
+        for theirs in plan.maps:
+            theirs.bind(source, images.names)
+        if plan.maps:
+            call |= {"maps": {theirs.name: theirs.digest() for theirs in plan.maps}, "maps_of": maps_of}
         identity = fingerprint(classifier, images.listed, plan, call)
         with workers.together():
             if workers.rank == 0:
@@ -220,6 +242,24 @@ def evaluate(
             err.print(f"[bold red]left out:[/] {escape(reason)}", soft_wrap=True)
         if results.failures:
             raise typer.Exit(FAILURES)
+
+
+def named_maps(given: list[str] | None) -> dict[str, str] | None:
+    """Folders of maps by the names of their columns, from ``FOLDER`` and ``NAME=FOLDER``.
+
+    Raises:
+        FoveateError: a name twice.
+    """
+    found: dict[str, str] = {}
+    for text in given or []:
+        refuse_empty("--maps", text)
+        name, equals, where = text.partition("=")
+        if not equals or Path(text).exists():
+            name, where = Path(text).resolve().stem, text
+        if name in found:
+            raise FoveateError(f"--maps {text!r}: {name!r} is given twice: give each a name, as in NAME=FOLDER")
+        found[name] = where
+    return found or None
 
 
 def open_data(data: str, classifier: Any, unclipped: bool, limit: int | None, encoding: str | None = None) -> Any:

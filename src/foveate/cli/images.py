@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -100,15 +101,16 @@ class Pictures:
 
 
 def _files(path: Path, classifier: Classifier) -> list[Path]:
-    """A file, or the images of a folder; an empty one stays as it is, and fails when it is read."""
-    from foveate.data.folder import files_in
+    """A file, or the images of a folder or of one of its splits; an empty one stays as it is, and fails when it is read."""
+    from foveate.data.layout import chosen_split, files_in, split_named
     from foveate.report.pictures import is_written
 
-    return (
-        [file for file in files_in(path, classifier.preprocess.channels) if not is_written(file)] or [path]
-        if path.is_dir()
-        else [path]
-    )
+    path = split_named(path)
+    with suppress(FoveateError):  # images need no classes: folders that are no splits are all taken
+        path = chosen_split(path)
+    if not path.is_dir():
+        return [path]
+    return [file for file in files_in(path, classifier.preprocess.channels) if not is_written(file)] or [path]
 
 
 def _stems(paths: Sequence[Path]) -> list[str]:

@@ -36,7 +36,7 @@ def list_(
 ) -> None:
     """What there is: methods, metrics, losses, models or recipes."""
     with sentences(debug):
-        from foveate.elsewhere import hint
+        from foveate.peers import hint
         from foveate.registry import METHODS, ungrouped
 
         asked = words or []

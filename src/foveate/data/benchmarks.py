@@ -16,7 +16,8 @@ from torch.utils.data import Dataset
 
 from foveate.batch import Batch
 from foveate.data import scenes
-from foveate.data.folder import SUFFIXES, Entry, Folder, open_folder, walked
+from foveate.data.folder import Entry, Folder, open_folder
+from foveate.data.layout import SUFFIXES, walked
 from foveate.errors import FoveateError
 from foveate.imagenet import wordnet_ids
 from foveate.images import Preprocess
@@ -27,17 +28,25 @@ FOREGROUND = 1  # of a trimap of Oxford-IIIT Pet: 2 is background, 3 the border 
 
 
 def open_benchmark(
-    name: str, preprocess: Preprocess, *, clip_boxes: bool = True, train: bool = False, encoding: str | None = None
+    name: str,
+    preprocess: Preprocess,
+    *,
+    clip_boxes: bool = True,
+    train: bool = False,
+    encoding: str | None = None,
+    split: str | None = None,
 ) -> Any:
     """Data by what a person may call it.
 
     ``scenes``; ``imagenet:FOLDER``; ``pets:FOLDER`` (37 breeds) and ``species:FOLDER`` (cat or dog); ``torchvision:NAME`` or
-    ``torchvision:NAME:FOLDER``; anything else is a folder with ``labels.csv``, or with a folder for each class.
+    ``torchvision:NAME:FOLDER``; anything else is a folder with ``labels.csv``, or with a folder for each class, or with such
+    folders as splits.
 
     Args:
         clip_boxes: boxes end at the crop; False keeps them as they are, as some published code does.
         train: the part for training, of data that has one.
         encoding: of a folder's ``labels.csv``, see :func:`foveate.data.folder.open_folder`.
+        split: of a folder that has several; ``train`` is that for training.
 
     Raises:
         FoveateError: no such data, or a folder that is laid out otherwise; the message says how.
@@ -54,7 +63,7 @@ def open_benchmark(
     if colon and kind in openers and not Path(name).exists():
         source = openers[kind](where, preprocess)
     else:
-        source = open_folder(name, preprocess, encoding)
+        source = open_folder(name, preprocess, encoding, "train" if train else split)
     return replace(source, clip_boxes=False) if isinstance(source, Folder) and not clip_boxes else source
 
 

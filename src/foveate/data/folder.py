@@ -17,11 +17,11 @@ from torch.utils.data import Dataset
 
 from foveate import images
 from foveate.batch import Batch
+from foveate.data.layout import chosen_split, files_in, folders_in, split_named, split_of
 from foveate.errors import FoveateError, ImageError, TableWarning, printable
 from foveate.images import Preprocess
 from foveate.tables import Line, Table, read_table
 
-SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif", ".ppm", ".jpe")
 COLUMNS = ("file", "class_index", "name", "boxes_xyxy", "mask", "background")
 MOST_CLASSES = 10**9
 
@@ -135,52 +135,66 @@ def _check_box(box: Sequence[float], size: tuple[int, int], entry: Entry) -> Non
     raise ImageError(f"{entry.path}: {where} box '{x0:g} {y0:g} {x1:g} {y1:g}' {reason}", entry.path)
 
 
-def files_in(folder: Path, channels: int = 3) -> list[Path]:
-    """The image files in a folder and in those below it, by name, but for hidden ones; a link to a folder is one.
-
-    Arrays (``.npy``, ``.npz``) are images for networks of other than three channels.
-    """
-    suffixes = SUFFIXES if channels == 3 else (*SUFFIXES, *images.ARRAYS)
-    return sorted(path for path in walked(folder) if path.suffix.lower() in suffixes)
-
-
-def walked(folder: Path) -> Iterator[Path]:
-    """The files below a folder, also behind links to folders; each folder once, so that a link to one above it ends."""
-    seen: set[tuple[int, int]] = set()
-    for root, folders, names in os.walk(folder, followlinks=True):
-        about = os.stat(root)
-        if (about.st_dev, about.st_ino) in seen:
-            folders.clear()
-            continue
-        seen.add((about.st_dev, about.st_ino))
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        yield from (Path(root, name) for name in names if not name.startswith("."))
-
-
-def open_folder(root: str | Path, preprocess: Preprocess, encoding: str | None = None) -> Folder:
+def open_folder(root: str | Path, preprocess: Preprocess, encoding: str | None = None, split: str | None = None) -> Folder:
     """A folder with ``labels.csv`` (``file,class_index[,boxes_xyxy][,mask][,background]``), or a folder for each class in it.
 
-    Without ``class_index`` the column ``name`` is used, its values in alphabetical order.
+    Without ``class_index`` the column ``name`` is used, its values in alphabetical order. Of a folder with splits (see
+    :func:`foveate.data.layout.splits_in`) one is taken; its classes have the numbers that they have in the training split.
 
     Args:
         encoding: of ``labels.csv``, where it has no byte-order mark and is not UTF-8, such as ``cp1252``.
+        split: which one: ``train``, ``val`` or ``test``; where it is None the first there is of test, val and train, which is
+            said in a warning.
 
     Raises:
-        FoveateError: no such folder, no images in it, or a line of ``labels.csv`` that cannot be read.
+        FoveateError: no such folder or split, no images in it, splits with classes that training has not, or a line of
+            ``labels.csv`` that cannot be read.
     """
     if not str(root):
         raise FoveateError("the data folder has no name: '' is none; '.' is the folder that you are in")
-    root = Path(root)
-    if not root.is_dir():
+    given = split_named(Path(root))
+    if not given.is_dir():
         raise FoveateError(f"data folder {str(root)!r} does not exist")
+    chosen = chosen_split(given, split)
+    whole = _open_whole(chosen, preprocess, encoding)
+    train = (
+        None
+        if split_of(chosen) in (None, "train")
+        else next((folder for folder in folders_in(chosen.resolve().parent) if split_of(folder) == "train"), None)
+    )
+    names = None if train is None or whole.class_names is None else _classes_of(train, encoding)
+    if names and (chosen != given or set(whole.class_names or ()) <= set(names)):
+        return numbered_alike(whole, names, chosen)
+    return whole
+
+
+def _open_whole(root: Path, preprocess: Preprocess, encoding: str | None) -> Folder:
     if (root / "labels.csv").exists():
         entries, names = read_labels(root / "labels.csv", encoding)
         return Folder(tuple(entries), preprocess, names, root)
-    classes = sorted(folder for folder in root.iterdir() if folder.is_dir() and not folder.name.startswith("."))
+    classes = folders_in(root)
     entries = [Entry(path, label) for label, folder in enumerate(classes) for path in files_in(folder, preprocess.channels)]
     if not entries:
         raise FoveateError(f"data folder {str(root)!r} has neither a labels.csv nor a folder of images for each class")
     return Folder(tuple(entries), preprocess, tuple(printable(folder.name) for folder in classes), root)
+
+
+def _classes_of(root: Path, encoding: str | None) -> tuple[str, ...] | None:
+    """The class names of a folder; no image is looked for."""
+    table = root / "labels.csv"
+    return read_labels(table, encoding)[1] if table.exists() else tuple(printable(folder.name) for folder in folders_in(root))
+
+
+def numbered_alike(data: Folder, names: Sequence[str], where: object) -> Folder:
+    """Classes by name with the numbers that they have in training, also where this split lacks some of them.
+
+    Raises:
+        FoveateError: a class that training has not.
+    """
+    own = data.class_names or ()
+    if unknown := [name for name in own if name not in names]:
+        raise FoveateError(f"{str(where)!r} has the class {unknown[0]!r}, and the training data has not")
+    return replace(data.renumbered({i: names.index(name) for i, name in enumerate(own)}), class_names=tuple(names))
 
 
 def read_labels(path: Path, encoding: str | None = None) -> tuple[list[Entry], tuple[str, ...] | None]:
