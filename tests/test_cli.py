@@ -182,7 +182,8 @@ class TestExplain:
     )
     def test_pictures_as_asked(self, place: Path, kind: str, written: set[str]) -> None:
         result = explain(place, "--method", "cam,grad_cam", "--pictures", kind, "--json")
-        assert {path.name for path in (place / "out").iterdir()} == written
+        page = {"index.html"} if written else set()
+        assert {path.name for path in (place / "out").iterdir()} == written | page
         item = json.loads(result.stdout)["images"][0]
         named = {item.get("picture"), *(values.get(key) for values in item["maps"].values() for key in ("picture", "overlay"))}
         assert {Path(name).name for name in named if name} == written
@@ -191,7 +192,7 @@ class TestExplain:
     def test_formats_combine_with_what_is_written(self, place: Path) -> None:
         asked = ("--method", "cam,grad_cam", "--pictures", "sheet,pdf,svg", "--json")
         item = json.loads(explain(place, *asked).stdout)["images"][0]
-        assert {path.name for path in (place / "out").iterdir()} == {"a.methods.pdf", "a.methods.svg"}
+        assert {path.name for path in (place / "out").iterdir()} == {"a.methods.pdf", "a.methods.svg", "index.html"}
         assert item["picture"].endswith("a.methods.pdf")
         assert "asks for sheet and overlay" in sentence(explain(place, "--pictures", "sheet,overlay"))
         assert "no pictures and for a format" in sentence(explain(place, "--pictures", "none,pdf"))
@@ -425,7 +426,7 @@ class TestExplain:
                 (place / "data" / "labels.csv").write_text(text)
             result = call(
                 "evaluate", place / "data", "--model", f"{place / 'nets.py'}:thousand", "--methods", "cam", "--metrics", "AD",
-                "--out", place / "out", "--json",
+                "--out", place / "out", "--overwrite", "--json",
             )  # fmt: skip
             both.append(json.loads(result.stdout)["table"]["cam"])
         assert both[0] == both[1]

@@ -138,6 +138,8 @@ class Measuring(Planned, total=False):
     output: str | int | None
     keep_maps: bool
     normalised: bool
+    maps: Any
+    maps_of: Literal["auto", "crop", "file"]
 
 
 def preset(name: str | Protocol) -> Protocol:

@@ -19,7 +19,7 @@ from foveate.overlay import HEAT, Shade, ramp
 from foveate.registry import is_control, title_of
 from foveate.report import pictures
 from foveate.report.page import render
-from foveate.report.sheets import MOST_CROPPED, cropped_sentence
+from foveate.report.sheets import MOST_CROPPED
 
 MOST = 200  # images on the page, so that it stays a file one can send
 CELLS = 4000  # maps
@@ -67,9 +67,10 @@ class ExplainedPage:
         self.images.append(
             {
                 "id": item["file"],
+                "name": Path(item["file"]).name,
                 "picture": seen.picture,
                 "aspect": seen.aspect,
-                "cropped": cropped_sentence(item["cropped"]) if item["cropped"] > MOST_CROPPED else "",
+                "cropped": f"{item['cropped']:.0%} of the photograph is cropped away" if item["cropped"] > MOST_CROPPED else "",
                 "top": [[name.split(",")[0], round(p, 4)] for _, name, p in item["top"]],
                 "label": (item["label_name"] or "").split(",")[0],
                 "wrong": item["right"] is False,
