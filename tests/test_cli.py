@@ -546,7 +546,7 @@ class TestExplain:
             (("a.png",), ("--method", "gradcamm"), "method 'gradcamm' is unknown: did you mean grad_cam"),
             (("a.png",), ("--weights", "none.pt"), "weights file 'none.pt' does not exist"),
             (("a.png",), ("--size", "2"), "size 2 is too small"),
-            (("a.png",), ("--mean", "x"), "--mean 'x' is not one number or three"),
+            (("a.png",), ("--mean", "x"), "--mean 'x' is not one number, or one a channel"),
             (("a.png",), ("--mean", "0.5"), "mean and std belong together"),
             (("a.png",), ("--classes", "none.txt"), "class file 'none.txt' cannot be read"),
             (("a.png",), ("--pretrained",), "your own factory"),
@@ -563,7 +563,7 @@ class TestExplain:
         [
             ("training", "is in training mode: return model.eval()"),
             ("broken", "raised KeyError: 'weights'"),
-            ("number", "returned a int, and a torch.nn.Module is needed"),
+            ("number", "returned a int, and a torch.nn.Module or a function of images is needed"),
             ("nett", "has no 'nett': did you mean net or"),
         ],
     )
@@ -676,9 +676,8 @@ class TestEvaluate:
         tables = []
         for text in ("file,name\na.png,orca\nb.png,tabby\n", "file,class_index\na.png,2\nb.png,0\n"):
             (place / "labels.csv").write_text(text)
-            tables.append(
-                json.loads(call("evaluate", place, "--model", model, "--out", place / "out", "--json").stdout)["table"]
-            )
+            done = call("evaluate", place, "--model", model, "--out", place / "out", "--overwrite", "--json")
+            tables.append(json.loads(done.stdout)["table"])
         assert tables[0] == tables[1]
 
     def test_the_scenes_are_not_for_any_model(self, place: Path) -> None:

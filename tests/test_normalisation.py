@@ -163,5 +163,6 @@ def test_one_output_that_is_taken_as_a_logit_is_said_once(one_output: str, comma
     status, _, said = called(one_output, command, *more)
     assert status == 0, said
     assert said.count("one output is taken as the logit of a binary classifier") == 1
+    more += ["--overwrite"] if command == "evaluate" else []
     status, _, said = called(one_output, command, *more, "--head", "binary")
     assert status == 0 and "one output" not in said, said

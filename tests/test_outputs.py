@@ -186,7 +186,7 @@ def test_a_normalisation_goes_around_a_function() -> None:
     assert "lambda" in repr(Function(lambda x: x))
 
 
-@pytest.mark.parametrize(("model", "said"), [(nn.Linear, "the class Linear"), ("resnet", "and this is a str")])
+@pytest.mark.parametrize(("model", "said"), [(nn.Linear, "the class Linear"), ("resnet", "is none yet: model = foveate.load")])
 def test_what_is_no_model_is_said(model: Any, said: str) -> None:
     with pytest.raises(FoveateError, match=said):
         explain(model, X, "rise")

@@ -380,6 +380,16 @@ class _Natural(Dataset[Any]):
     whole: Any
     take: Callable[[Any], Any]
 
+    @property
+    def dataset(self) -> Any:
+        """The data set itself, as of a ``Subset``."""
+        return self.whole
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "name_of":  # where the data set names its images
+            return getattr(self.whole, name)
+        raise AttributeError(name)
+
     def __len__(self) -> int:
         return len(self.whole)
 
