@@ -280,7 +280,7 @@ class TestImages:
 def test_accuracy_is_always_printed(place: Path) -> None:
     printed = evaluate(place, "out", "--metrics", "AD")
     assert "the model's accuracy: " in printed.stdout
-    document = json.loads(evaluate(place, "out", "--metrics", "AD", "--json").stdout)
+    document = json.loads(evaluate(place, "out", "--metrics", "AD", "--overwrite", "--json").stdout)
     results = runs.load(place / "out")
     right = 100 * float((results.labels == results.predicted).mean())
     assert document["accuracy"]["mean"] == pytest.approx(right)

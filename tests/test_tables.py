@@ -230,7 +230,7 @@ class TestNames:
             )
             assert done.returncode == 0, done.stderr.decode()
             assert b"Zo\\xeb" in done.stdout
-            assert len(list(out.iterdir())) == 2
+            assert len(list(out.iterdir())) == 3  # the overlay, the panels and the page
 
 
 @pytest.mark.skipif(os.name == "nt", reason="has no named pipes")

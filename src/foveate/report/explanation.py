@@ -213,7 +213,8 @@ def figure(explanation: Explanation, rows: Sequence[int]) -> Sheet:
                 transform=axes[number * lines, min(1, columns - 1)].transAxes, parse_math=False,
             )  # fmt: skip
     if names:
-        bar = made.colorbar(ScalarMappable(Normalize(0, 1), pictures.colours(pictures.HEAT)), ax=axes[:lines], shrink=0.9, aspect=25, pad=0.01)
+        scale = ScalarMappable(Normalize(0, 1), pictures.colours(pictures.HEAT))
+        bar = made.colorbar(scale, ax=axes[:lines], shrink=0.9, aspect=25, pad=0.01)
         bar.ax.tick_params(labelsize=7, colors=pictures.MUTED, length=2)
         bar.outline.set_visible(False)  # type: ignore[operator]
     where = f", at layer {explanation.layer}" if explanation.layer else ""
