@@ -665,4 +665,4 @@ def test_the_examples_run(name: str, tmp_path: Path) -> None:
     call = [sys.executable, f"examples/{name}.py", "--epochs", "1", "--out", str(tmp_path / "film.html")]
     done = subprocess.run(call, capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr[-2000:]
-    assert (tmp_path / "film.html").read_text(encoding="utf-8").count('alt="map after epoch 1"') == 3
+    assert (tmp_path / "film.html").read_text(encoding="utf-8").count('alt="map after epoch 1') == 3
