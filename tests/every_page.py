@@ -94,6 +94,8 @@ def _build(folder: Path) -> dict[str, Path]:
     pages["trainings"] = folder / "trainings.html"
     film = Film.load(folder / "cam_loss" / "film.npz")
     pages["film"] = film_page.write(film, folder / "film.html", title=HOSTILE[0])
+    call("confidence", "scenes", "--model", "foveate:small_cnn", "--size", 48, "--limit", 12, "--out", folder / "confidence")
+    pages["confidence"] = folder / "confidence" / "confidence.html"
     call("explain", photos, *model, "--method", ",".join(METHODS), "--out", folder / "explained")
     pages["explained"] = folder / "explained" / "index.html"
     return {name: path for name, path in pages.items() if path.exists()}

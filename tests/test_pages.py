@@ -9,18 +9,23 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote
 
 import html5lib
+import numpy as np
 import pandas as pd
 import pytest
+from typer.testing import CliRunner
 
 import browser
 import every_page
+from foveate import confidence
+from foveate.cli import app
 from foveate.registry import METHODS, METRICS, title_of
 from foveate.statistics import number
 from pages import tables_of
 
-NAMES = ("demo", "evaluation", "short", "comparison", "training", "trainings", "film", "explained")
+NAMES = ("demo", "evaluation", "short", "comparison", "training", "trainings", "film", "confidence", "explained")
 
 
 @pytest.fixture(scope="session")
@@ -296,6 +301,34 @@ class TestValues:
                     wrong = int(frame.predicted[index]) != int(film.batch.y[index])  # type: ignore[index]
                     assert (cell.find("img").get("class") == "no") == wrong
 
+    def test_of_the_confidence_study(self, built: dict[str, Path]) -> None:
+        row = parsed(built["confidence"]).find(".//table[@data-table='confidence']/tbody/tr")
+        assert text_of(row.find("th")) == "small_cnn"
+        known = confidence.trend(confidence.read_rows(built["confidence"].parent / "small_cnn.csv"))
+        shown = [text_of(cell) for cell in row.findall("td")]
+        spearman = lambda v: "{:+.2f} {:+.2f} to {:+.2f}".format(*v) if np.isfinite(v[0]) else "–"  # noqa: E731
+        assert shown[:3] == [str(known.images), spearman(known.correlation), spearman(known.without_penalty)]
+        assert shown[3:5] == [f"{known.cosine[0]:.4f}", f"{known.cosine[1]:.4f}"]
+        assert shown[5] == f"{100 * known.matters:.0f} %" and shown[7] == spearman(known.ratio_correlation)
+
+    def test_of_what_is_explained(self, built: dict[str, Path]) -> None:
+        """Probabilities before and behind each map, of a document of another call of the same command."""
+        folder = built["explained"].parent
+        arguments = ("explain", folder.parent / "photos", "--model", f"{folder.parent / 'network.py'}:build")
+        more = ("--method", ",".join(every_page.METHODS), "--pictures", "none", "--out", folder.parent / "again", "--json")
+        document = json.loads(CliRunner().invoke(app, [str(word) for word in (*arguments, *more)]).stdout)
+        script = next(s for s in parsed(built["explained"]).iter("script") if s.get("id") == "data")
+        images = json.loads(script.text)["images"]
+        assert [image["id"] for image in images] == [item["file"] for item in document["images"]]
+        for image, item in zip(images, document["images"], strict=True):
+            assert image["wrong"] == (item["right"] is False)
+            assert [p for _, p in image["top"]] == pytest.approx([p for _, _, p in item["top"]], abs=1e-4)
+            (answer,) = image["answers"]
+            assert [cell["method"] for cell in answer["maps"]] == list(item["maps"])
+            for cell, values in zip(answer["maps"], item["maps"].values(), strict=True):
+                assert (cell["before"], cell["after"]) == pytest.approx((values["p_before"], values["p_after"]), rel=1e-3)
+                assert not cell["picture"] or (folder / unquote(cell["picture"])).is_file()
+
     def test_a_spreadsheet_computes_nothing(self, built: dict[str, Path]) -> None:
         """Cells of what is written as CSV that a spreadsheet would take for a formula."""
         for path in built["evaluation"].parent.rglob("*.csv"):
@@ -392,3 +425,28 @@ class TestControls:
                 seen.add(tuple(at[:2]))
                 assert at[2] != "none", f"{at} does not show that it is reached"
             assert {"differences", "sc", "filter", "opacity"} <= {name for _, name in seen}
+
+    def test_the_explained_page(self, chromium: Any, built: dict[str, Path]) -> None:
+        with browser.opened(chromium, built["explained"]) as (page, wrong):
+            ids = "[...document.querySelectorAll('#gallery .image')].map(i => i.dataset.id)"
+            images = json.loads(page.evaluate("document.getElementById('data').textContent"))["images"]
+            assert page.evaluate(ids) == [image["id"] for image in images]
+            page.select_option("#order", "most")
+            page.select_option("#method", "gradient")
+            left = {
+                i["id"]: c["after"] / c["before"] for i in images for c in i["answers"][0]["maps"] if c["method"] == "gradient"
+            }
+            shown = [left[name] for name in page.evaluate(ids)]
+            assert shown == sorted(shown, reverse=True)
+            page.select_option("#order", "least")
+            shown = [left[name] for name in page.evaluate(ids)]
+            assert shown == sorted(shown)
+            page.select_option("#filter", "wrong")
+            assert set(page.evaluate(ids)) == {i["id"] for i in images if i["wrong"]}
+            page.select_option("#filter", "all")
+            looks = page.locator(".looks .look").count()
+            page.select_option("#kinds", "methods")
+            assert page.locator(".looks .look").count() == looks // 2  # three of the six methods are controls
+            page.fill("#opacity", "20")
+            assert page.evaluate("getComputedStyle(document.querySelector('#gallery canvas')).opacity") == "0.2"
+            assert wrong == []

@@ -72,7 +72,7 @@ def confidence(
     with sentences(debug), ExitStack() as stack:
         from foveate import confidence as studies
         from foveate.identity import contents, listing, short, weights_of
-        from foveate.report.confidence import draw
+        from foveate.report.confidence import draw, write
 
         if unit not in ("network", "image"):
             raise FoveateError(f"--unit {unit!r} is unknown: use network or image")
@@ -101,17 +101,21 @@ def confidence(
         trends = {key: studies.trend(frame) for key, frame in frames.items()}
         figure = folder / "confidence.png"
         draw(frames, trends, figure)
+        page = write(folder / "confidence.html", figure, trends)
         for _, reason in lost:
             err.print(f"[bold red]left out:[/] {escape(reason)}", soft_wrap=True)
         if as_json:
             networks = {key: asdict(value) for key, value in trends.items()}
             failures = [{"file": printable(file), "reason": reason} for file, reason in lost]
-            print(json.dumps({"networks": networks, "figure": str(figure), "failures": failures}, indent=2))
+            print(json.dumps({"networks": networks, "figure": str(figure), "page": str(page), "failures": failures}, indent=2))
             raise typer.Exit(FAILURES if lost else DONE)
         console = Console(highlight=False, soft_wrap=True)
         for key, value in trends.items():
             console.print(f"• {escape(value.sentence(key))}")
-        console.print(f"written to [bold]{escape(printable(out))}[/]: {called}.csv, and the figure [bold]confidence.png[/]")
+        console.print(
+            f"written to [bold]{escape(printable(out))}[/]: {called}.csv, the figure confidence.png, and the page "
+            "[bold]confidence.html[/]"
+        )
         raise typer.Exit(FAILURES if lost else DONE)
 
 
@@ -143,7 +147,7 @@ def _claim(folder: Path, called: str, call: Mapping[str, Any], overwrite: bool =
             raise FoveateError(
                 f"{str(other)!r} has other data, eta or unit, and one figure cannot show both: give another --out"
             )
-    written = [f"{called}.csv"] * (not record.exists()) + ["confidence.png"] * (not known)
+    written = [f"{called}.csv"] * (not record.exists()) + ["confidence.png", "confidence.html"] * (not known)
     for name in written:
         if (folder / name).exists():
             raise FoveateError(f"{str(folder / name)!r} is there already, and not of foveate confidence: give another --out")

@@ -1,7 +1,8 @@
-"""The figure of the confidence study: agreement of CASO with CAFO, and eigenvalues, against confidence."""
+"""The confidence study, as a figure and as a page: agreement of CASO with CAFO, and eigenvalues, against confidence."""
 
 from __future__ import annotations
 
+import base64
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import pandas as pd
 
 from foveate.confidence import TIE, Trend
 from foveate.files import replacing
+from foveate.report.page import render
 from foveate.report.pictures import ACCENT, INK, MUTED, WRONG
 
 COLOURS = (ACCENT, WRONG, "#7048e8", "#5c940d")
@@ -59,3 +61,53 @@ def draw(rows: Mapping[str, pd.DataFrame], trends: Mapping[str, Trend], path: Pa
         axis.legend(fontsize=7, frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.16))
     with replacing(path) as waiting:
         figure.savefig(waiting, format=path.suffix[1:] or "png", facecolor="white")
+
+
+COLUMNS_OF_TRENDS = (
+    ("images", "Images with a value."),
+    (
+        "correlation with confidence",
+        "Spearman's, of the agreement of CASO and CAFO with p of the predicted class.",
+    ),
+    ("without a penalty", "The same where no sparsity is asked for."),
+    ("median cosine", "Of the directions of CASO and CAFO: 1 where they are the same."),
+    ("least cosine", "Of all images."),
+    ("below .99", "Share of images whose cosine is below .99: where the second order matters."),
+    (
+        "ratio over C q",
+        "Median ratio of the two largest eigenvalues over what the theorem says of uniform residual mass.",
+    ),
+    ("eigenvalues with confidence", "Spearman's, of that ratio of eigenvalues with p of the predicted class."),
+)
+
+
+def write(path: Path, figure: Path, trends: Mapping[str, Trend]) -> Path:
+    """The page of the study, with its figure inside."""
+    content = {
+        "names": list(trends),
+        "sentences": [trend.sentence(name) for name, trend in trends.items()],
+        "figure": "data:image/png;base64," + base64.b64encode(figure.read_bytes()).decode(),
+        "columns": COLUMNS_OF_TRENDS,
+        "rows": [(name, cells(trend)) for name, trend in trends.items()],
+    }
+    return render("confidence.html.j2", path, content)
+
+
+def cells(trend: Trend) -> list[tuple[str, str]]:
+    """A network's line: each value, with its interval where it has one."""
+    spearman = [_with_interval(values) for values in (trend.correlation, trend.without_penalty, trend.ratio_correlation)]
+    return [
+        (str(trend.images), ""),
+        spearman[0],
+        spearman[1],
+        (f"{trend.cosine[0]:.4f}", ""),
+        (f"{trend.cosine[1]:.4f}", ""),
+        (f"{100 * trend.matters:.0f} %", ""),
+        (f"{100 * trend.ratio:.2g} %" if np.isfinite(trend.ratio) else "–", ""),
+        spearman[2],
+    ]
+
+
+def _with_interval(values: tuple[float, float, float]) -> tuple[str, str]:
+    middle, low, high = values
+    return (f"{middle:+.2f}", f"{low:+.2f} to {high:+.2f}") if np.isfinite(middle) else ("–", "")
