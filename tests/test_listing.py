@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 from foveate import FoveateError, explain
 from foveate.cli import app, completion
 from foveate.cli.listing import passes
-from foveate.elsewhere import CAPTUM, GRAD_CAM, OURS, hint
+from foveate.peers import CAPTUM, GRAD_CAM, OURS, hint
 from foveate.registry import METHODS, METRICS
 
 

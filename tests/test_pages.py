@@ -430,7 +430,9 @@ class TestControls:
         with browser.opened(chromium, built["explained"]) as (page, wrong):
             ids = "[...document.querySelectorAll('#gallery .image')].map(i => i.dataset.id)"
             images = json.loads(page.evaluate("document.getElementById('data').textContent"))["images"]
-            assert page.evaluate(ids) == [image["id"] for image in images]
+            assert page.evaluate(ids) == [image["id"] for image in images][:10]
+            page.click("#more")
+            assert page.evaluate(ids) == [image["id"] for image in images] and page.locator("#more").is_hidden()
             page.select_option("#order", "most")
             page.select_option("#method", "gradient")
             left = {
