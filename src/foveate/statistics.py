@@ -174,7 +174,7 @@ def disagreement(frame: pd.DataFrame) -> pd.DataFrame:
     import pandas as pd
 
     usable = {}
-    for column in dict.fromkeys(frame.index.get_level_values("column")):
+    for column in ordered(dict.fromkeys(frame.index.get_level_values("column"))):
         record = metric_of(column)
         if record is None or record.of_model or record.statistic == "median":
             continue
