@@ -34,6 +34,7 @@ FLOORS = [
     },
     {
         "batch",
+        "labels",
         "chunks",
         "classifier",
         "images",

@@ -24,6 +24,7 @@ from foveate.elsewhere import Elsewhere, Of, alone, elsewhere, together
 from foveate.errors import DegenerateMapWarning, FoveateError, ImageError, LayerError, NotFiniteError
 from foveate.explain import Model, chosen_methods
 from foveate.inputs import data_of
+from foveate.labels import label_by_label
 from foveate.measured import Measured, again, choose, measured
 from foveate.methods.cam import contrast_of
 from foveate.precision import Precision
@@ -31,7 +32,7 @@ from foveate.protocol import Measuring, Protocol, preset
 from foveate.registry import METHODS, METRICS, Explained, Method, Metric, Spent
 from foveate.results import MAP, MAP_SIDE, MODEL, Results, add_missing, joined
 from foveate.shown import drawn
-from foveate.targets import Head, check_single, log_probability
+from foveate.targets import Head, check_single, is_right, log_probability
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -157,8 +158,15 @@ def measure(
 
     def parts() -> Iterator[Results]:
         for number, batch in enumerate(batches(data, batch_size)):
-            plan.settle(classifier, [batch])
-            yield plan.run(classifier, batch, number)
+            if batch.y is not None and batch.y.ndim == 2 and batch.y.shape[1] > 1:
+                plan.classes, whole = batch.y.shape[1], batch
+                batch = label_by_label(whole, plan.head)
+                without = [name for name, row in zip(whole.id, whole.y, strict=True) if not row.any()]  # type: ignore[arg-type]
+                failures.extend((name, f"{name}: it has no label") for name in without)
+            batch = label_by_label(batch, plan.head)
+            if len(batch):
+                plan.settle(classifier, [batch])
+                yield plan.run(classifier, batch, number)
 
     results = joined(parts())
     for given in plan.maps:
@@ -198,6 +206,7 @@ class Plan:
     precision: Precision = "fp32"
     keep_maps: bool = False
     maps: list[Elsewhere] = field(default_factory=list)
+    classes: int | None = None  # of multi-hot labels
     left_out: dict[str, str] = field(default_factory=dict)
 
     @staticmethod
@@ -276,16 +285,21 @@ class Plan:
         given = {own: [m for m, name in zip(found, batch.id, strict=True) if name not in lost] for own, found in given.items()}
         batch = kept.to(capture.x.device)
         check_single(capture.logits, self.head, batch.y, batch.id)
+        if self.classes not in (None, capture.logits.shape[1]):
+            raise FoveateError(f"labels are of {self.classes} classes, and the model has {capture.logits.shape[1]} outputs")
         if batch.y is not None:
             capture.target("label", labels=batch.y)  # a label out of range stops the run before the work
         scored = choose(self.metrics, batch, bool(capture.layers))
         target = capture.target(self.protocol.target, labels=batch.y)
-        shared = log_probability(capture.logits.detach(), capture.pred, capture.head).exp()
+        said = capture.pred
+        if capture.head == "multilabel" and batch.y is not None:  # it says every class above one half: the label, or its first
+            said = torch.where(is_right(capture.logits.detach(), batch.y, capture.head), batch.y, said)
+        shared = log_probability(capture.logits.detach(), said, capture.head).exp()
         part = Results(
             list(batch.id),
             {},
             np.full(len(batch), -1) if batch.y is None else batch.y.cpu().numpy(),
-            capture.pred.cpu().numpy(),
+            said.cpu().numpy(),
             shared.cpu().numpy(),
             failures=failures,
         )

@@ -10,6 +10,7 @@ import numpy as np
 
 from foveate import missing
 from foveate.intervals import LEVEL, holm
+from foveate.labels import images_of
 from foveate.registry import is_control, title_of
 from foveate.results import MODEL, Results
 from foveate.statistics import Judged, judged, metric_of, number, ordered, sign_of
@@ -91,6 +92,11 @@ def findings(frame: pd.DataFrame, results: Results) -> list[str]:
         sentences.append(
             f"{len(results)} image{'s are' if len(results) > 1 else ' is'} few: {shown} difference between methods can be "
             f"shown with them, and most of what is seen is chance; take {SMALL} at least."
+        )
+    if (images := images_of(list(results.ids))) is not None:
+        sentences.append(
+            f"The {len(results)} rows are labels of {images} images, each measured alone: those of one image are not "
+            "independent, so that intervals are a little too narrow."
         )
     if not any(map(is_control, results.methods)):
         sentences.append(

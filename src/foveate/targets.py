@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -80,6 +81,13 @@ def num_classes(logits: Tensor, head: Head) -> int:
 def predicted(logits: Tensor, head: Head) -> Tensor:
     """The predicted class of each image, ``[B]``: the largest logit; for a binary head whether it is positive."""
     return (logits[:, 0] > 0).long() if head == "binary" else logits.argmax(1)
+
+
+def is_right(logits: Tensor, y: Tensor, head: Head) -> Tensor:
+    """Whether a class is what the model says of each image, ``[B]`` bool: the likeliest, or of sigmoids one above .5."""
+    if head == "softmax":
+        return logits.argmax(1) == y
+    return log_probability(logits, y, head) > math.log(0.5)
 
 
 def log_probability(logits: Tensor, y: Tensor, head: Head) -> Tensor:

@@ -20,10 +20,12 @@ from foveate.batch import Batch
 from foveate.data.layout import chosen_split, files_in, folders_in, split_named, split_of
 from foveate.errors import FoveateError, ImageError, TableWarning, printable
 from foveate.images import Preprocess
+from foveate.labels import BETWEEN
 from foveate.tables import Line, Table, read_table
 
 COLUMNS = ("file", "class_index", "name", "boxes_xyxy", "mask", "background")
 MOST_CLASSES = 10**9
+HOT = {"": False, "0": False, "0.0": False, "1": True, "1.0": True}  # cells of a class's own column
 
 
 @dataclass(frozen=True)
@@ -37,6 +39,7 @@ class Entry:
     background: str | None = None
     mask_value: int | None = None  # the value of the object's pixels; above half of the largest where it is None
     place: str = ""  # where its boxes are from, for a sentence
+    tag: str = ""  # its label, where images have several, each of which is an entry
 
 
 @dataclass(frozen=True)
@@ -62,7 +65,13 @@ class Folder(Dataset[Batch]):
     def name_of(self, index: int) -> str:
         """What an image is called: its path below the folder, as text that every file and terminal takes."""
         path = self.entries[index].path
-        return printable(path.relative_to(self.root) if self.root in path.parents else path)
+        name = printable(path.relative_to(self.root) if self.root in path.parents else path)
+        return name + BETWEEN + printable(self.entries[index].tag) if self.entries[index].tag else name
+
+    @property
+    def several(self) -> bool:
+        """Whether images have several labels, each of which is an entry."""
+        return any(entry.tag for entry in self.entries)
 
     def _has(self, what: str) -> bool:
         """Whether any image has a mask or boxes: one without them in such data has an empty one, and is no number there."""
@@ -208,26 +217,29 @@ def read_labels(path: Path, encoding: str | None = None) -> tuple[list[Entry], t
     """
     needs = "the columns file and class_index (or name)"
     table = read_table(path, COLUMNS, needs, encoding)
-    by_name = "class_index" not in table.columns
-    if by_name and "name" not in table.columns:
-        raise FoveateError(f"{path} needs a header with {needs}, and it has {', '.join(filter(None, table.columns))}")
-    names = tuple(sorted({line.cells["name"] for line in table.lines})) if by_name else None
-    index = {name: number for number, name in enumerate(names or ())}
-    found: dict[str, tuple[Line, Entry]] = {}
-    moved, repeated = 0, []
-    for line in table.lines:
-        try:
-            entry, elsewhere = _entry(table, line, index)
-        except ValueError as error:
-            raise FoveateError(f"{table.place(line)}: {error}") from None
-        moved += elsewhere
-        key = os.path.normpath(entry.path)
-        if key in found:
-            repeated.append(line.number)
-            entry = _joined(table, found[key], (line, entry))
-            line = found[key][0]
-        found[key] = line, entry
+    labels, names = _labels_of(table, needs)
+    several = any(len(of_line) != 1 for of_line in labels)
+    found: dict[tuple[str, str], tuple[Line, Entry]] = {}
+    moved, without = 0, 0
+    repeated: list[int] = []
+    for line, of_line in zip(table.lines, labels, strict=True):
+        without += not of_line
+        for label in of_line:
+            tag = (names[label] if names else str(label)) if several else ""
+            try:
+                entry, elsewhere = _entry(table, line, label, tag)
+            except ValueError as error:
+                raise FoveateError(f"{table.place(line)}: {error}") from None
+            moved += elsewhere
+            key, first = (os.path.normpath(entry.path), tag), line
+            if key in found:
+                repeated += [line.number] * (not repeated or repeated[-1] != line.number)
+                entry = _joined(table, found[key], (line, entry))
+                first = found[key][0]
+            found[key] = first, entry
     entries = [entry for _, entry in found.values()]
+    if without:
+        warnings.warn(f"{printable(path)}: {without} image(s) have no label, and are passed over", TableWarning, stacklevel=2)
     boxes = [box for entry in entries for box in entry.boxes or ()]
     if boxes and all(0 <= value <= 1 for box in boxes for value in box):
         place = next(entry.place for entry in entries if entry.boxes)
@@ -252,18 +264,45 @@ def read_labels(path: Path, encoding: str | None = None) -> tuple[list[Entry], t
     return entries, names
 
 
-def _entry(table: Table, line: Line, index: Mapping[str, int]) -> tuple[Entry, bool]:
+def _labels_of(table: Table, needs: str) -> tuple[list[list[int]], tuple[str, ...] | None]:
+    """The labels of each line, and class names where they are known.
+
+    A cell of several indices or names has ``;`` between them. Without ``class_index`` and ``name``, columns of 0 and 1 are
+    classes.
+
+    Raises:
+        FoveateError: no such columns, or a label that is none; the message has the line.
+    """
+    if "class_index" not in table.columns and "name" not in table.columns:
+        classes = [name for name in dict.fromkeys(table.columns) if name and name not in COLUMNS]
+        classes = [name for name in classes if {line.cells.get(name, "") for line in table.lines} <= set(HOT)]
+        if len(classes) < 2:
+            raise FoveateError(f"{table.path} needs a header with {needs}, and it has {', '.join(filter(None, table.columns))}")
+        return [[i for i, name in enumerate(classes) if HOT[line.cells.get(name, "")]] for line in table.lines], tuple(classes)
+    column = "class_index" if "class_index" in table.columns else "name"
+    parts = [[part.strip() for part in line.cells[column].split(";") if part.strip()] or [""] for line in table.lines]
+    names = tuple(sorted({part for own in parts for part in own})) if column == "name" else None
+    index = {name: number for number, name in enumerate(names or ())}
+    labels = []
+    for line, own in zip(table.lines, parts, strict=True):
+        try:
+            if names is not None and own == [""]:
+                raise ValueError("the class has no name")
+            labels.append(list(dict.fromkeys(index[part] if names is not None else _index(part) for part in own)))
+        except ValueError as error:
+            raise FoveateError(f"{table.place(line)}: {error}") from None
+    return labels, names
+
+
+def _entry(table: Table, line: Line, label: int, tag: str) -> tuple[Entry, bool]:
     """The image of one line, and whether its path is that of another machine."""
     cells, root = line.cells, table.path.parent
     if not cells["file"]:
         raise ValueError("the file has no name")
-    if index and not cells["name"]:
-        raise ValueError("the class has no name")
-    label = index[cells["name"]] if index else _index(cells["class_index"])
     path, elsewhere = _file(root, cells["file"])
     mask = _file(root, cells["mask"])[0] if cells.get("mask") else None
     boxes = _boxes(cells.get("boxes_xyxy", ""))
-    return Entry(path, label, boxes, mask, cells.get("background") or None, place=table.place(line)), elsewhere
+    return Entry(path, label, boxes, mask, cells.get("background") or None, place=table.place(line), tag=tag), elsewhere
 
 
 def _file(root: Path, name: str) -> tuple[Path, bool]:
@@ -334,10 +373,10 @@ def labels_beside(paths: Sequence[Path], encoding: str | None = None) -> list[in
             table = folder / "labels.csv"
             if table not in known:
                 lines, names = read_labels(table, encoding) if table.is_file() else ([], None)
-                known[table] = {
-                    entry.path.resolve(): names[entry.label] if names and entry.label is not None else entry.label
-                    for entry in lines
-                }
+                known[table] = {}
+                for entry in lines:  # of several labels the first
+                    label_of = names[entry.label] if names and entry.label is not None else entry.label
+                    known[table].setdefault(entry.path.resolve(), label_of)
             if (value := known[table].get(path.resolve())) is not None:
                 label = value
                 break

@@ -16,7 +16,7 @@ from foveate.boxes import NONE, Object, Region, intersection_over_union, largest
 from foveate.capture import Capture
 from foveate.errors import FoveateError
 from foveate.registry import Column, metric
-from foveate.targets import log_probability
+from foveate.targets import is_right, log_probability
 
 Ties = Literal["expected", "any", "first"]
 THRESHOLDS = np.arange(0, 1, 0.01)
@@ -210,7 +210,9 @@ def localization(
     overlap = [intersection_over_union(box, o.boxes) for box, o in zip(boxes, found, strict=True)]
     located = np.array([len(iou) > 0 and iou.max() > 0.5 for iou in overlap])
     nan = np.full(len(M), np.nan)
-    right = nan if batch.y is None else (capture.pred == batch.y.to(capture.pred.device)).cpu().numpy().astype(float)
+    right = nan
+    if batch.y is not None:
+        right = is_right(capture.logits.detach(), batch.y.to(capture.logits.device), capture.head).cpu().numpy().astype(float)
     point = swap_axes and clip is False
     values: dict[str, np.ndarray] = {
         "OM": 100 - 100 * located * right,

@@ -12,7 +12,7 @@ from foveate.batch import Batch
 from foveate.capture import Capture
 from foveate.errors import FoveateError
 from foveate.registry import Column, metric
-from foveate.targets import log_probability
+from foveate.targets import is_right, log_probability
 
 
 @metric(
@@ -26,7 +26,7 @@ from foveate.targets import log_probability
             "Accuracy",
             "%",
             (0, 100),
-            "100 where the model predicts the label",
+            "100 where the model predicts the label; of several labels, where p > .5",
             "How often is the model right?",
         )
     },
@@ -34,9 +34,10 @@ from foveate.targets import log_probability
     of_model=True,
 )
 def accuracy(capture: Capture, M: None, batch: Batch) -> dict[str, Tensor]:
-    """100 where the model predicts the label, 0 elsewhere."""
+    """100 where the model predicts the label, 0 elsewhere; of a multi-label head, where the label's probability is above .5."""
     assert batch.y is not None
-    return {"accuracy": 100.0 * (capture.pred == batch.y.to(capture.pred.device)).double()}
+    y = batch.y.to(capture.logits.device)
+    return {"accuracy": 100.0 * is_right(capture.logits.detach(), y, capture.head).double()}
 
 
 @metric(
@@ -173,6 +174,5 @@ def relative_foreground_sensitivity(
 
 
 def _right(logits: Tensor, y: Tensor, capture: Capture) -> Tensor:
-    log_p = log_probability(logits, y, capture.head)
-    right = logits.argmax(1) == y if capture.head == "softmax" else log_p > np.log(0.5)
-    return torch.where(torch.isnan(log_p), torch.nan, right.double())
+    lost = torch.isnan(log_probability(logits, y, capture.head))
+    return torch.where(lost, torch.nan, is_right(logits, y, capture.head).double())
