@@ -179,7 +179,7 @@ class Studio:
             rows.append((question, before, panels))
         if self.page is not None and drawing.seen is not None:
             shown = [(words, {name: panel.shown for name, panel in panels.items()}) for words, _, panels in rows]
-            self.page.add(drawing.item, drawing.seen, shown)
+            self.page.add(drawing.item, drawing.seen, ground, shown)
         if drawing.sheet is not None:
             sheets.sheet(drawing.sheet, ground, rows, about=drawing.about, look=look)
 

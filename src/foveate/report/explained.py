@@ -5,13 +5,14 @@ from __future__ import annotations
 import base64
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
 import numpy as np
 import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor
 
 from foveate.images import to_image
@@ -19,7 +20,7 @@ from foveate.overlay import HEAT, Shade, ramp
 from foveate.registry import is_control, title_of
 from foveate.report import pictures
 from foveate.report.page import render
-from foveate.report.sheets import MOST_CROPPED
+from foveate.report.sheets import MOST_CROPPED, Ground
 
 MOST = 200  # images on the page, so that it stays a file one can send
 CELLS = 4000  # maps
@@ -35,9 +36,9 @@ class Seen:
     aspect: float
 
     @classmethod
-    def of(cls, x: Tensor) -> Seen:
-        """Of ``x [K,H,W]`` in [0, 1]."""
-        image = to_image(x)
+    def of(cls, given: Tensor | Image.Image) -> Seen:
+        """Of ``x [K,H,W]`` in [0, 1], or of a picture."""
+        image = given.copy() if isinstance(given, Image.Image) else to_image(given)
         aspect = round(image.width / image.height, 4)
         image.thumbnail((THUMB, THUMB))
         return cls(pictures.data_uri(image, 82), aspect)
@@ -51,8 +52,10 @@ class ExplainedPage:
     passed_over: int = 0
     cells: int = 0
 
-    def add(self, item: Mapping[str, Any], seen: Seen, answers: Sequence[tuple[str, Mapping[str, Shade]]]) -> None:
-        """Put an image on the page.
+    def add(
+        self, item: Mapping[str, Any], seen: Seen, ground: Ground, answers: Sequence[tuple[str, Mapping[str, Shade]]]
+    ) -> None:
+        """Put an image on the page; where much of it is cropped away, with the whole photograph, that part dark.
 
         Args:
             item: the entry of the image in the document of ``foveate explain --json``.
@@ -63,14 +66,15 @@ class ExplainedPage:
             self.passed_over += 1
             return
         self.cells += count
-        found = item.get("answers", [item])
+        found, much = item.get("answers", [item]), item["cropped"] > MOST_CROPPED
         self.images.append(
             {
                 "id": item["file"],
                 "name": Path(item["file"]).name,
                 "picture": seen.picture,
                 "aspect": seen.aspect,
-                "cropped": f"{item['cropped']:.0%} of the photograph is cropped away" if item["cropped"] > MOST_CROPPED else "",
+                "whole": asdict(Seen.of(ground.within(THUMB / 2).framed)) if much else None,
+                "cropped": f"{100 * item['cropped']:.0f} % of the photograph is cropped away (dark)" if much else "",
                 "top": [[name.split(",")[0], round(p, 4)] for _, name, p in item["top"]],
                 "label": (item["label_name"] or "").split(",")[0],
                 "wrong": item["right"] is False,
