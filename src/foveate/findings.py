@@ -32,7 +32,7 @@ class Verdict:
             ``level`` where the best cannot be told apart from a control.
         best, control: the best method, and the best control.
         beaten: methods that the best control is better than.
-        leaders: methods than which no other is better.
+        leaders: methods than which no other is better, and which are better than every control themselves.
     """
 
     column: str
@@ -72,13 +72,16 @@ def _verdict(found: Judged, column: str, rivals: list[str], controls: list[str])
     control, best = max(controls, key=score), max(rivals, key=score)
     better = found.better(column)
     beaten = tuple(name for name in rivals if better[place(control), place(name)])
-    leaders = tuple(name for name in rivals if not any(better[place(other), place(name)] for other in rivals))
+    first = [name for name in rivals if not any(better[place(other), place(name)] for other in rivals)]
     kind: Literal["measures", "won", "level"] = "measures"
     if paired.beaten_by_any(place(best), [place(name) for name in controls], sign) <= LEVEL / 2:
         kind = "won"
     else:
-        above = [max(paired.above(place(r), place(c), sign) for c in controls) for r in rivals]
-        kind = "level" if holm(np.array(above)).min() > LEVEL / 2 else "measures"
+        above = holm(np.array([max(paired.above(place(r), place(c), sign) for c in controls) for r in rivals])) <= LEVEL / 2
+        kind = "measures" if above.any() else "level"
+        true = [name for name, one in zip(rivals, above, strict=True) if one]
+        first = [name for name in first if name in true] or true
+    leaders = tuple(first)
     return Verdict(column, kind, best, control, beaten, len(rivals), leaders)
 
 
@@ -118,7 +121,7 @@ def findings(frame: pd.DataFrame, results: Results) -> list[str]:
         elif 2 * len(verdict.beaten) >= verdict.rivals and verdict.rivals > 1:
             sentences.append(
                 f"{spelled(column, True)}: {control} ({value(verdict.control)}), a control that ignores the model, is better "
-                f"than {len(verdict.beaten)} of {verdict.rivals} methods."
+                f"than {len(verdict.beaten)} of {verdict.rivals}{' different' if results.same else ''} methods."
             )
     for name, columns in tied.items():
         sentences.append(
@@ -186,10 +189,14 @@ def advice(frame: pd.DataFrame, results: Results) -> str:
         most = leads[order[0]]
         first = [name for name in order if leads[name] == most]
         where = f"in {most} of these {len(telling)} columns" if len(telling) > 1 else "in it"
-        parts.append(f"No other method is better than {_and([title_of(name) for name in first[:NAMED]])} {where}.")
+        named, verb = _and([title_of(name) for name in first[:NAMED]]), "leads" if len(first) == 1 else "lead"
+        parts.append(f"{named} {verb} {where}: better than every control, and no other method is better.")
         if len(first) > NAMED:
             parts[-1] = f"{len(first)} methods lead {where}, among them {_and([title_of(name) for name in first[:NAMED]])}."
         order = first
+    for name in order[:NAMED]:
+        if twins := [title_of(twin) for twin, other in results.same.items() if other == name and not is_control(twin)]:
+            parts.append(f"{_and(twins)} gave{' each' if len(twins) > 1 else ''} the same maps as {title_of(name)}.")
     priced = [name for name in order[:NAMED] if np.isfinite(cost[name])]
     if priced:
         parts.append("Cost of one image: " + ", ".join(f"{title_of(n)} {_seconds(cost[n])}" for n in priced) + ".")

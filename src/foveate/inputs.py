@@ -313,8 +313,10 @@ def in_range(model: nn.Module, x: Tensor, normalised: bool = False) -> Tensor:
         return undone.clamp(0, 1)
     if not outside:
         return x
-    if low >= 0 and 2 < high <= 255.5:
+    if low >= 0 and 25 < high <= 255.5:
         raise FoveateError(f"images are in [0, 1], and these go to {high:g}: divide them by 255, or give them as uint8")
+    if low >= 0 and high > 2:
+        raise FoveateError(f"images are in [0, 1], and these go to {high:g}: give them before normalisation")
     floor, ceiling = ((edge - mean) / std for edge in (0.0, 1.0))
     far = low < 0.3 * float(floor.min()) or high > 1 + 0.3 * (float(ceiling.max()) - 1) > 1
     if far and bool((x >= floor - 0.02).all()) and bool((x <= ceiling + 0.02).all()):

@@ -68,7 +68,7 @@ MOST_REASONS = 5  # of images that cannot be read, in one sentence
 
 
 def explain(
-    images: Annotated[list[str], typer.Argument(help="Image files, or folders of them.", metavar="IMAGE...")],
+    images: Annotated[list[str], typer.Argument(help="Image files, or folders of them.", metavar="IMAGE")],
     model: Model,
     weights: Weights = None,
     pretrained: Pretrained = False,
