@@ -23,6 +23,12 @@ from foveate.report.confidence import draw
 from test_second_order import CLASSES, images, network
 
 
+@pytest.fixture(autouse=True)
+def few_scenes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A study of few images draws no others."""
+    monkeypatch.setitem(scenes.COUNTS, "test", {"leopard": 4, "orca": 4})
+
+
 def rows(count: int, slope: float, seed: int = 0) -> pd.DataFrame:
     """Images of which the cosine depends on the confidence so much, with noise."""
     rng = np.random.default_rng(seed)

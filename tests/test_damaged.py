@@ -15,6 +15,7 @@ from typer.testing import CliRunner
 from foveate import cli, trained
 from foveate.batch import Batch
 from foveate.cli import options
+from foveate.data import scenes
 from foveate.errors import FoveateError
 from foveate.film import Film
 from foveate.models.small import small_cnn
@@ -154,6 +155,7 @@ def test_a_film_whose_parts_do_not_fit(run: Path, tmp_path: Path, key: str) -> N
 @pytest.mark.parametrize("name", ["net.json", "net.csv"])
 def test_a_damaged_study_of_confidence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, damage: str) -> None:
     monkeypatch.setattr(options, "NET", False)
+    monkeypatch.setitem(scenes.COUNTS, "test", {"leopard": 1, "orca": 1})  # it is the files that are tested
     words = ["confidence", "scenes", "-m", "foveate:small_cnn", "--name", "net", "--limit", "1", "-o", str(tmp_path)]
 
     def study() -> Result:
