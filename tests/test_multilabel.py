@@ -130,6 +130,21 @@ def test_one_label_a_line_stays_as_it_was(photos: Path) -> None:
         open_folder(photos, Preprocess((32, 32), 32))
 
 
+def test_a_name_may_hold_a_semicolon(photos: Path) -> None:
+    (photos / "labels.csv").write_text("file,name\n0.png,a;b\n1.png,c\n2.png,a;b\n")
+    data = open_folder(photos, Preprocess((32, 32), 32))
+    assert data.class_names == ("a;b", "c") and not data.several
+
+
+def test_what_needs_one_class_an_image_says_so(photos: Path) -> None:
+    (photos / "labels.csv").write_text(TABLES["indices"])
+    with pytest.raises(FoveateError, match="measures it label by label"):
+        foveate.measure(small_cnn(3).eval(), open_folder(photos, Preprocess((32, 32), 32)), "grad_cam", "AD")
+    call = ["train", "scenes_plain", "--data", str(photos), "--set", "epochs=1", "--out", str(photos.parent / "run")]
+    done = CliRunner().invoke(app, call)
+    assert done.exit_code == 2 and "several classes" in done.stderr
+
+
 @pytest.mark.parametrize("form", TABLES)
 def test_on_the_command_line(photos: Path, form: str) -> None:
     (photos / "labels.csv").write_text(TABLES[form])

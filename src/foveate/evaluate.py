@@ -24,7 +24,7 @@ from foveate.elsewhere import Elsewhere, Of, alone, elsewhere, together
 from foveate.errors import DegenerateMapWarning, FoveateError, ImageError, LayerError, NotFiniteError
 from foveate.explain import Model, chosen_methods
 from foveate.inputs import data_of
-from foveate.labels import label_by_label
+from foveate.labels import label_by_label, several_labels
 from foveate.measured import Measured, again, choose, measured
 from foveate.methods.cam import contrast_of
 from foveate.precision import Precision
@@ -150,6 +150,8 @@ def measure(
     plan = Plan.of(methods, metrics, protocol, settings, target, layer, head, precision, keep_maps, elsewhere(maps, maps_of))
     failures: list[tuple[str, str]] = []
     data = data_of(model, data, normalised)
+    if getattr(getattr(data, "dataset", data), "several", False) and head != "multilabel":
+        raise FoveateError(several_labels("these labels"))
     if isinstance(data, Dataset) and hasattr(data, "__len__"):
         if callable(name_of := getattr(data, "name_of", None)):
             for given in plan.maps:

@@ -72,6 +72,11 @@ def open_splits(recipe: Recipe, preprocess: Preprocess) -> dict[str, Dataset[Bat
         if isinstance(opened, Folder) and opened.class_names is not None and known is not None:
             opened = numbered_alike(opened, known, where)
         found[split] = opened
+    for where in (train, *found.values()):
+        if getattr(where, "several", False):
+            raise FoveateError(
+                f"{str(where.root)!r} gives an image several classes, or none: training takes one class an image"
+            )
     labels = labels_of(train)
     rest = list(range(len(train)))
     if data.folds is not None:

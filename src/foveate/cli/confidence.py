@@ -83,6 +83,8 @@ def confidence(
             model, weights, pretrained, num_classes, size, mean, std, classes, device, encoding, trust_code, output
         )
         source = open_data(data, classifier, False, limit, encoding)
+        if getattr(getattr(source, "dataset", source), "several", False):
+            raise FoveateError(f"{data!r} gives an image several classes, or none: the study is of one class an image")
         folder = out_folder(out)
         call = {"data": data, "eta": eta, "unit": unit, "model": model, "weights": weights, "mean": mean, "std": std}
         call |= {"pretrained": pretrained, "size": size, "num_classes": num_classes}

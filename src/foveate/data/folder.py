@@ -6,6 +6,7 @@ import math
 import os
 import re
 import warnings
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path, PureWindowsPath
@@ -276,11 +277,17 @@ def _labels_of(table: Table, needs: str) -> tuple[list[list[int]], tuple[str, ..
     if "class_index" not in table.columns and "name" not in table.columns:
         classes = [name for name in dict.fromkeys(table.columns) if name and name not in COLUMNS]
         classes = [name for name in classes if {line.cells.get(name, "") for line in table.lines} <= set(HOT)]
+        classes = [name for name in classes if any(HOT[line.cells.get(name, "")] for line in table.lines)]
         if len(classes) < 2:
             raise FoveateError(f"{table.path} needs a header with {needs}, and it has {', '.join(filter(None, table.columns))}")
         return [[i for i, name in enumerate(classes) if HOT[line.cells.get(name, "")]] for line in table.lines], tuple(classes)
     column = "class_index" if "class_index" in table.columns else "name"
     parts = [[part.strip() for part in line.cells[column].split(";") if part.strip()] or [""] for line in table.lines]
+    if column == "name":  # a name may hold a semicolon: such a cell is several names where another cell has one of them
+        cells = {line.cells[column]: set(own) for line, own in zip(table.lines, parts, strict=True)}
+        lines_of = Counter(part for own in cells.values() for part in own)
+        whole = [line.cells[column] for line in table.lines]
+        parts = [own if any(lines_of[p] > 1 for p in own) else [cell] for own, cell in zip(parts, whole, strict=True)]
     names = tuple(sorted({part for own in parts for part in own})) if column == "name" else None
     index = {name: number for number, name in enumerate(names or ())}
     labels = []
