@@ -8,6 +8,9 @@ from __future__ import annotations
 import json
 import shutil
 import sys
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -19,6 +22,7 @@ from typer.testing import CliRunner
 
 from foveate.cli import app
 from foveate.data import scenes
+from foveate.errors import FoveateError
 from foveate.files import locked
 from foveate.film import Film
 from foveate.recipe import read_recipe
@@ -63,13 +67,27 @@ def call(*arguments: object) -> None:
 def build(folder: Path) -> dict[str, Path]:
     """The pages by name; those that are there already are not made anew."""
     folder.mkdir(parents=True, exist_ok=True)
-    with locked(folder):
+    with alone(folder):
         known = folder / "pages.json"
         if not known.exists():
             with mock.patch.dict(scenes.COUNTS, COUNTS):
                 pages = _build(folder)
             known.write_text(json.dumps({name: str(path) for name, path in pages.items()}))
         return {name: Path(path) for name, path in json.loads(known.read_text()).items()}
+
+
+@contextmanager
+def alone(folder: Path) -> Iterator[None]:
+    """Hold a folder once no other process does: who comes second waits, and then finds what the first has made."""
+    while True:
+        with ExitStack() as held:
+            try:
+                held.enter_context(locked(folder))
+            except FoveateError:
+                time.sleep(0.2)
+                continue
+            yield
+            return
 
 
 def _build(folder: Path) -> dict[str, Path]:
