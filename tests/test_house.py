@@ -51,6 +51,7 @@ FLOORS = [
         "folding",
         "attention",
         "overlay",
+        "crops",
     },
     {"layers", "cut"},
     {"feature"},

@@ -22,7 +22,7 @@ from foveate.files import is_regular
 
 MOST_PIXELS = 200_000_000  # decoded, an image of this size takes 600 MB
 LEAST_SIDE, MOST_SIDE = 8, 16384
-CROPS = ("none", "resize", "centre")
+CROPS = ("none", "resize", "centre", "ten")
 STEP = 16  # pixels: the patches of most transformers, and no grid of cells that is cut off
 ORIENTATION = 0x0112  # of EXIF
 T = TypeVar("T")
@@ -325,21 +325,27 @@ class Preprocess:
             how: ``none``: all of it at its own aspect, the shorter side as long as that of ``crop``, for models that take
                 other sizes; both sides are rounded to multiples of 16. ``resize``: all of it, squashed to ``crop``.
                 ``centre``: the shorter side to ``resize``, or to that of ``crop``, and the centre of it.
+                ``ten``: as ``centre`` before its crop, for :class:`foveate.crops.Crops`.
 
         Raises:
             FoveateError: another word.
+            ImageError: a photograph that is too long.
         """
         if how == "none":
             factor = min(self.crop) / min(size)
             width, height = (max(STEP, round(side * factor / STEP) * STEP) for side in size)
-            if max(width, height) > MOST_SIDE:
-                raise ImageError(f"{size[0]}x{size[1]} pixels are too long for one image of a network: use another crop")
-            return replace(self, crop=(height, width), resize=None)
+            return self._whole(width, height, size)
         if how == "resize":
             return replace(self, resize=None)
-        if how == "centre":
-            return self if self.resize is not None else replace(self, resize=min(self.crop))
+        if how in ("centre", "ten"):
+            centre = self if self.resize is not None else replace(self, resize=min(self.crop))
+            return centre if how == "centre" else self._whole(*centre._resized(size), size)
         raise FoveateError(f"crop {how!r} is unknown: use {', '.join(CROPS)}")
+
+    def _whole(self, width: int, height: int, size: tuple[int, int]) -> Preprocess:
+        if max(width, height) > MOST_SIDE:
+            raise ImageError(f"{size[0]}x{size[1]} pixels are too long for one image of a network: use another crop")
+        return replace(self, crop=(height, width), resize=None)
 
     def _resized(self, size: tuple[int, int]) -> tuple[int, int]:
         """Width and height after the resize, never smaller than the crop."""

@@ -1,18 +1,18 @@
-"""What is asked of a batch of images, the answers, and what is drawn and said of each image."""
+"""The answers to what is asked of images, and what is drawn and said of each."""
 
 from __future__ import annotations
 
 import math
 import time
-import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from foveate.cli.drawing import Drawing, Drawn, Studio, named_class
 from foveate.cli.images import Picture
-from foveate.errors import DegenerateMapWarning, FoveateError, printable
+from foveate.cli.questions import Asked, Missing, Question, ask, wrong
+from foveate.errors import FoveateError, printable
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -20,55 +20,6 @@ if TYPE_CHECKING:
     from foveate.explain import Explanation
     from foveate.models.load import Classifier
     from foveate.report.sheets import About
-
-
-@dataclass(frozen=True)
-class Question:
-    """What is asked of every image, and what is written of it."""
-
-    methods: list[str]
-    layer: str | list[str]
-    fuse: Any
-    targets: list[str | int]
-    against: str | int | None
-    head: Any
-    precision: Any
-    settings: dict[str, dict[str, Any]]
-    only_errors: bool
-
-    @property
-    def needs_labels(self) -> bool:
-        return self.only_errors or "label" in (*self.targets, self.against)
-
-
-@dataclass
-class Missing:
-    """Methods that have no answer, with the reason: those that were asked for, and those that came with a group."""
-
-    refused: dict[str, str] = field(default_factory=dict)
-    left_out: dict[str, str] = field(default_factory=dict)
-
-    def add(self, answers: Mapping[str, Explanation], refused: Mapping[str, str]) -> None:
-        """Note those of one batch; a method that misses in every answer for one reason is named once."""
-        left_out = {
-            f"{name} for {key}" if key else name: reason
-            for key, answer in answers.items()
-            for name, reason in answer.left_out.items()
-        }
-        self.refused |= _once(refused, len(answers))
-        self.left_out |= _once(left_out, len(answers))
-
-
-def _once(reasons: Mapping[str, str], answers: int) -> dict[str, str]:
-    methods: dict[str, list[str]] = {}
-    for name in reasons:
-        methods.setdefault(name.partition(" for ")[0], []).append(name)
-    whole = {
-        method: reasons[names[0]]
-        for method, names in methods.items()
-        if len(names) == answers and len({reasons[name] for name in names}) == 1
-    }
-    return whole | {name: reason for name, reason in reasons.items() if name.partition(" for ")[0] not in whole}
 
 
 def explain_batch(
@@ -79,61 +30,23 @@ def explain_batch(
     Raises:
         FoveateError: no method has an answer, or the question is none for this model.
     """
-    import torch
-
     if question.only_errors:
-        with torch.inference_mode():
-            said = _predicted(classifier, torch.stack([picture.x for picture in read]), question.head).tolist()
-        read = [picture for picture, index in zip(read, said, strict=True) if index != picture.label]
-        if not read:
-            return
-    x = torch.stack([picture.x for picture in read])
-    labels = torch.tensor([picture.label for picture in read]) if question.needs_labels else None
+        read = wrong(classifier, read, question.head)
+    if not read:
+        return
     refused: dict[str, str] = {}
     start = time.perf_counter()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DegenerateMapWarning)  # said of each image, by its name
-        answers = _ask(classifier, x, question, labels, refused)
+    found = ask(classifier, read, question, refused)
+    answers = found.answers
     missing.add(answers, refused)
-    capture = next(iter(answers.values())).capture  # of all of them
-    # As masked images are run: two precisions differ by more than a map may change.
-    logits = capture.score(capture.images) if capture.precision != "fp32" else capture.logits.detach()
-    asked = {key: Answer.of(key if len(answers) > 1 else "", answer, logits) for key, answer in answers.items() if answer.maps}
+    several = len(answers) > 1
+    asked = {key: Answer.of(key if several else "", answer, found) for key, answer in answers.items() if answer.maps}
     if not asked:
         raise FoveateError("; ".join(dict.fromkeys(refused.values())))
     methods = sum(sum(answer.seconds.values()) for answer in answers.values())
     shared = (time.perf_counter() - start - methods) / len(read)
     for i, picture in enumerate(read):
         yield _entry(classifier, list(asked.values()), i, picture, folder, shared, studio)
-
-
-def _predicted(classifier: Classifier, x: Tensor, head: Any) -> Tensor:
-    from foveate.classifier import read_logits
-    from foveate.targets import head_of, predicted
-
-    first = next(classifier.parameters(), None)
-    logits = read_logits(classifier(x if first is None else x.to(first.device, first.dtype)))
-    return predicted(logits, head_of(logits, head)).cpu()
-
-
-def _ask(
-    classifier: Classifier, x: Tensor, question: Question, labels: Tensor | None, refused: dict[str, str]
-) -> dict[str, Explanation]:
-    from foveate.explain import explain, explain_each
-
-    options: dict[str, Any] = {
-        "layer": question.layer,
-        "fuse": question.fuse,
-        "labels": labels,
-        "head": question.head,
-        "precision": question.precision,
-        "settings": question.settings,
-        "refused": refused,
-    }
-    if len(question.targets) > 1:
-        return explain_each(classifier, x, question.methods, targets=question.targets, **options)
-    target, against = question.targets[0], question.against
-    return {"": explain(classifier, x, question.methods, target=target, against=against, **options)}
 
 
 @dataclass(frozen=True)
@@ -146,31 +59,32 @@ class Answer:
 
     key: str
     explanation: Explanation
+    grid: str
     before: Tensor  # [B]
     after: Tensor  # [methods,B]
     share_before: Tensor  # [methods,B]
     share_after: Tensor  # [methods,B]
 
     @classmethod
-    def of(cls, key: str, explanation: Explanation, logits: Tensor) -> Answer:
-        """Mask every image by every map, and run them; ``logits [B,C]`` are of the images as they are."""
+    def of(cls, key: str, explanation: Explanation, asked: Asked) -> Answer:
+        """Mask every image by every map, and run them."""
         import torch
 
         from foveate.maps import apply_mask
         from foveate.targets import log_probability
 
-        capture, y, maps = explanation.capture, explanation.target.y, explanation.maps.values()
-        masked = (apply_mask(capture.x.detach(), saliency) for saliency in maps)
-        behind = capture.score(masked).view(len(maps), len(y), -1)  # [methods,B,C]
-        before = log_probability(logits, y, capture.head).exp()
-        after = torch.stack([log_probability(own, y, capture.head).exp() for own in behind])
+        seen, y, maps, logits = explanation.seen, explanation.target.y, explanation.maps.values(), asked.logits
+        masked = (apply_mask(seen.x, saliency) for saliency in maps)
+        behind = asked.score(masked).view(len(maps), len(y), -1)  # [methods,B,C]
+        before = log_probability(logits, y, seen.head).exp()
+        after = torch.stack([log_probability(own, y, seen.head).exp() for own in behind])
         shares = torch.full((2, *after.shape), torch.nan, dtype=after.dtype, device=after.device)
         for row, name in enumerate(explanation.maps):
             target = explanation.targets[name]
             if target.name == "contrast":
-                shares[0, row] = target.log_probability(logits, capture.head).exp()
-                shares[1, row] = target.log_probability(behind[row], capture.head).exp()
-        return cls(key, explanation, before, after, *shares)
+                shares[0, row] = target.log_probability(logits, seen.head).exp()
+                shares[1, row] = target.log_probability(behind[row], seen.head).exp()
+        return cls(key, explanation, asked.grid, before, after, *shares)
 
     def shown(self, row: int, i: int, contrast: bool) -> tuple[str, float, float]:
         """What a picture says of a map: the name of a number, the number before, and behind the map."""
@@ -195,11 +109,11 @@ def _entry(
         by_question.setdefault(answer.question(i), answer)
     distinct = list(by_question.values())
     first = asked[0].explanation
-    top = _top(first.capture.logits[i].detach(), first.capture.head, classifier)
+    top = _top(first.seen.logits[i], first.seen.head, classifier)
     item: dict[str, Any] = {
         "file": printable(picture.path),
         "layer": first.layer or None,  # none where no method asked for one
-        "grid": str(first.capture.layout()) if first.layer else None,
+        "grid": asked[0].grid if first.layer else None,
         "target": int(first.target.y[i]),
         "target_name": classifier.class_name(int(first.target.y[i])),
         "label": picture.label,
@@ -238,7 +152,7 @@ def _entry(
         sheet = folder / f"{picture.stem}.{'answers' if several else 'methods'}"
         item["picture"] = printable(f"{sheet}.{studio.form}")
     if studio.kind != "none":
-        seen = Seen.of(first.capture.x[i].detach())
+        seen = Seen.of(first.seen.x[i])
         about = _about(classifier, item, picture)
         studio.take(Drawing(picture.path, picture.frame, about, rows, sheet, picture.shown, item, seen))
     if not several:
@@ -270,7 +184,7 @@ def _map(answer: Answer, name: str, row: int, i: int, classifier: Classifier) ->
         "share_before": _finite(float(answer.share_before[row, i])),
         "share_after": _finite(float(answer.share_after[row, i])),
         "completeness_error": float(error[i]) if error is not None else None,
-        "seconds": round(explanation.seconds[name] / len(explanation.capture.x), 6),
+        "seconds": round(explanation.seconds[name] / len(explanation), 6),
         "degenerate": bool(explanation.degenerate[name][i]),
         "facts": {key: _plain(values[i]) for key, values in explanation.facts[name].items()},
         "remark": remarks[i] if (remarks := explanation.remarks[name]) else None,
@@ -306,8 +220,8 @@ def _drawn(
     if entry["degenerate"]:
         note = "nothing here speaks for the class"
     measure, before, after = answer.shown(row, i, contrast=other is not None and document["against"] is not None)
-    raw, size = explanation.raw[name][i].detach().float().cpu().clone(), explanation.capture.size
-    return Drawn(stem.with_name(base), title, short_title, raw, size, record.signed, measure, before, after, note)
+    (height, width), raw = explanation.seen.x.shape[-2:], explanation.raw[name][i].detach().float().cpu().clone()
+    return Drawn(stem.with_name(base), title, short_title, raw, (height, width), record.signed, measure, before, after, note)
 
 
 def why(answer: dict[str, Any], indices: bool = False) -> str:

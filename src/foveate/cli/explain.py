@@ -15,7 +15,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from foveate.cli import completion
-from foveate.cli.answers import Missing, Question, explain_batch, short, why
+from foveate.cli.answers import explain_batch, short, why
 from foveate.cli.drawing import Studio, crop_note, parse_pictures
 from foveate.cli.images import Pictures
 from foveate.cli.options import (
@@ -56,13 +56,13 @@ from foveate.cli.options import (
     sentences,
     several,
 )
+from foveate.cli.questions import AT_ONCE, Missing, Question
 from foveate.errors import FoveateError, printable
 
 if TYPE_CHECKING:
     from foveate.models.load import Classifier
 
 
-AT_ONCE = 16  # images that share one run of the model, at most
 PAGE = "index.html"
 MOST_REASONS = 5  # of images that cannot be read, in one sentence
 
@@ -155,7 +155,8 @@ def explain(
         str | None,
         typer.Option(
             help="What the model sees of a photograph, if not what it is made for: none (all of it at its own aspect, for "
-            "models that take other sizes), resize (all of it, squashed), centre.",
+            "models that take other sizes), resize (all of it, squashed), centre, ten (corners and centre, each also mirrored: "
+            "maps are put together on the whole).",
             rich_help_panel=DATA,
         ),
     ] = None,
@@ -263,7 +264,7 @@ def _explained(
         rows = range(start, min(start + size, len(named)))
         start, size = rows.stop, min(2 * size, AT_ONCE)
         read, done = named.read(rows, classifier), 0
-        for _, alike in groupby(read, key=lambda picture: picture.x.shape):
+        for _, alike in groupby(read, key=lambda picture: picture.stem if picture.crops else picture.x.shape):
             try:
                 for item in explain_batch(classifier, list(alike), question, folder, missing, studio):
                     done += 1
@@ -314,13 +315,13 @@ def _print_answer(console: Console, answer: dict[str, Any], item: dict[str, Any]
     own = any(values["against"] not in (None, answer["against"]) for values in found)
     promised = any(values["completeness_error"] is not None for values in found)
     if own:
-        table.add_column("and not", no_wrap=True)
+        table.add_column("and not", no_wrap=True, max_width=16)
     shared = any(values["share_before"] is not None for values in found)
     columns = {"p before → after": (True, 13), "share before → after": (shared, 13), "completeness error": (promised, 7)}
     for column, (wanted, least) in columns.items():
         if wanted:
             table.add_column(column, justify="right", min_width=least)
-    table.add_column("ms", justify="right")
+    table.add_column("ms", justify="right", no_wrap=True, min_width=6)
     for name, values in answer["maps"].items():
         error = values["completeness_error"]
         cells = [escape(short(values["against_name"] or ""))] if own else []

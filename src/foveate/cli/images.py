@@ -14,6 +14,7 @@ from foveate.errors import FoveateError, ImageError, printable
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from foveate.crops import Crops
     from foveate.models.load import Classifier
 
 
@@ -28,6 +29,7 @@ class Picture:
     frame: tuple[float, float, float, float] | None = None  # of what the model saw, in pixels of the file
     cropped: float = 0.0  # share of the file that it did not see
     shown: Tensor | None = None  # x, where the file itself is no photograph
+    crops: Crops | None = None  # in which the model sees x, where that is not at once
 
 
 @dataclass(frozen=True)
@@ -79,6 +81,7 @@ class Pictures:
     def read(self, rows: Iterable[int], classifier: Classifier) -> list[Picture]:
         """Images that can be read; the others go to ``failures``."""
         from foveate import images
+        from foveate.crops import Crops
 
         found = []
         for row in rows:
@@ -94,7 +97,8 @@ class Pictures:
                 frame, known = way.frame(size), None if isinstance(label, str) else label
                 x, cropped = way(photograph), images.cropped_away(frame, size)
                 shown = x if isinstance(photograph, images.Bands) else None
-                found.append(Picture(path, self.stems[row], x, known, frame, cropped, shown))
+                crops = Crops(way.crop, own.crop) if self.crop == "ten" else None
+                found.append(Picture(path, self.stems[row], x, known, frame, cropped, shown, crops))
             except ImageError as error:
                 self.failures.append((str(path), str(error)))
         return found
