@@ -22,9 +22,8 @@ from scipy.spatial import cKDTree
 
 from foveate.data.folder import files_in
 from foveate.images import read, to_tensor
-from foveate.overlay import OWN
+from foveate.overlay import OWN, overlay
 from foveate.overlay import ramp as ramp_of
-from foveate.report import pictures
 
 ALIKE = 10.0  # a difference that is seen at a glance; 2.3 is the least that is seen side by side
 SIDE = 64  # pixels of a photograph that are compared
@@ -61,7 +60,7 @@ def main() -> None:
         anything = 100 * (cKDTree(ramp).query(every, distance_upper_bound=ALIKE)[0] < ALIKE).mean()
         covered, strange = [], []
         for x, own in zip(tensors, pixels, strict=True):
-            full = pictures.overlay(x, torch.ones(SIDE, SIDE), colormap=name)
+            full = overlay(x, torch.ones(SIDE, SIDE), colormap=name)
             heated = lab(full.flatten(1).T.numpy().astype(np.float64))
             covered.append(np.linalg.norm(heated - own, axis=1))
             strange.append((cKDTree(heated).query(own, distance_upper_bound=ALIKE)[0] >= ALIKE).mean())

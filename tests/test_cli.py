@@ -25,7 +25,7 @@ from foveate.data import scenes
 from foveate.errors import FoveateError
 from foveate.models.load import load
 from foveate.models.small import small_cnn
-from foveate.report import pictures
+from foveate.report import sheets
 
 FACTORY = """
 import torch
@@ -451,14 +451,14 @@ class TestExplain:
     def test_what_is_done_is_there_after_an_interruption(
         self, place: Path, monkeypatch: pytest.MonkeyPatch, as_json: bool, error: BaseException
     ) -> None:
-        write = pictures.write
+        write = sheets.write_picture
 
         def interrupted(image: Image.Image, path: Path, dpi: int) -> None:
             if path.name.startswith("b.hires"):
                 raise error
             write(image, path, dpi)
 
-        monkeypatch.setattr(pictures, "write", interrupted)
+        monkeypatch.setattr(sheets, "write_picture", interrupted)
         result = explain(place, *(["--json"] if as_json else []), images=("a.png", "b.png"))
         assert result.exit_code == (130 if isinstance(error, KeyboardInterrupt) else 2)
         assert "after 1 of 2 image(s)" in result.stderr

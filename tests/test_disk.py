@@ -31,8 +31,8 @@ from foveate.film import Film
 from foveate.models.load import read_weights
 from foveate.models.small import small_cnn
 from foveate.recipe import Recipe, read_recipe
-from foveate.report import pictures
 from foveate.train import train
+from foveate.written import write_picture
 
 
 @pytest.fixture
@@ -389,10 +389,10 @@ def test_a_picture_of_somebody_else_is_not_overwritten(tmp_path: Path) -> None:
     image.save(tmp_path / "mine.png")
     before = state(tmp_path)
     with pytest.raises(FoveateError, match=r"mine.png' is there, and foveate did not write it"):
-        pictures.write(image, tmp_path / "mine.png")
+        write_picture(image, tmp_path / "mine.png")
     assert state(tmp_path) == before
     for _ in range(2):
-        pictures.write(image, tmp_path / "own.png")
+        write_picture(image, tmp_path / "own.png")
 
 
 # -- full disks and kills of whole processes -----------------------------------------------------------------------

@@ -25,6 +25,7 @@ FLOORS = [
         "peers",
         "errors",
         "files",
+        "written",
         "intervals",
         "outputs",
         "shown",

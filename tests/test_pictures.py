@@ -14,9 +14,10 @@ from torch import Tensor
 from foveate import maps
 from foveate.errors import FoveateError
 from foveate.images import Preprocess, cropped_away, to_image, to_tensor
-from foveate.overlay import ROWS
+from foveate.overlay import HEAT, ROWS, Shade, is_speckled, on_photograph, overlay
 from foveate.overlay import ramp as ramp_of
 from foveate.report import pictures, sheets
+from foveate.written import is_written, write_picture
 
 
 def cells(side: int, hot: int = 1) -> Tensor:
@@ -35,18 +36,18 @@ def pixels(power: float) -> Tensor:
 @pytest.mark.parametrize(("side", "hot"), [(7, 1), (7, 12), (14, 1), (14, 40), (28, 1), (28, 300)])
 def test_maps_of_cells_are_not_speckled_and_shown_as_they_are(side: int, hot: int) -> None:
     saliency, x = cells(side, hot), torch.full((3, 224, 224), 0.5)
-    assert not pictures.is_speckled(saliency)
-    shown = pictures.overlay(x, saliency)
+    assert not is_speckled(saliency)
+    shown = overlay(x, saliency)
     half = (saliency - 0.5).abs().flatten().argmin()
-    one = pictures.overlay(x, torch.full_like(saliency, float(saliency.flatten()[half])))
+    one = overlay(x, torch.full_like(saliency, float(saliency.flatten()[half])))
     assert shown.flatten(1)[:, half].allclose(one.flatten(1)[:, half])  # a value has one colour, whatever is around it
 
 
 @pytest.mark.parametrize("power", [80.0, 300.0])
 def test_maps_of_pixels_are_brightened_until_they_are_seen(power: float) -> None:
     saliency, x = pixels(power), torch.full((3, 224, 224), 0.5)
-    assert pictures.is_speckled(saliency)
-    shown = pictures.overlay(x, saliency)
+    assert is_speckled(saliency)
+    shown = overlay(x, saliency)
     ground = shown.flatten(1).median(1).values[:, None, None]
     assert ((shown - ground).abs().amax(0) > 0.3).float().mean() > 0.007
     order = saliency.flatten().argsort()
@@ -55,11 +56,11 @@ def test_maps_of_pixels_are_brightened_until_they_are_seen(power: float) -> None
 
 def test_a_single_pixel_and_nothing_at_all() -> None:
     one = torch.zeros(224, 224)
-    assert not pictures.is_speckled(one)
-    assert not pictures.is_speckled(torch.ones(3, 3))
+    assert not is_speckled(one)
+    assert not is_speckled(torch.ones(3, 3))
     one[100, 50] = 1
-    assert pictures.is_speckled(one)
-    shown = pictures.overlay(torch.full((3, 224, 224), 0.5), one)
+    assert is_speckled(one)
+    shown = overlay(torch.full((3, 224, 224), 0.5), one)
     assert int(((shown - shown[:, :1, :1]).abs().amax(0) > 0.05).sum()) == 1
 
 
@@ -78,7 +79,7 @@ def test_a_sheet_has_each_map_and_goes_on_in_the_next_line(tmp_path: Path, count
     assert 110 * 0.3 < words < 110  # what p and left mean
     colours = {tuple(colour) for colour in sheet.reshape(-1, 3)}
     for k in range(1, count + 1):
-        expected = (pictures.overlay(x, torch.full((64, 64), k / count))[:, 0, 0] * 255).round().int().tolist()
+        expected = (overlay(x, torch.full((64, 64), k / count))[:, 0, 0] * 255).round().int().tolist()
         assert any(max(abs(a - b) for a, b in zip(colour, expected, strict=True)) <= 2 for colour in colours), k
 
 
@@ -126,16 +127,16 @@ def test_four_panels(tmp_path: Path, size: tuple[int, int]) -> None:
 
 def test_pictures_are_known_again(tmp_path: Path) -> None:
     x = torch.rand(3, 64, 64)
-    pictures.write(pictures.enlarge(x, 1), tmp_path / "own.png")
+    write_picture(pictures.enlarge(x, 1), tmp_path / "own.png")
     sheets.sheet(tmp_path / "sheet", sheets.Ground.of(x), [("why", 0.5, panels(1))])
     look = sheets.Look(formats=("pdf", "svg", "png"))
-    sheets.captioned(tmp_path / "overlay", sheets.Ground.of(x), pictures.Shade.of(x[0]), "Grad-CAM", ["a.jpg"], look)
+    sheets.captioned(tmp_path / "overlay", sheets.Ground.of(x), Shade.of(x[0]), "Grad-CAM", ["a.jpg"], look)
     (tmp_path / "other.svg").write_text("<svg><title>foveate</title></svg>")
     (tmp_path / "other.pdf").write_text("%PDF foveate")
     pictures.enlarge(x, 1).save(tmp_path / "other.png")
     pictures.enlarge(x, 1).save(tmp_path / "other.jpg")
     (tmp_path / "broken.png").write_text("no picture")
-    found = {path.name for path in tmp_path.iterdir() if pictures.is_written(path)}
+    found = {path.name for path in tmp_path.iterdir() if is_written(path)}
     assert found == {"own.png", "sheet.png", "overlay.png", "overlay.pdf", "overlay.svg"}
 
 
@@ -147,22 +148,22 @@ class TestOnAPhotograph:
         saliency = torch.zeros(56, 56)
         saliency[:28, :28] = 1
         left, top, right, bottom = frame = Preprocess((56, 56), 64).frame(photo.size)
-        shown = np.asarray(pictures.on_photograph(photo, saliency, frame)).astype(int)
+        shown = np.asarray(on_photograph(photo, saliency, frame)).astype(int)
         assert shown.shape == (80, 300, 3)
         hot, cold = shown[round(top) + 9, round(left) + 9], shown[round(bottom) - 9, round(right) - 9]
         outside = shown[40, 20]
         assert np.abs(hot - cold).max() > 40
         assert (outside < cold).all() and (shown[:, : int(left) - 1] == shown[0, 0]).all()
         assert (shown[round(top)] == 255).all(1).sum() >= right - left - 2  # the frame
-        one = pictures.overlay(torch.tensor([100, 120, 140])[:, None, None].expand(3, 56, 56) / 255, saliency)
+        one = overlay(torch.tensor([100, 120, 140])[:, None, None].expand(3, 56, 56) / 255, saliency)
         assert np.abs(hot - 255 * one[:, 5, 5].numpy()).max() <= 1
 
     def test_no_frame_where_all_was_seen_and_rows_join(self) -> None:
         photo = Image.fromarray(np.random.default_rng(0).integers(0, 255, (2 * ROWS + 7, 40, 3), dtype=np.uint8))
         saliency = torch.ones(8, 8)
         frame = Preprocess((8, 8), None).frame(photo.size)
-        shown = pictures.on_photograph(photo, saliency, frame)
-        whole = pictures.overlay(to_tensor(photo), torch.ones(photo.height, photo.width))
+        shown = on_photograph(photo, saliency, frame)
+        whole = overlay(to_tensor(photo), torch.ones(photo.height, photo.width))
         assert np.abs(np.asarray(shown).astype(int) - np.asarray(to_image(whole)).astype(int)).max() <= 1
         assert cropped_away(frame, photo.size) == 0
         assert cropped_away((1150, 50, 1850, 750), (3000, 800)) == pytest.approx(1 - 700 * 700 / 3000 / 800)
@@ -172,7 +173,7 @@ def test_every_picture_says_what_it_shows(tmp_path: Path) -> None:
     """Read back from SVG, in which text is text."""
     about = sheets.About("a $x$.jpg", "timm:net", "blocks.1 (7x7)", "tabby (281)", False, 0.4, 4)
     x, raw = torch.rand(4, 32, 32), torch.rand(4, 4) - 0.3
-    shade = pictures.Shade.of_raw(raw, (32, 32))
+    shade = Shade.of_raw(raw, (32, 32))
     panel = sheets.Panel("Grad-CAM", maps.prepare(raw[None], (32, 32))[0], 0.25, shade=shade)
     look, ground = sheets.Look(formats=("svg",)), sheets.Ground.of(x)
     from matplotlib import rc_context
@@ -192,18 +193,18 @@ def test_every_picture_says_what_it_shows(tmp_path: Path) -> None:
 
 def test_one_scale_shows_smaller_maps_darker() -> None:
     large, small = torch.tensor([[0.0, 4.0], [0.0, 0.0]]), torch.tensor([[0.0, 1.0], [0.0, -3.0]])
-    own = pictures.Shade.of_raw(small, (2, 2))
+    own = Shade.of_raw(small, (2, 2))
     assert (own.low, own.high, float(own.values.max())) == (0, 1, 1)
-    common = pictures.Shade.of_raw(small, (2, 2), pictures.Shade.of_raw(large, (2, 2)).high)
+    common = Shade.of_raw(small, (2, 2), Shade.of_raw(large, (2, 2)).high)
     assert (common.low, common.high, float(common.values.max())) == (0, 4, 0.25)
-    assert not pictures.Shade.of_raw(small, (2, 2), 0.0).values.any()
-    flat = pictures.Shade.of_raw(torch.ones(2, 2), (4, 4))
+    assert not Shade.of_raw(small, (2, 2), 0.0).values.any()
+    flat = Shade.of_raw(torch.ones(2, 2), (4, 4))
     assert not flat.values.any()
     assert flat.note() == "an empty map"
 
 
 def test_colours() -> None:
-    text = ramp_of(pictures.HEAT)
+    text = ramp_of(HEAT)
     assert len(text) == 6 * 256
     ramp = [tuple(bytes.fromhex(text[i : i + 6])) for i in range(0, len(text), 6)]
     assert (ramp[0], ramp[-1]) == ((6, 18, 63), (255, 48, 224))

@@ -19,6 +19,7 @@ from foveate.errors import FoveateError
 from foveate.evaluate import evaluate
 from foveate.explain import Explanation, explain
 from foveate.files import locked, replacing
+from foveate.overlay import overlay
 from foveate.recipe import Recipe, read_recipe
 from foveate.registry import METHODS
 from foveate.report import pictures, tables
@@ -148,7 +149,7 @@ def _look(explanation: Explanation, batch: Batch, inside: Tensor, index: int) ->
     assert batch.y is not None
     return Look(
         image=pictures.data_uri(pictures.enlarge(batch.x[index], 2)),
-        overlay=pictures.data_uri(pictures.enlarge(pictures.overlay(batch.x[index], explanation[METHOD][index]), 2)),
+        overlay=pictures.data_uri(pictures.enlarge(overlay(batch.x[index], explanation[METHOD][index]), 2)),
         said=scenes.CLASSES[said],
         probability=float(capture.logits[index].detach().softmax(0)[said]),
         right=said == int(batch.y[index]),

@@ -24,7 +24,7 @@ from foveate.elsewhere import Elsewhere, Of, alone, elsewhere, together
 from foveate.errors import DegenerateMapWarning, FoveateError, ImageError, LayerError, NotFiniteError
 from foveate.explain import Model, chosen_methods
 from foveate.inputs import data_of
-from foveate.labels import label_by_label, several_labels
+from foveate.labels import has_several, label_by_label, several_labels
 from foveate.measured import Measured, again, choose, measured
 from foveate.methods.cam import contrast_of
 from foveate.precision import Precision
@@ -150,7 +150,7 @@ def measure(
     plan = Plan.of(methods, metrics, protocol, settings, target, layer, head, precision, keep_maps, elsewhere(maps, maps_of))
     failures: list[tuple[str, str]] = []
     data = data_of(model, data, normalised)
-    if getattr(getattr(data, "dataset", data), "several", False) and head != "multilabel":
+    if has_several(data) and head != "multilabel":
         raise FoveateError(several_labels("these labels"))
     if isinstance(data, Dataset) and hasattr(data, "__len__"):
         if callable(name_of := getattr(data, "name_of", None)):
@@ -161,9 +161,8 @@ def measure(
     def parts() -> Iterator[Results]:
         for number, batch in enumerate(batches(data, batch_size)):
             if batch.y is not None and batch.y.ndim == 2 and batch.y.shape[1] > 1:
-                plan.classes, whole = batch.y.shape[1], batch
-                batch = label_by_label(whole, plan.head)
-                without = [name for name, row in zip(whole.id, whole.y, strict=True) if not row.any()]  # type: ignore[arg-type]
+                plan.classes = batch.y.shape[1]
+                without = [name for name, row in zip(batch.id, batch.y, strict=True) if not row.any()]
                 failures.extend((name, f"{name}: it has no label") for name in without)
             batch = label_by_label(batch, plan.head)
             if len(batch):

@@ -199,7 +199,7 @@ class Explanation:
             FoveateError: no such method or image.
             ImageError: the photograph's file is not there any more, or cannot be read.
         """
-        return drawn("explanation").overlay(self, self._first(method), self._row(image))  # type: ignore[no-any-return]
+        return drawn("explanation").overlaid(self, self._first(method), self._row(image))  # type: ignore[no-any-return]
 
     def figure(self, image: int | None = None) -> Figure:
         """A matplotlib figure of every method on every image, or on one, with what was asked; ``figure.savefig(path)``.

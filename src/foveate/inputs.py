@@ -166,6 +166,7 @@ def _files(model: nn.Module, given: str | os.PathLike[str]) -> Iterator[_Item]:
     """A file, or the images of a folder and of those below it, but for pictures that foveate wrote."""
     from foveate import images
     from foveate.data.layout import files_in
+    from foveate.written import is_written
 
     if "://" in str(given):
         raise ImageError(f"{str(given)!r} is an address, and nothing is downloaded: save the file first", given)
@@ -176,26 +177,13 @@ def _files(model: nn.Module, given: str | os.PathLike[str]) -> Iterator[_Item]:
     preprocess = getattr(unwrap(model), "preprocess", None)
     if path.is_dir():
         channels = preprocess.channels if isinstance(preprocess, images.Preprocess) else 3
-        files = [file for file in files_in(path, channels) if not _is_written(file)]
+        files = [file for file in files_in(path, channels) if not is_written(file)]
         if not files:
             raise ImageError(f"{path} is a folder without images", path)
     for file in files:
         shown = preprocess.read(file) if isinstance(preprocess, images.Preprocess) else images.read(file)
         kept = file if not isinstance(shown, images.Bands) else None  # channels without colours: what was seen is drawn
         yield _Item((printable(file),), photograph=shown, kept=kept)
-
-
-def _is_written(path: Path) -> bool:
-    """Whether a file is a picture that foveate wrote, by the mark in it (see ``report.pictures``, which stands above)."""
-    from PIL import Image
-
-    if path.suffix.lower() != ".png":
-        return False
-    try:
-        with Image.open(path) as image:
-            return image.info.get("Software") == "foveate"
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
-        return False  # it is named when it is read
 
 
 def _of_tensor(model: nn.Module, given: Tensor, normalised: bool, where: str) -> Iterator[_Item]:

@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 from foveate.batch import Batch
 from foveate.errors import FoveateError
 
 BETWEEN = " # "  # in the name of a row: the image's name, and its label
+
+
+def has_several(data: Any) -> bool:
+    """Whether images of a data set, or of what a loader reads, may have several labels each."""
+    return bool(getattr(getattr(data, "dataset", data), "several", False))
 
 
 def label_by_label(batch: Batch, head: str | None) -> Batch:

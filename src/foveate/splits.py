@@ -22,6 +22,7 @@ from foveate.data.folder import Folder, numbered_alike
 from foveate.data.layout import splits_in
 from foveate.errors import FoveateError, SplitWarning, printable
 from foveate.images import Preprocess
+from foveate.labels import has_several
 from foveate.recipe import Augment, Data, Recipe
 
 
@@ -73,7 +74,7 @@ def open_splits(recipe: Recipe, preprocess: Preprocess) -> dict[str, Dataset[Bat
             opened = numbered_alike(opened, known, where)
         found[split] = opened
     for where in (train, *found.values()):
-        if getattr(where, "several", False):
+        if has_several(where):
             raise FoveateError(
                 f"{str(where.root)!r} gives an image several classes, or none: training takes one class an image"
             )

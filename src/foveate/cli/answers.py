@@ -102,7 +102,7 @@ def _entry(
     classifier: Classifier, asked: list[Answer], i: int, picture: Picture, folder: Path, shared: float, studio: Studio
 ) -> dict[str, Any]:
     """One image: its pictures go to the studio, the numbers are returned. The same question is answered once."""
-    from foveate.report.explained import Seen
+    from foveate.report.explained import thumb
 
     by_question: dict[tuple[int, int | None], Answer] = {}
     for answer in asked:
@@ -152,7 +152,7 @@ def _entry(
         sheet = folder / f"{picture.stem}.{'answers' if several else 'methods'}"
         item["picture"] = printable(f"{sheet}.{studio.form}")
     if studio.kind != "none":
-        seen = Seen.of(first.seen.x[i])
+        seen = thumb(first.seen.x[i])
         about = _about(classifier, item, picture)
         studio.take(Drawing(picture.path, picture.frame, about, rows, sheet, picture.shown, item, seen))
     if not several:

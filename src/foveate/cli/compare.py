@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -10,7 +11,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from foveate.cli.options import FAILURES, Debug, Json, err, free_page, print_note, sentences
+from foveate.cli.options import FAILURES, Debug, Json, err, print_note, sentences
 from foveate.errors import FoveateError, printable
 
 WIDTH = 5  # columns beside each other in a terminal
@@ -64,10 +65,15 @@ def compare(
 
 
 def _check_page(out: str | None, overwrite: bool) -> None:
-    if out is not None and not out.lower().endswith((".html", ".htm")):
+    """Refuse a page that is none, or that is there already, before the work: somebody may have kept it."""
+    if out is None:
+        return
+    if not out.lower().endswith((".html", ".htm")):
         raise FoveateError(f"--out {out!r} is not a page: name a file that ends in .html")
-    if out is not None:
-        free_page("--out", out, overwrite)
+    if Path(out).is_dir():
+        raise FoveateError(f"--out {out!r} is a folder: name a file")
+    if not overwrite and Path(out).exists():
+        raise FoveateError(f"--out {out!r} is there already: name another file, or ask to overwrite it")
 
 
 def _cells(frame: Any) -> dict[str, dict[str, Any]]:

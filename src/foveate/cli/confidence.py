@@ -72,6 +72,7 @@ def confidence(
     with sentences(debug), ExitStack() as stack:
         from foveate import confidence as studies
         from foveate.identity import contents, listing, short, weights_of
+        from foveate.labels import has_several
         from foveate.report.confidence import draw, write
 
         if unit not in ("network", "image"):
@@ -83,7 +84,7 @@ def confidence(
             model, weights, pretrained, num_classes, size, mean, std, classes, device, encoding, trust_code, output
         )
         source = open_data(data, classifier, False, limit, encoding)
-        if getattr(getattr(source, "dataset", source), "several", False):
+        if has_several(source):
             raise FoveateError(f"{data!r} gives an image several classes, or none: the study is of one class an image")
         folder = out_folder(out)
         call = {"data": data, "eta": eta, "unit": unit, "model": model, "weights": weights, "mean": mean, "std": std}

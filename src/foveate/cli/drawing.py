@@ -12,7 +12,8 @@ from foveate.errors import FoveateError, printable
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from foveate.report.explained import ExplainedPage, Seen
+    from foveate.report.explained import ExplainedPage
+    from foveate.report.pictures import Thumb
     from foveate.report.sheets import About, Ground, Look, Panel
 
 WRITTEN = ("all", "overlay", "sheet", "none")  # what pictures there are of an image
@@ -64,7 +65,7 @@ class Drawn:
 
     def panel(self, limit: float | None) -> Panel:
         from foveate.maps import prepare
-        from foveate.report.pictures import Shade
+        from foveate.overlay import Shade
         from foveate.report.sheets import Panel
 
         saliency = prepare(self.raw[None], self.size)[0]
@@ -72,7 +73,7 @@ class Drawn:
 
     def largest(self) -> float:
         """The value that has the last colour where the map is shown at its own scale."""
-        from foveate.report.pictures import Shade
+        from foveate.overlay import Shade
 
         return Shade.of_raw(self.raw, self.size).high or 0.0
 
@@ -95,7 +96,7 @@ class Drawing:
     sheet: Path | None
     x: Tensor | None = None
     item: dict[str, Any] = field(default_factory=dict)
-    seen: Seen | None = None
+    seen: Thumb | None = None
 
     def ground(self) -> Ground:
         from foveate.images import read

@@ -153,7 +153,7 @@ def evaluate(
         from foveate.evaluate import Plan, readable
         from foveate.files import locked
         from foveate.identity import fingerprint
-        from foveate.labels import several_labels
+        from foveate.labels import has_several, several_labels
         from foveate.models.normalisation import IMAGES, better_normalisation
         from foveate.precision import check_precision
         from foveate.registry import METHODS
@@ -184,7 +184,7 @@ def evaluate(
         )
         unclipped = plan.protocol.metrics.get("localization", {}).get("clip", True) is False
         source = open_data(data, classifier, unclipped, limit, encoding)
-        if getattr(getattr(source, "dataset", source), "several", False) and head != "multilabel":
+        if has_several(source) and head != "multilabel":
             raise FoveateError(several_labels(f"the labels of {data!r}"))
         folder = out_folder(out)
         kind = next((p.device.type for p in classifier.parameters()), "cpu")

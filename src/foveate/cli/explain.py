@@ -169,8 +169,8 @@ def explain(
         from foveate.precision import check_precision
         from foveate.registry import ungrouped
         from foveate.report.explained import ExplainedPage
-        from foveate.report.page import check_page
         from foveate.report.sheets import Look
+        from foveate.written import check_own
 
         check_precision(precision, "--precision")
         for option, text in (*(("IMAGE", image) for image in images), ("--target", target), ("--against", against)):
@@ -202,7 +202,7 @@ def explain(
             raise FoveateError(f"--target {target!r} asks for contrasts itself: leave out --against, or give one target")
         folder = out_folder(out)
         if kind != "none":
-            check_page(folder / PAGE)
+            check_own(folder / PAGE)
             studio.page = ExplainedPage()
         named = Pictures.named(images, classifier, question.needs_labels, encoding, crop)
         document: list[dict[str, Any]] = []

@@ -273,18 +273,6 @@ def out_folder(out: str) -> Path:
     return folder
 
 
-def free_page(option: str, path: str, overwrite: bool) -> None:
-    """Refuse a page that is there already, before the work: somebody may have kept it.
-
-    Raises:
-        FoveateError: it is, and nobody asked to overwrite it; or a folder has its name.
-    """
-    if Path(path).is_dir():
-        raise FoveateError(f"{option} {path!r} is a folder: name a file")
-    if not overwrite and Path(path).exists():
-        raise FoveateError(f"{option} {path!r} is there already: name another file, or ask to overwrite it")
-
-
 def _numbers(option: str, text: str | None) -> list[float] | None:
     if text is None:
         return None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import json
 import platform
 import warnings
@@ -20,14 +19,15 @@ from foveate.errors import DegenerateMapWarning, ImageError, printable
 from foveate.evaluate import Plan
 from foveate.files import replacing, write_text
 from foveate.findings import advice, findings
-from foveate.images import to_image
+from foveate.labels import images_of
 from foveate.models.normalisation import about_input
-from foveate.overlay import HEAT, ramp
+from foveate.overlay import HEAT, heat, ramp
 from foveate.prevalence import EVERY, Prevalence, prevalence
 from foveate.records import GROUPS
 from foveate.registry import METHODS, is_control, title_of
 from foveate.report import pictures, tables
 from foveate.report.page import render
+from foveate.report.pictures import Thumb, digits, grey
 from foveate.results import MAP, MODEL, Results, plain, read, with_accuracy
 from foveate.statistics import disagreement, metric_of
 
@@ -126,7 +126,7 @@ def write(
     runs.write_record(folder, runs.read_record(folder) | {"finished": True})  # the rows are complete, whatever comes now
     results = with_accuracy(results)
     frame = results.table(baseline)
-    said = [*findings(frame, results), *_accuracy(frame), *about_input(classifier)]
+    said = [*findings(frame, results), *_accuracy(frame, results), *about_input(classifier)]
     written = Written(frame, results, plan, said, advice(frame, results))
     digests = [metric_of(column) for column in frame.index.get_level_values("column")]
     stored = frame.assign(protocol=[plan.protocol.digest(record) if record else "" for record in digests])
@@ -156,12 +156,13 @@ def write(
     return written
 
 
-def _accuracy(frame: pd.DataFrame) -> list[str]:
+def _accuracy(frame: pd.DataFrame, results: Results) -> list[str]:
     """How much the model gets right, in a sentence; none where no label is known."""
     if (MODEL, "accuracy") not in frame.index:
         return []
     middle, low, high = tables.cell(frame, MODEL, "accuracy")
-    return [f"The model gets {middle} % [{low}, {high}] of {int(frame.loc[(MODEL, 'accuracy'), 'n'])} images right."]
+    what = "images" if images_of(list(results.ids)) is None else "labels"
+    return [f"The model gets {middle} % [{low}, {high}] of {int(frame.loc[(MODEL, 'accuracy'), 'n'])} {what} right."]
 
 
 def _content(
@@ -313,10 +314,8 @@ def _image(
 ) -> dict[str, Any]:
     label, said = int(results.labels[index]), int(results.predicted[index])
     per_image = [c for c in shown if (r := metric_of(c)) is not None and r.name != "cost" and c not in r.pooled]
-    values = {
-        n: [_rounded(results.values[n, c][index]) if (n, c) in results.values else None for c in per_image] for n in names
-    }
-    picture, aspect = _thumb(source, places, results.ids[index], index)
+    values = {n: [digits(results.values[n, c][index]) if (n, c) in results.values else None for c in per_image] for n in names}
+    thumb = _thumb(source, places, results.ids[index], index)
     visible = {n: _visible(small[n, index]) for n in names if (n, index) in small}
     return {
         "id": results.ids[index],
@@ -324,11 +323,11 @@ def _image(
         "said": _class_name(classifier, said),
         "p": round(float(results.confidence[index]), 3),
         "wrong": label >= 0 and label != said,
-        "picture": picture,
-        "aspect": aspect,
+        "picture": thumb.picture,
+        "aspect": thumb.aspect,
         "columns": per_image,
         "values": values,
-        "maps": {n: _coded(values) for n, (values, _) in visible.items()},
+        "maps": {n: grey(values.reshape(2 * (round(len(values) ** 0.5),))) for n, (values, _) in visible.items()},
         "alike": [n for n, (_, alike) in visible.items() if alike],  # whose brightest 1 % are shown alike
     }
 
@@ -344,26 +343,12 @@ def _visible(small: np.ndarray) -> tuple[np.ndarray, bool]:
     return np.minimum(small / bright, 1), True
 
 
-def _rounded(value: float) -> float | None:
-    return float(f"{value:.4g}") if np.isfinite(value) else None
-
-
-def _coded(values: np.ndarray) -> dict[str, Any]:
-    """A small square map for the page's own colours."""
-    side = round(len(values) ** 0.5)
-    grey = np.uint8(np.round(values * 255)).tobytes()
-    return {"grey": base64.b64encode(grey).decode(), "width": side, "height": side}
-
-
-def _thumb(source: Any, places: Mapping[str, int], name: str, index: int) -> tuple[str, float]:
+def _thumb(source: Any, places: Mapping[str, int], name: str, index: int) -> Thumb:
     """The picture of an image, and its width by its height; found by its name: what cannot be read shifts the numbers."""
     try:
-        image = to_image(source[places.get(name, index)].x[0])
+        return Thumb.of(source[places.get(name, index)].x[0], THUMB, 78)
     except (ImageError, IndexError):
-        return "", 1.0
-    aspect = round(image.width / image.height, 4)
-    image.thumbnail((THUMB, THUMB))
-    return pictures.data_uri(image, 78), aspect
+        return Thumb("", 1.0)
 
 
 def _places(source: Any) -> dict[str, int]:
@@ -398,7 +383,7 @@ def _prevalence(
             (
                 results.ids[i],
                 f"{whole.distance[i]:.2f}",
-                _thumb(source, places, results.ids[i], i)[0],
+                _thumb(source, places, results.ids[i], i).picture,
                 _panel(small[whole.method, i].reshape(whole.mean[EVERY].shape)),
             )
             for i in whole.farthest()
@@ -411,4 +396,4 @@ def _panel(values: np.ndarray) -> str:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DegenerateMapWarning)
         scaled = tensor / tensor.max() if float(tensor.max()) > 0 else tensor
-    return pictures.data_uri(pictures.enlarge(pictures.heat(scaled), 5), 80)
+    return pictures.data_uri(pictures.enlarge(heat(scaled), 5), 80)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -10,16 +9,14 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-import numpy as np
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from foveate.images import to_image
 from foveate.overlay import HEAT, Shade, ramp
 from foveate.registry import is_control, title_of
-from foveate.report import pictures
 from foveate.report.page import render
+from foveate.report.pictures import Thumb, digits, grey
 from foveate.report.sheets import MOST_CROPPED, Ground
 
 MOST = 200  # images on the page, so that it stays a file one can send
@@ -28,20 +25,9 @@ THUMB = 320  # pixels
 SMOOTH, FINE = 56, 112  # sides of the maps of a page: of cells, and of single pixels
 
 
-@dataclass(frozen=True)
-class Seen:
-    """What the network saw of an image, as the page shows it: a data URI, and its width by its height."""
-
-    picture: str
-    aspect: float
-
-    @classmethod
-    def of(cls, given: Tensor | Image.Image) -> Seen:
-        """Of ``x [K,H,W]`` in [0, 1], or of a picture."""
-        image = given.copy() if isinstance(given, Image.Image) else to_image(given)
-        aspect = round(image.width / image.height, 4)
-        image.thumbnail((THUMB, THUMB))
-        return cls(pictures.data_uri(image, 82), aspect)
+def thumb(given: Tensor | Image.Image) -> Thumb:
+    """What is shown of an image on the page."""
+    return Thumb.of(given, THUMB, 82)
 
 
 @dataclass
@@ -53,7 +39,7 @@ class ExplainedPage:
     cells: int = 0
 
     def add(
-        self, item: Mapping[str, Any], seen: Seen, ground: Ground, answers: Sequence[tuple[str, Mapping[str, Shade]]]
+        self, item: Mapping[str, Any], seen: Thumb, ground: Ground, answers: Sequence[tuple[str, Mapping[str, Shade]]]
     ) -> None:
         """Put an image on the page; where much of it is cropped away, with the whole photograph, that part dark.
 
@@ -73,7 +59,7 @@ class ExplainedPage:
                 "name": Path(item["file"]).name,
                 "picture": seen.picture,
                 "aspect": seen.aspect,
-                "whole": asdict(Seen.of(ground.within(THUMB / 2).framed)) if much else None,
+                "whole": asdict(thumb(ground.within(THUMB / 2).framed)) if much else None,
                 "cropped": f"{100 * item['cropped']:.0f} % of the photograph is cropped away (dark)" if much else "",
                 "top": [[name.split(",")[0], round(p, 4)] for _, name, p in item["top"]],
                 "label": (item["label_name"] or "").split(",")[0],
@@ -118,16 +104,12 @@ def _cell(name: str, values: Mapping[str, Any], shade: Shade) -> dict[str, Any]:
         "method": name,
         "against": (values["against_name"] or "").split(",")[0],
         "measure": measure,
-        "before": _digits(values[f"{measure}_before"]),
-        "after": _digits(values[f"{measure}_after"]),
+        "before": digits(values[f"{measure}_before"]),
+        "after": digits(values[f"{measure}_after"]),
         "note": "; ".join(note for note in notes if note),
         "picture": _beside(values.get("picture") or values.get("overlay")),
         "map": small(shade),
     }
-
-
-def _digits(value: float) -> float:
-    return float(f"{value:.4g}")
 
 
 def _beside(picture: str | None) -> str:
@@ -141,5 +123,4 @@ def small(shade: Shade) -> dict[str, Any]:
     factor = min(1.0, (FINE if shade.speckled else SMOOTH) / max(height, width))
     size = max(1, round(height * factor)), max(1, round(width * factor))
     pooled = (F.adaptive_max_pool2d if shade.speckled else F.adaptive_avg_pool2d)(shade.values[None], size)[0]
-    grey = np.uint8((255 * pooled.clamp(0, 1)).round().numpy()).tobytes()
-    return {"grey": base64.b64encode(grey).decode(), "width": size[1], "height": size[0]}
+    return grey(pooled.clamp(0, 1))

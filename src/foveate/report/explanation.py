@@ -22,6 +22,7 @@ from foveate.explanation import Explanation
 from foveate.film import Film
 from foveate.images import to_image
 from foveate.maps import upsample
+from foveate.overlay import HEAT, colours, heat, on_photograph, overlay
 from foveate.registry import METHODS, is_control, title_of
 from foveate.report import pictures, sheets
 from foveate.report.film import epochs_shown
@@ -36,13 +37,13 @@ _numbers = itertools.count(1)  # of what a notebook shows: two outputs on a page
 # -- one map on one photograph -------------------------------------------------------------------------------------
 
 
-def overlay(explanation: Explanation, method: str, index: int, photograph: Image.Image | None = None) -> Image.Image:
+def overlaid(explanation: Explanation, method: str, index: int, photograph: Image.Image | None = None) -> Image.Image:
     """A map on its photograph, or on what the network saw where there is none."""
     photograph = explanation.photograph(index) if photograph is None else photograph
     saliency, preprocess = explanation.maps[method][index].detach().float().cpu(), explanation.seen.preprocess
     if photograph is None or preprocess is None:
-        return to_image(pictures.overlay(explanation.seen.x[index].cpu(), saliency))
-    return pictures.on_photograph(photograph, saliency, preprocess.frame(photograph.size))
+        return to_image(overlay(explanation.seen.x[index].cpu(), saliency))
+    return on_photograph(photograph, saliency, preprocess.frame(photograph.size))
 
 
 def _shown(explanation: Explanation, index: int, side: int) -> tuple[Image.Image, list[Image.Image]]:
@@ -53,13 +54,13 @@ def _shown(explanation: Explanation, index: int, side: int) -> tuple[Image.Image
         photograph = None
     if photograph is None:
         whole = to_image(explanation.seen.x[index].cpu())
-        given = (to_image(pictures.overlay(explanation.seen.x[index].cpu(), own[index])) for own in explanation.maps.values())
+        given = (to_image(overlay(explanation.seen.x[index].cpu(), own[index])) for own in explanation.maps.values())
         return _fitted(whole, side), [_fitted(image, side) for image in given]
     small = _fitted(photograph, side)
     frame = explanation.seen.preprocess.frame(photograph.size) if explanation.seen.preprocess else (0.0, 0.0, *photograph.size)
     factor = (small.width / photograph.width, small.height / photograph.height) * 2
     within = [edge * by for edge, by in zip(frame, factor, strict=True)]
-    return small, [pictures.on_photograph(small, own[index].float().cpu(), within) for own in explanation.maps.values()]
+    return small, [on_photograph(small, own[index].float().cpu(), within) for own in explanation.maps.values()]
 
 
 def _fitted(image: Image.Image, side: int) -> Image.Image:
@@ -134,7 +135,7 @@ def heading(answers: Mapping[str, Explanation]) -> str:
 
 
 def _colours() -> str:
-    stops = pictures.heat(torch.linspace(0, 1, 7)[None])[:, 0].T
+    stops = heat(torch.linspace(0, 1, 7)[None])[:, 0].T
     return ", ".join(f"rgb({', '.join(str(round(255 * float(value))) for value in stop)})" for stop in stops)
 
 
@@ -153,7 +154,7 @@ def film_html(film: Film) -> str:
             inside, right = float(frame.inside[index]), int(frame.predicted[index]) == label
             words = f"p = {frame.probability[index]:.2f}, {'right' if right else 'wrong'}"
             words += "" if np.isnan(inside) else f"; {inside:.0%} on the object"
-            drawn = _uri(_fitted(to_image(pictures.overlay(x, M)), LEAST_SIDE))
+            drawn = _uri(_fitted(to_image(overlay(x, M)), LEAST_SIDE))
             cells.append({"number": number, "title": f"epoch {frame.epoch}", "overlay": drawn, "empty": False})
             cells[-1] |= {"question": words, "remark": ""}
         picture = _fitted(to_image(x), LEAST_SIDE)
@@ -213,7 +214,7 @@ def figure(explanation: Explanation, rows: Sequence[int]) -> Sheet:
                 transform=axes[number * lines, min(1, columns - 1)].transAxes, parse_math=False,
             )  # fmt: skip
     if names:
-        scale = ScalarMappable(Normalize(0, 1), pictures.colours(pictures.HEAT))
+        scale = ScalarMappable(Normalize(0, 1), colours(HEAT))
         bar = made.colorbar(scale, ax=axes[:lines], shrink=0.9, aspect=25, pad=0.01)
         bar.ax.tick_params(labelsize=7, colors=pictures.MUTED, length=2)
         bar.outline.set_visible(False)  # type: ignore[operator]

@@ -13,6 +13,7 @@ from foveate.errors import FoveateError
 from foveate.film import Film, Frame
 from foveate.images import colours_of, to_image
 from foveate.maps import upsample
+from foveate.overlay import overlay
 from foveate.registry import METHODS
 from foveate.report import pictures
 from foveate.report.page import render
@@ -53,7 +54,7 @@ def film_strip(film: Film, count: int = SHOWN) -> dict[str, Any]:
             inside = float(frame.inside[index])
             cells.append(
                 {
-                    "picture": picture(pictures.overlay(x, M)),
+                    "picture": picture(overlay(x, M)),
                     "probability": float(frame.probability[index]),
                     "right": int(frame.predicted[index]) == label,
                     "inside": None if np.isnan(inside) else inside,

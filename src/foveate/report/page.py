@@ -10,7 +10,6 @@ from typing import Any
 import jinja2
 
 from foveate._version import __version__
-from foveate.errors import FoveateError
 from foveate.files import write_text
 
 TEMPLATES = Path(__file__).parent / "templates"
@@ -41,9 +40,3 @@ def render(template: str, path: str | Path, content: Mapping[str, Any]) -> Path:
     """Fill a template of this folder and write the page; nothing in it is loaded from elsewhere."""
     write_text(path, filled(template, content))
     return Path(path)
-
-
-def check_page(path: Path) -> None:
-    """Raise a FoveateError where a file is there that is no page of foveate's, and would be replaced by one."""
-    if path.exists() and not (path.is_file() and b'<meta name="generator" content="foveate' in path.read_bytes()[:2000]):
-        raise FoveateError(f"{str(path)!r} is there, and foveate did not write it: move it, or name another --out")

@@ -1,80 +1,26 @@
-"""Pictures: maps in colour, on the image, beside it; curves; as images, files and data URIs."""
+"""Pictures: what pages and sheets share: signed maps, thumbnails and small maps as text, and curves."""
 
 from __future__ import annotations
 
 import base64
 import html
 import io
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
+import numpy as np
 from PIL import Image
-from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
-from foveate.errors import FoveateError
-from foveate.files import replacing
 from foveate.images import to_image
 from foveate.maps import scale, upsample
-from foveate.overlay import HEAT as HEAT
-from foveate.overlay import OPACITY as OPACITY
-from foveate.overlay import Shade as Shade
-from foveate.overlay import colours as colours
-from foveate.overlay import heat as heat
-from foveate.overlay import is_speckled as is_speckled
-from foveate.overlay import on_photograph as on_photograph
-from foveate.overlay import overlay as overlay
+from foveate.overlay import heat
 
 SIGNED = "RdBu_r"
-PNG = {"compress_level": 4}  # half the time of the default, and 3 % larger
-MARK = {"Software": "foveate"}
-SIGNS = {".pdf": b"/Creator (foveate)", ".svg": b"<dc:title>foveate</dc:title>"}  # what MARK is in other formats
-ENDS = 65536  # bytes at either end of a file in which they stand
 STAND_INS = ("#c20001", "#0b0002", "#700003", "#5c0004", "#1c0005", "#a60006")  # for the colours of the page, c0 to c5
 INK, MUTED, ACCENT, WRONG = "#1c2733", "#66727f", "#0b7285", "#c2410c"
-
-
-def write(image: Image.Image, path: str | Path, dpi: int | None = None) -> None:
-    """Write an image as PNG that says where it comes from, so that a folder of photographs can be told from its pictures."""
-    marks = PngInfo()
-    for key, value in MARK.items():
-        marks.add_text(key, value)
-    with saving(path) as waiting:
-        size: dict[str, Any] = {} if dpi is None else {"dpi": (dpi, dpi)}
-        image.save(waiting, "PNG", pnginfo=marks, **size, **PNG)
-
-
-@contextmanager
-def saving(path: str | Path) -> Iterator[Path]:
-    """A picture to write instead of ``path``: see :func:`foveate.files.replacing`.
-
-    Raises:
-        FoveateError: a picture that foveate did not write is there.
-    """
-    path = Path(path)
-    if path.is_file() and not is_written(path):
-        raise FoveateError(f"{str(path)!r} is there, and foveate did not write it: move it, or name another --out")
-    with replacing(path) as waiting:
-        yield waiting
-
-
-def is_written(path: Path) -> bool:
-    """Whether a file is a picture that foveate wrote."""
-    try:
-        if path.suffix.lower() in SIGNS:
-            with path.open("rb") as file:
-                start = file.read(ENDS)
-                file.seek(max(len(start), path.stat().st_size - ENDS))
-                return SIGNS[path.suffix.lower()] in start + file.read()
-        if path.suffix.lower() != ".png":
-            return False
-        with Image.open(path) as image:
-            return all(image.info.get(key) == value for key, value in MARK.items())
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
-        return False
 
 
 def signed_heat(raw: Tensor, size: tuple[int, int]) -> Tensor:
@@ -94,6 +40,34 @@ def data_uri(image: Image.Image, quality: int = 88) -> str:
     buffer = io.BytesIO()
     image.save(buffer, "JPEG", quality=quality, optimize=True)
     return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
+
+
+@dataclass(frozen=True)
+class Thumb:
+    """An image as a page shows it: a data URI, and its width by its height."""
+
+    picture: str
+    aspect: float
+
+    @classmethod
+    def of(cls, given: Tensor | Image.Image, side: int, quality: int) -> Thumb:
+        """Of ``x [K,H,W]`` in [0, 1], or of a picture; no side is longer than ``side`` pixels."""
+        image = given.copy() if isinstance(given, Image.Image) else to_image(given)
+        aspect = round(image.width / image.height, 4)
+        image.thumbnail((side, side))
+        return cls(data_uri(image, quality), aspect)
+
+
+def grey(values: np.ndarray | Tensor) -> dict[str, Any]:
+    """A small map ``[h,w]`` in [0, 1] as grey values for the page's own colours."""
+    height, width = values.shape
+    levels = np.uint8(np.round(np.asarray(values) * 255)).tobytes()
+    return {"grey": base64.b64encode(levels).decode(), "width": width, "height": height}
+
+
+def digits(value: float) -> float | None:
+    """Four digits of a number, for a page; None where there is none."""
+    return float(f"{value:.4g}") if math.isfinite(value) else None
 
 
 @dataclass(frozen=True)

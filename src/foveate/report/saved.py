@@ -20,9 +20,10 @@ from foveate.errors import FoveateError, ImageError, printable
 from foveate.explanation import Explanation, Seen, bare, bound
 from foveate.files import is_regular
 from foveate.images import Preprocess, to_image
+from foveate.overlay import overlay
 from foveate.registry import METHODS
-from foveate.report import pictures
-from foveate.report.explanation import overlay
+from foveate.report.explanation import overlaid
+from foveate.written import is_written, write_picture
 
 if TYPE_CHECKING:
     from foveate.targets import Head
@@ -61,7 +62,7 @@ def _clear(folder: Path) -> None:
         raise FoveateError(f"{str(folder)!r} has files in it and is no folder of an explanation: name another, or a new one")
     for name in said.get("files", []):
         path = folder / str(name)
-        if PICTURE.fullmatch(str(name)) and is_regular(path) and not path.is_symlink() and pictures.is_written(path):
+        if PICTURE.fullmatch(str(name)) and is_regular(path) and not path.is_symlink() and is_written(path):
             files.delete(path)
 
 
@@ -97,11 +98,11 @@ def _image(explanation: Explanation, index: int, stem: str, folder: Path, writte
     made = {}
     for name in explanation.maps:
         made[name] = f"{stem}_{re.sub(r'[^A-Za-z0-9_-]+', '_', name)}.png"
-        shown = overlay(explanation, name, index, photograph) if photograph is not None else _on_seen(explanation, name, index)
-        pictures.write(shown, folder / made[name])
+        shown = overlaid(explanation, name, index, photograph) if photograph is not None else _on_seen(explanation, name, index)
+        write_picture(shown, folder / made[name])
     place = None if kept is None else str(kept.resolve()) if isinstance(kept, Path) else f"{stem}_photograph.png"
     if photograph is not None and not isinstance(kept, Path):
-        pictures.write(whole, folder / str(place))
+        write_picture(whole, folder / str(place))
     written += [*made.values(), *([str(place)] if kept is not None and not isinstance(kept, Path) else [])]
     best, p, asked = explanation.said(index)
     return {
@@ -115,7 +116,7 @@ def _image(explanation: Explanation, index: int, stem: str, folder: Path, writte
 
 
 def _on_seen(explanation: Explanation, name: str, index: int) -> Any:
-    return to_image(pictures.overlay(explanation.seen.x[index].cpu(), explanation.maps[name][index].cpu()))
+    return to_image(overlay(explanation.seen.x[index].cpu(), explanation.maps[name][index].cpu()))
 
 
 def _arrays(explanation: Explanation) -> dict[str, np.ndarray]:

@@ -17,20 +17,13 @@ from torch import Tensor
 
 from foveate.errors import FoveateError, printable
 from foveate.images import colours_of, cropped_away, to_image
-from foveate.report import pictures
+from foveate.overlay import HEAT, OPACITY, Shade, colours, on_photograph
 from foveate.report.pictures import (
-    HEAT,
     INK,
-    MARK,
     MUTED,
-    OPACITY,
-    PNG,
     SIGNED,
-    Shade,
-    colours,
-    on_photograph,
-    saving,
 )
+from foveate.written import MARK, PNG, saving, write_picture
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -218,7 +211,7 @@ def captioned(path: Path, ground: Ground, shade: Shade, title: str, facts: Seque
             made = Image.new("RGB", (round(wide * dpi), picture.height + round(strip * dpi)), "white")
             made.paste(picture, (0, 0))
             made.paste(_drawn(figure).resize((made.width, made.height - picture.height)), (0, picture.height))
-            pictures.write(made, path.with_name(f"{path.name}.png"), look.dpi)
+            write_picture(made, path.with_name(f"{path.name}.png"), look.dpi)
         else:
             on = figure.add_axes((0, strip / tall, picture.width / dpi / wide, above / tall))
             on.imshow(picture, interpolation="none")

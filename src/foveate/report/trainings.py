@@ -12,6 +12,7 @@ import torch
 from foveate.film import Film
 from foveate.intervals import LEVEL
 from foveate.maps import upsample
+from foveate.overlay import overlay
 from foveate.report import pictures, tables
 from foveate.report.film import picture
 from foveate.report.page import render
@@ -113,7 +114,7 @@ def _looks(runs: dict[str, Trained]) -> dict[str, Any] | None:
             frame = film.frames[-1]
             M = upsample(torch.from_numpy(frame.maps[index : index + 1]).float() / 255, (x.shape[-2], x.shape[-1]))[0]
             right = first.batch.y is not None and int(frame.predicted[index]) == int(first.batch.y[index])
-            cells.append((picture(pictures.overlay(x, M)), float(frame.probability[index]), right))
+            cells.append((picture(overlay(x, M)), float(frame.probability[index]), right))
         label = "" if first.batch.y is None else _label(first, int(first.batch.y[index]))
         rows.append((picture(x), label, cells))
     return {"names": list(same), "rows": rows}
