@@ -177,7 +177,7 @@ class TestFolders:
         assert [int(batch.y) for batch in data] == [7, 3]
         assert data[0].boxes[0].tolist() == [[0, 0, 16, 16], [16, 16, 32, 32]]
         assert data[0].mask.all()
-        assert labels_beside([tmp_path / "a" / "1.png", tmp_path / "a" / "2.png"]) == [7, None]
+        assert labels_beside([tmp_path / "a" / "1.png", tmp_path / "a" / "2.png"]) == [[7], []]
 
     def test_names_without_indices(self, tmp_path: Path) -> None:
         self.make(tmp_path)

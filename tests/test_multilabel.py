@@ -146,6 +146,22 @@ def test_what_needs_one_class_an_image_says_so(photos: Path) -> None:
 
 
 @pytest.mark.parametrize("form", TABLES)
+def test_explain_asks_which_label(photos: Path, form: str) -> None:
+    """No label is chosen for an image of several; one that has one is explained."""
+    (photos / "labels.csv").write_text(TABLES[form])
+    call = ["explain", str(photos), "--model", f"{photos.parent / 'network.py'}:build", "--method", "grad_cam", "--json"]
+    call += ["--out", str(photos.parent / "out"), "--pictures", "none", "--head", "multilabel"]
+    plain = json.loads(CliRunner().invoke(app, call).stdout)
+    expected = {"0.png": None, "1.png": None, "2.png": 1, "3.png": None}
+    assert {Path(item["file"]).name: item["label"] for item in plain["images"]} == expected
+    document = json.loads(CliRunner().invoke(app, [*call, "--target", "label"]).stdout)
+    assert [Path(item["file"]).name for item in document["images"]] == ["2.png"]
+    reasons = {Path(failure["file"]).name: failure["reason"] for failure in document["failures"]}
+    names = "0, 2" if form == "indices" else "cat, bird"
+    assert f"0.png has several labels ({names}): name the one to explain as --target" in reasons["0.png"]
+
+
+@pytest.mark.parametrize("form", TABLES)
 def test_on_the_command_line(photos: Path, form: str) -> None:
     (photos / "labels.csv").write_text(TABLES[form])
     out = photos.parent / "out"
@@ -158,6 +174,7 @@ def test_on_the_command_line(photos: Path, form: str) -> None:
     document = json.loads(done.stdout)
     assert document["table"]["grad_cam"]["AD"]["n"] == document["accuracy"]["n"] == 6
     assert any("labels of 3 images" in sentence for sentence in document["findings"])
+    assert any("of 6 labels right" in sentence for sentence in document["findings"])
     rows = pd.read_parquet(out / "rows")
     assert set(rows["id"]) == {f"{name} # {label}" for name, label in labelled(form)}
     again = CliRunner().invoke(app, [*call, "--head", "multilabel", "--resume"])

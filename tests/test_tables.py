@@ -148,7 +148,7 @@ class TestTables:
 
     def test_labels_beside_take_the_encoding(self, tmp_path: Path) -> None:
         table(tmp_path, "file,name\na.png,Zoë\n".encode("latin-1"))
-        assert labels_beside([photo(tmp_path / "a.png")], "latin-1") == ["Zoë"]
+        assert labels_beside([photo(tmp_path / "a.png")], "latin-1") == [["Zoë"]]
 
     def test_class_files(self, tmp_path: Path) -> None:
         for content in ("cat\r\nBär\u2028dog\r\n\r\n".encode("utf-8-sig"), "cat\nBär\u2028dog".encode("utf-16")):

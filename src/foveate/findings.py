@@ -98,8 +98,8 @@ def findings(frame: pd.DataFrame, results: Results) -> list[str]:
         )
     if (images := images_of(list(results.ids))) is not None:
         sentences.append(
-            f"The {len(results)} rows are labels of {images} images, each measured alone: those of one image are not "
-            "independent, so that intervals are a little too narrow."
+            f"The {len(results)} rows are labels of {images} images, each measured alone: intervals take them as independent, "
+            "and are too narrow where the values of one image are alike."
         )
     if not any(map(is_control, results.methods)):
         sentences.append(

@@ -107,7 +107,7 @@ class Pictures:
 def _files(path: Path, classifier: Classifier) -> list[Path]:
     """A file, or the images of a folder or of one of its splits; an empty one stays as it is, and fails when it is read."""
     from foveate.data.layout import chosen_split, files_in, split_named
-    from foveate.report.pictures import is_written
+    from foveate.written import is_written
 
     path = split_named(path)
     with suppress(FoveateError):  # images need no classes: folders that are no splits are all taken
@@ -133,8 +133,13 @@ def _labels(paths: Sequence[Path], classifier: Classifier, encoding: str | None)
 
     labels: list[int | str] = []
     called = cache(classifier.classes_called)  # folders are few, images many
-    for path, label in zip(paths, labels_beside(paths, encoding), strict=True):
+    for path, beside in zip(paths, labels_beside(paths, encoding), strict=True):
         count = None if classifier.class_names is None else len(classifier.class_names)
+        if len(beside) > 1:
+            several = ", ".join(printable(str(one)) for one in beside)
+            labels.append(f"{printable(path)} has several labels ({several}): name the one to explain as --target")
+            continue
+        label = beside[0] if beside else None
         if label is None:
             around = [called(folder.name) for folder in list(path.resolve().parents)[:2]]
             label = next((classes[0] for classes in around if len(classes) == 1), None)

@@ -366,26 +366,26 @@ def _boxes(text: str) -> tuple[tuple[float, ...], ...] | None:
     return tuple(boxes) or None
 
 
-def labels_beside(paths: Sequence[Path], encoding: str | None = None) -> list[int | str | None]:
-    """The label of each image from a ``labels.csv`` in its folder or in one of the two above; None where there is none.
+def labels_beside(paths: Sequence[Path], encoding: str | None = None) -> list[list[int | str]]:
+    """The labels of each image from a ``labels.csv`` in its folder or in one of the two above; empty where there is none.
 
     An index where the table has ``class_index``, a class name where it has only ``name``; ``encoding`` is as in
     :func:`open_folder`.
     """
-    known: dict[Path, dict[Path, int | str | None]] = {}
-    found: list[int | str | None] = []
+    known: dict[Path, dict[Path, list[int | str]]] = {}
+    found: list[list[int | str]] = []
     for path in paths:
-        label: int | str | None = None
+        labels: list[int | str] = []
         for folder in list(path.resolve().parents)[:3]:
             table = folder / "labels.csv"
             if table not in known:
                 lines, names = read_labels(table, encoding) if table.is_file() else ([], None)
                 known[table] = {}
-                for entry in lines:  # of several labels the first
-                    label_of = names[entry.label] if names and entry.label is not None else entry.label
-                    known[table].setdefault(entry.path.resolve(), label_of)
-            if (value := known[table].get(path.resolve())) is not None:
-                label = value
+                for entry in lines:
+                    if entry.label is not None:
+                        label = names[entry.label] if names else entry.label
+                        known[table].setdefault(entry.path.resolve(), []).append(label)
+            if labels := known[table].get(path.resolve(), []):
                 break
-        found.append(label)
+        found.append(labels)
     return found
