@@ -22,8 +22,8 @@ from typer.testing import CliRunner
 
 from foveate.cli import app
 from foveate.data import scenes
+from foveate.disk.files import locked
 from foveate.errors import FoveateError
-from foveate.files import locked
 from foveate.film import Film
 from foveate.recipe import read_recipe
 from foveate.report import film as film_page

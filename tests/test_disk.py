@@ -21,10 +21,12 @@ import torch
 from torch import nn
 from typer.testing import CliRunner
 
-from foveate import Batch, FoveateError, checkpoints, files, trained
+from foveate import Batch, FoveateError, checkpoints, trained
 from foveate.cli import app
 from foveate.confidence import study
 from foveate.data import scenes
+from foveate.disk import files
+from foveate.disk.written import write_picture
 from foveate.errors import WriteError
 from foveate.feature_cache import MARKER, FeatureCache
 from foveate.film import Film
@@ -32,7 +34,6 @@ from foveate.models.load import read_weights
 from foveate.models.small import small_cnn
 from foveate.recipe import Recipe, read_recipe
 from foveate.train import train
-from foveate.written import write_picture
 
 
 @pytest.fixture

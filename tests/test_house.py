@@ -16,73 +16,75 @@ from foveate import memory
 
 SOURCE = Path(foveate.__file__).parent
 # Imports point up this list, within a line and to lines above it.
-FLOORS = [
+FLOORS: list[set[str]] = [
+    {"_version", "_lazy", "_torchvision", "errors", "intervals", "peers", "shown"},
+    {"disk", "batch"},
+    {"targets", "maps", "precision", "missing"},
     {
-        "_version",
-        "_lazy",
-        "_torchvision",
-        "_lightning",
-        "peers",
-        "errors",
-        "files",
-        "written",
-        "intervals",
-        "outputs",
-        "shown",
-        "text",
-        "tables",
-        "twice",
-    },
-    {
-        "batch",
-        "labels",
-        "chunks",
-        "classifier",
-        "images",
-        "imagenet",
-        "targets",
-        "maps",
+        "runtime",
+        "records",
+        "capture",
+        "runner",
+        "feature",
+        "tail",
+        "layers",
         "linear_head",
+        "attention",
+        "memory",
+        "folding",
         "memo",
-        "schedules",
         "noise",
         "guided",
-        "memory",
-        "precision",
-        "folding",
-        "attention",
-        "overlay",
-        "crops",
+        "classifier",
+        "twice",
+        "cut",
+        "chunks",
+        "outputs",
     },
-    {"layers", "cut"},
-    {"feature"},
-    {"runner"},
-    {"tail"},
-    {"capture"},
-    {"missing"},
-    {"records"},
-    {"registry"},
-    {"boxes", "randomize", "curvature", "proximal"},
-    {"methods"},
-    {"metrics", "losses"},
-    {"data"},
-    {"models", "inputs"},
-    {"explanation"},
-    {"explain"},
-    {"results", "protocol", "statistics", "elsewhere"},
-    {"findings"},
-    {"measured"},
-    {"prevalence", "evaluate", "testing", "recipe", "film", "groups"},
-    {"identity", "runs", "torchmetrics", "confidence", "splits", "trained"},
-    {"outcome", "feature_cache", "checkpoints"},
-    {"compare", "trainings"},
-    {"train"},
+    {"data", "registry", "images", "imagenet", "boxes", "labels", "crops"},
+    {"overlay", "models", "methods", "randomize", "curvature", "proximal", "inputs"},
+    {"metrics", "losses", "explanation", "explain"},
+    {
+        "evaluation",
+        "evaluate",
+        "measured",
+        "results",
+        "findings",
+        "protocol",
+        "prevalence",
+        "compare",
+        "confidence",
+        "runs",
+        "elsewhere",
+        "identity",
+        "statistics",
+    },
+    {
+        "training",
+        "testing",
+        "torchmetrics",
+        "train",
+        "recipe",
+        "schedules",
+        "splits",
+        "outcome",
+        "groups",
+        "film",
+        "trained",
+        "trainings",
+        "feature_cache",
+        "checkpoints",
+        "_lightning",
+    },
     {"report"},
-    {"demo"},
-    {"cli"},
+    {"cli", "demo"},
 ]
 FLOOR = {name: number for number, names in enumerate(FLOORS) for name in names}
 FILES = [path for path in sorted(SOURCE.rglob("*.py")) if path.name not in ("__main__.py",) and path != SOURCE / "__init__.py"]
+
+
+def named(path: Path) -> str:
+    return path.relative_to(SOURCE).as_posix()
 
 
 def imports(path: Path) -> set[str]:
@@ -98,7 +100,7 @@ def imports(path: Path) -> set[str]:
     return found - {"__version__"}
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(SOURCE)))
+@pytest.mark.parametrize("path", FILES, ids=named)
 def test_imports_point_one_way(path: Path) -> None:
     part = path.relative_to(SOURCE).parts[0].removesuffix(".py")
     for other in imports(path) & set(FLOOR):
@@ -128,11 +130,11 @@ WRITERS = {
 TAKERS = {"unlink", "rename", "rmdir", "rmtree", "removedirs", "renames", "symlink_to", "hardlink_to", "truncate"}
 OF_MODULES = {"os.replace", "os.remove", "shutil.move", "shutil.copy", "shutil.copyfile", "shutil.copytree"}
 OWN = {"film.save", "trained.save", "answer.save"}  # which keep to it themselves
-ELSEWHERE = {"files.py": "what all others use", "memory.py": "a switch of the kernel"}
+ELSEWHERE = {"disk/files.py": "what all others use", "memory.py": "a switch of the kernel", "runtime/memory.py": "the same"}
 
 
 def writes(text: str) -> list[str]:
-    """The lines of a file's text that write, rename or delete without ``foveate.files``."""
+    """The lines of a file's text that write, rename or delete without ``foveate.disk.files``."""
     tree, safe = ast.parse(text), set()
     for node in ast.walk(tree):
         pairs: list[tuple[ast.expr, ast.expr]] = []
@@ -169,10 +171,12 @@ def writes(text: str) -> list[str]:
     return found
 
 
-@pytest.mark.parametrize("path", [path for path in FILES if path.name not in ELSEWHERE], ids=lambda path: path.name)
+@pytest.mark.parametrize("path", [path for path in FILES if named(path) not in ELSEWHERE], ids=named)
 def test_files_are_written_and_deleted_in_one_place(path: Path) -> None:
-    """Beside their target, then replaced, and nothing of the user's deleted: through ``foveate.files``."""
-    assert not writes(path.read_text(encoding="utf-8")), "write through foveate.files.replacing, delete through files.delete"
+    """Beside their target, then replaced, and nothing of the user's deleted: through ``foveate.disk.files``."""
+    assert not writes(path.read_text(encoding="utf-8")), (
+        "write through foveate.disk.files.replacing, delete through files.delete"
+    )
 
 
 @pytest.mark.parametrize(

@@ -23,8 +23,8 @@ import foveate
 from foveate import FoveateError, runs
 from foveate.cli import app
 from foveate.compare import Limit, compare
+from foveate.disk.files import locked
 from foveate.evaluate import Plan
-from foveate.files import locked
 from foveate.findings import advice, findings
 from foveate.report import tables
 from foveate.results import Results, joined, read, write

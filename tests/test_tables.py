@@ -20,10 +20,10 @@ from foveate import cli, maps
 from foveate.batch import Batch, as_share
 from foveate.cli import options
 from foveate.data.folder import labels_beside, open_folder, read_labels
+from foveate.disk.text import parse_yaml, read_lines
 from foveate.errors import FoveateError, ImageError, TableWarning, printable
 from foveate.images import Preprocess, read
 from foveate.recipe import read_recipe
-from foveate.text import parse_yaml, read_lines
 
 PLAIN = Preprocess((16, 16), 16)
 ROWS = "file,name,boxes_xyxy\nblé.png,Zoë,1 2 8 9;3 3 6 6\nb.png,Bär,\n"

@@ -11,8 +11,9 @@ from typing import Any
 
 import torch
 
-from foveate import files, trained
+from foveate import trained
 from foveate._lightning import ready
+from foveate.disk import files
 from foveate.errors import FoveateError, WriteError
 from foveate.recipe import Recipe
 from foveate.splits import processes

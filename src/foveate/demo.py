@@ -15,10 +15,10 @@ from torch import Tensor
 from foveate import maps, train
 from foveate.batch import Batch
 from foveate.data import scenes
+from foveate.disk.files import locked, replacing
 from foveate.errors import FoveateError
 from foveate.evaluate import evaluate
 from foveate.explain import Explanation, explain
-from foveate.files import locked, replacing
 from foveate.overlay import overlay
 from foveate.recipe import Recipe, read_recipe
 from foveate.registry import METHODS

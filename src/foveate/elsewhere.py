@@ -12,13 +12,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from foveate import files
 from foveate.capture import Capture
+from foveate.disk import files
+from foveate.disk.text import read_bytes
 from foveate.errors import FoveateError, MapsWarning, printable
 from foveate.maps import upsample
 from foveate.registry import METHODS, Method
 from foveate.targets import Target
-from foveate.text import read_bytes
 
 Of = Literal["auto", "crop", "file"]
 SUFFIXES = (".npy", ".npz", ".png", ".safetensors")

@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from foveate import files
+from foveate.disk import files
 from foveate.errors import FoveateError
 
 SPARE = 0.8  # share of the free disk that features may take
@@ -25,7 +25,7 @@ class FeatureCache:
     """Features of images by their pixels, one file an image, in float32.
 
     What another model made is never read: its features lie in a folder of their own, named by a digest of its weights, and
-    are deleted to make room. Nothing else in ``folder`` is touched: see :func:`foveate.files.delete_marked`.
+    are deleted to make room. Nothing else in ``folder`` is touched: see :func:`foveate.disk.files.delete_marked`.
 
     Args:
         folder: where they are kept; one process holds it.

@@ -14,8 +14,8 @@ import torch
 from torch import nn
 from torch.utils.data import Subset
 
-from foveate import files
 from foveate._version import __version__
+from foveate.disk import files
 from foveate.evaluate import Plan
 
 FILES = ("_image_files", "_images", "_samples", "samples", "_image_paths", "images")  # where torchvision keeps its paths

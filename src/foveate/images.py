@@ -17,8 +17,8 @@ import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
+from foveate.disk.files import is_regular
 from foveate.errors import FoveateError, ImageError
-from foveate.files import is_regular
 
 MOST_PIXELS = 200_000_000  # decoded, an image of this size takes 600 MB
 LEAST_SIDE, MOST_SIDE = 8, 16384

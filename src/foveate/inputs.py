@@ -166,7 +166,7 @@ def _files(model: nn.Module, given: str | os.PathLike[str]) -> Iterator[_Item]:
     """A file, or the images of a folder and of those below it, but for pictures that foveate wrote."""
     from foveate import images
     from foveate.data.layout import files_in
-    from foveate.written import is_written
+    from foveate.disk.written import is_written
 
     if "://" in str(given):
         raise ImageError(f"{str(given)!r} is an address, and nothing is downloaded: save the file first", given)

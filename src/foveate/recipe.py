@@ -10,11 +10,11 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
+from foveate.disk.files import is_regular
+from foveate.disk.text import quoted, read_yaml
 from foveate.errors import FoveateError
-from foveate.files import is_regular
 from foveate.models.load import refuse_code
 from foveate.registry import LOSSES, METHODS, check_settings
-from foveate.text import quoted, read_yaml
 
 RECIPES = Path(__file__).parent / "recipes"
 

@@ -18,9 +18,9 @@ from dataclasses import replace
 from typing import Any, Generic, Literal, TypeVar
 
 from foveate import peers
+from foveate.disk.text import parse_yaml, quoted
 from foveate.errors import FoveateError
 from foveate.records import GROUPS, Column, Direction, Explained, Loss, Method, Metric, Spent, plain
-from foveate.text import parse_yaml, quoted
 
 __all__ = ["Column", "Direction", "Explained", "Loss", "Method", "Metric", "Register", "Spent", "loss", "method", "metric"]
 

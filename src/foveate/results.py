@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from foveate import files
+from foveate.disk import files
 from foveate.errors import FoveateError, printable
 
 if TYPE_CHECKING:

@@ -17,9 +17,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from foveate import files
 from foveate._torchvision import torchvision
 from foveate.batch import Batch
+from foveate.disk import files
 from foveate.errors import FoveateError
 from foveate.evaluate import COSTED_BATCHES, NOT_FINITE, Plan, batches, readable
 from foveate.identity import contents, digest_of, listing, short

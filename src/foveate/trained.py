@@ -15,12 +15,12 @@ import yaml
 from pydantic import BaseModel, ValidationError
 from torch import nn
 
-from foveate import files
 from foveate._version import __version__
+from foveate.disk import files
+from foveate.disk.text import quoted, read_json, read_text, read_yaml
 from foveate.errors import FoveateError
 from foveate.film import Film
 from foveate.recipe import completed
-from foveate.text import quoted, read_json, read_text, read_yaml
 
 KIND, RECORD = "training", "run.json"
 FILES = ("model.safetensors", "recipe.yaml", "history.csv", RECORD)

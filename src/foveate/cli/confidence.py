@@ -13,7 +13,6 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from foveate import files
 from foveate.cli.evaluate import Data, measuring, open_data
 from foveate.cli.options import (
     DONE,
@@ -39,6 +38,7 @@ from foveate.cli.options import (
     print_notes,
     sentences,
 )
+from foveate.disk import files
 from foveate.errors import FoveateError, printable
 
 

@@ -149,9 +149,9 @@ def evaluate(
     """A table of methods and metrics on a data set, with 95 % intervals, and a page to look at."""
     with sentences(debug), ExitStack() as stack:
         from foveate import runs, statistics
+        from foveate.disk.files import locked
         from foveate.elsewhere import elsewhere
         from foveate.evaluate import Plan, readable
-        from foveate.files import locked
         from foveate.identity import fingerprint
         from foveate.labels import has_several, several_labels
         from foveate.models.normalisation import IMAGES, better_normalisation

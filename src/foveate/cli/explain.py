@@ -165,12 +165,12 @@ def explain(
 ) -> None:
     """Maps of why a model says what it says of images: pictures, probabilities, and whether a map can be trusted."""
     with sentences(debug):
+        from foveate.disk.written import check_own
         from foveate.images import CROPS
         from foveate.precision import check_precision
         from foveate.registry import ungrouped
         from foveate.report.explained import ExplainedPage
         from foveate.report.sheets import Look
-        from foveate.written import check_own
 
         check_precision(precision, "--precision")
         for option, text in (*(("IMAGE", image) for image in images), ("--target", target), ("--against", against)):

@@ -107,7 +107,7 @@ class Pictures:
 def _files(path: Path, classifier: Classifier) -> list[Path]:
     """A file, or the images of a folder or of one of its splits; an empty one stays as it is, and fails when it is read."""
     from foveate.data.layout import chosen_split, files_in, split_named
-    from foveate.written import is_written
+    from foveate.disk.written import is_written
 
     path = split_named(path)
     with suppress(FoveateError):  # images need no classes: folders that are no splits are all taken

@@ -17,8 +17,8 @@ from rich.console import Console
 from rich.markup import escape
 
 from foveate.cli import completion
+from foveate.disk.text import parse_yaml, quoted, read_lines
 from foveate.errors import FoveateError, printable
-from foveate.text import parse_yaml, quoted, read_lines
 
 if TYPE_CHECKING:
     from foveate.models.load import Classifier

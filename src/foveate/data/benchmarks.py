@@ -18,11 +18,11 @@ from foveate.batch import Batch
 from foveate.data import scenes
 from foveate.data.folder import Entry, Folder, open_folder
 from foveate.data.layout import SUFFIXES, walked
+from foveate.disk.text import read_bytes, read_lines
 from foveate.errors import FoveateError
 from foveate.imagenet import wordnet_ids
 from foveate.images import Preprocess
 from foveate.missing import impossible
-from foveate.text import read_bytes, read_lines
 
 FOREGROUND = 1  # of a trimap of Oxford-IIIT Pet: 2 is background, 3 the border between
 

@@ -19,10 +19,10 @@ from torch.utils.data import Dataset
 from foveate import images
 from foveate.batch import Batch
 from foveate.data.layout import chosen_split, files_in, folders_in, split_named, split_of
+from foveate.disk.tables import Line, Table, read_table
 from foveate.errors import FoveateError, ImageError, TableWarning, printable
 from foveate.images import Preprocess
 from foveate.labels import BETWEEN
-from foveate.tables import Line, Table, read_table
 
 COLUMNS = ("file", "class_index", "name", "boxes_xyxy", "mask", "background")
 MOST_CLASSES = 10**9
@@ -210,8 +210,8 @@ def numbered_alike(data: Folder, names: Sequence[str], where: object) -> Folder:
 def read_labels(path: Path, encoding: str | None = None) -> tuple[list[Entry], tuple[str, ...] | None]:
     """The images of a ``labels.csv``, and class names where they are known.
 
-    As spreadsheets write it, see :func:`foveate.tables.read_table`. Lines of one image are taken together: boxes of several
-    lines all count, and a line that repeats another does not; it is said.
+    As spreadsheets write it, see :func:`foveate.disk.tables.read_table`. Lines of one image are taken together: boxes of
+    several lines all count, and a line that repeats another does not; it is said.
 
     Raises:
         FoveateError: columns are missing, a value cannot be read, or two lines of an image disagree; the message has the line.

@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 
 from foveate.confidence import TIE, Trend
-from foveate.files import replacing
+from foveate.disk.files import replacing
 from foveate.report.page import render
 from foveate.report.pictures import ACCENT, INK, MUTED, WRONG
 

@@ -15,9 +15,9 @@ import torch
 
 from foveate import runs
 from foveate._version import __version__
+from foveate.disk.files import replacing, write_text
 from foveate.errors import DegenerateMapWarning, ImageError, printable
 from foveate.evaluate import Plan
-from foveate.files import replacing, write_text
 from foveate.findings import advice, findings
 from foveate.labels import images_of
 from foveate.models.normalisation import about_input

@@ -10,7 +10,7 @@ from typing import Any
 import jinja2
 
 from foveate._version import __version__
-from foveate.files import write_text
+from foveate.disk.files import write_text
 
 TEMPLATES = Path(__file__).parent / "templates"
 

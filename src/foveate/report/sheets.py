@@ -15,6 +15,7 @@ import numpy as np
 from PIL import Image
 from torch import Tensor
 
+from foveate.disk.written import MARK, PNG, saving, write_picture
 from foveate.errors import FoveateError, printable
 from foveate.images import colours_of, cropped_away, to_image
 from foveate.overlay import HEAT, OPACITY, Shade, colours, on_photograph
@@ -23,7 +24,6 @@ from foveate.report.pictures import (
     MUTED,
     SIGNED,
 )
-from foveate.written import MARK, PNG, saving, write_picture
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from foveate.disk.files import is_regular
 from foveate.errors import FoveateError
-from foveate.files import is_regular
 
 if TYPE_CHECKING:
     import yaml

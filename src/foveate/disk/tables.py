@@ -10,8 +10,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from foveate.disk.text import decode, quoted, read_bytes
 from foveate.errors import FoveateError, TableWarning, printable
-from foveate.text import decode, quoted, read_bytes
 
 DELIMITERS = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "bars"}
 SEPARATOR = re.compile(r'"?sep=([,;\t|])"?\s*', re.IGNORECASE)  # the first line that Excel writes and reads

@@ -10,8 +10,8 @@ from typing import Any
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
+from foveate.disk.files import replacing
 from foveate.errors import FoveateError
-from foveate.files import replacing
 
 PNG = {"compress_level": 4}  # half the time of the default, and 3 % larger
 MARK = {"Software": "foveate"}
@@ -35,7 +35,7 @@ def write_picture(image: Image.Image, path: str | Path, dpi: int | None = None) 
 
 @contextmanager
 def saving(path: str | Path) -> Iterator[Path]:
-    """A picture to write instead of ``path``: see :func:`foveate.files.replacing`.
+    """A picture to write instead of ``path``: see :func:`foveate.disk.files.replacing`.
 
     Raises:
         FoveateError: a picture that foveate did not write is there.
