@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from scipy import ndimage, stats
 from torch import Tensor, nn
 
-from foveate.layers import Layout, to_grid
+from foveate.runtime.layers import Layout, to_grid
 
 
 def run(network: nn.Module, x: Tensor, y: int, against: int | None = None) -> tuple[Tensor, Tensor, Tensor]:

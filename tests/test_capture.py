@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from foveate import Capture, FoveateError, LayerError, SlowPathWarning, explain, maps, normalized
 from foveate._torchvision import timm
-from foveate.chunks import in_chunks
 from foveate.registry import METHODS
+from foveate.runtime.chunks import in_chunks
 from foveate.testing import CLASSES, SHAPE, assert_untouched, example, fingerprint, networks
 
 KINDS = ("gap", "flat", "inplace", "tokens")
@@ -90,7 +90,7 @@ def test_finding_a_layer_leaves_a_model_in_training_as_it_is() -> None:
     network = networks()["inplace"].train()
     before = fingerprint(network)
     state = {name: buffer.clone() for name, buffer in network.named_buffers()}
-    from foveate.layers import find
+    from foveate.runtime.layers import find
 
     find(network, example().x)
     assert_untouched(before, network)
@@ -575,7 +575,7 @@ class TestScoreAndTail:
         torch.testing.assert_close(exact, network(x))
 
     def test_attention_in_bf16_is_written_out_and_as_near(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        from foveate import attention, runner
+        from foveate.runtime import attention, runner
 
         torch.manual_seed(0)
         model = timm().create_model("vit_tiny_patch16_224", num_classes=3, img_size=64, depth=2).eval()
@@ -600,7 +600,7 @@ class TestScoreAndTail:
         "options", [{}, {"is_causal": True}, {"attn_mask": torch.ones(5, 5).tril().bool()}, {"scale": 0.3}]
     )
     def test_written_attention_is_attention(self, options: dict[str, Any]) -> None:
-        from foveate.attention import WrittenAttention, attention_weights
+        from foveate.runtime.attention import WrittenAttention, attention_weights
 
         q, k, v = (torch.randn(2, 3, 5, 4, generator=torch.Generator().manual_seed(i)).double() for i in range(3))
         whole = F.scaled_dot_product_attention(q, k, v, **options)

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from foveate import Capture, explain
-from foveate.classifier import swapped
-from foveate.folding import folded
+from foveate.runtime.folding import folded
+from foveate.runtime.model import swapped
 
 
 def settled(model: nn.Module) -> nn.Module:

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 import foveate
-from foveate import memory
+from foveate.runtime import memory
 
 SOURCE = Path(foveate.__file__).parent
 # Imports point up this list, within a line and to lines above it.
@@ -130,7 +130,7 @@ WRITERS = {
 TAKERS = {"unlink", "rename", "rmdir", "rmtree", "removedirs", "renames", "symlink_to", "hardlink_to", "truncate"}
 OF_MODULES = {"os.replace", "os.remove", "shutil.move", "shutil.copy", "shutil.copyfile", "shutil.copytree"}
 OWN = {"film.save", "trained.save", "answer.save"}  # which keep to it themselves
-ELSEWHERE = {"disk/files.py": "what all others use", "memory.py": "a switch of the kernel", "runtime/memory.py": "the same"}
+ELSEWHERE = {"disk/files.py": "what all others use", "runtime/memory.py": "a switch of the kernel"}
 
 
 def writes(text: str) -> list[str]:
@@ -326,6 +326,6 @@ def test_kept_memory_is_not_cleared_again(keep: bool, environment: dict[str, str
 
 
 def test_the_command_line_keeps_memory() -> None:
-    code = "import sys; sys.argv = ['foveate', '--version']; from foveate import cli, memory\ntry: cli.main()\n"
+    code = "import sys; sys.argv = ['foveate', '--version']; from foveate import cli; from foveate.runtime import memory\ntry: cli.main()\n"
     assert run(code + "except SystemExit: print(memory.kept())").split()[-1] == str(GLIBC)
-    assert run("import foveate; from foveate import memory; print(memory.kept())").split() == ["False"]
+    assert run("import foveate; from foveate.runtime import memory; print(memory.kept())").split() == ["False"]

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from foveate import Capture, LayerError, normalized
 from foveate._torchvision import timm, torchvision
-from foveate.layers import Layout, find, from_grid, get, layout_of, to_grid
+from foveate.runtime.layers import Layout, find, from_grid, get, layout_of, to_grid
 
 # name, layer that a person would choose, layout
 TORCHVISION = [

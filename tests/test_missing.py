@@ -18,11 +18,11 @@ from typer.testing import CliRunner
 
 import foveate
 from foveate import Batch, FoveateError, missing, runs
-from foveate.capture import Capture
 from foveate.cli import app
 from foveate.metrics.recognition import average_drop, average_gain, average_increase
 from foveate.metrics.sanity import spearman
 from foveate.registry import METHODS, METRICS, Explained, Metric, Spent, method
+from foveate.runtime.capture import Capture
 from foveate.testing import SHAPE, example, networks
 
 BAD = (float("nan"), float("inf"), float("-inf"))

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from foveate import Batch, Capture, FoveateError, LayerError, explain, measure, normalized, saliency
-from foveate.classifier import Function, one_output
+from foveate.runtime.model import Function, one_output
 
 SETTINGS = {"rise": {"masks": 16}, "occlusion": {"window": 8, "stride": 8}}
 X = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))

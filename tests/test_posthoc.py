@@ -16,8 +16,6 @@ from torch import nn
 
 import reference
 from foveate import Capture, FoveateError, explain, maps
-from foveate.classifier import modules_of, swapped
-from foveate.guided import guided
 from foveate.methods.fullgrad import full_gradients
 from foveate.methods.gradient import path_completeness
 from foveate.methods.mask import SmoothMask, area_miss, blur_pyramid, through, total_variation
@@ -25,6 +23,8 @@ from foveate.methods.opti import optimise
 from foveate.methods.perturbation import RiseMasks, rise_maps
 from foveate.models.small import small_cnn
 from foveate.registry import METHODS
+from foveate.runtime.guided import guided
+from foveate.runtime.model import modules_of, swapped
 from foveate.testing import CLASSES, example, networks
 
 

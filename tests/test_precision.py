@@ -16,10 +16,11 @@ from PIL import Image
 from torch import nn
 from typer.testing import CliRunner
 
-from foveate import Capture, FoveateError, precision, runner
+from foveate import Capture, FoveateError, precision
 from foveate.cli import app
-from foveate.feature import Passes
 from foveate.precision import has_bf16, warn_if_slow
+from foveate.runtime import runner
+from foveate.runtime.feature import Passes
 from foveate.testing import example, networks
 
 

@@ -13,9 +13,9 @@ import reference
 from foveate import Capture, FoveateError, evaluate, explain, normalized
 from foveate.curvature import Curvature, Spectrum, _Root, classes_for, lanczos, smooth_parts
 from foveate.methods.caso import Solution, first_order, path, second_order
-from foveate.noise import gaussian, width
 from foveate.proximal import LowRank, maximise, quantile, soft
 from foveate.registry import METHODS
+from foveate.runtime.noise import gaussian, width
 
 CLASSES, SIZE = 5, 8
 D = 3 * SIZE * SIZE

@@ -12,9 +12,9 @@ from torch import nn
 import reference
 from foveate import Batch, Capture, FoveateError, contrastive_architecture
 from foveate.boxes import box_masks
-from foveate.guided import guided
 from foveate.losses import attention, contrastive, gradients
 from foveate.registry import LOSSES
+from foveate.runtime.guided import guided
 from foveate.testing import assert_untouched, example, fingerprint, networks
 
 MASKED = ("ablated_cross_entropy", "divergence", "sliced_wasserstein")

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from foveate.twice import Phase, batch_norm, convolution
+from foveate.runtime.second_derivatives import Phase, batch_norm, convolution
 
 
 def rand(*shape: int, seed: int = 0) -> Tensor:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from foveate import Capture, LayerError
 from foveate._torchvision import timm, torchvision
-from foveate.layers import find
+from foveate.runtime.layers import find
 
 # One small network of each family of timm, that a CPU builds in seconds. For a distilled or token-labelled transformer
 # (volo) a network without a head is another one, which reads other tokens.

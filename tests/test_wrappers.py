@@ -16,8 +16,8 @@ from foveate import Capture, FoveateError, evaluate, explain, explain_each, maps
 from foveate.methods.adapt import adapt
 from foveate.methods.wrappers import FLIP_AND_LIGHT, Transform, augmented, fused, smooth
 from foveate.models.small import small_cnn
-from foveate.noise import gaussian
 from foveate.registry import METHODS, Method
+from foveate.runtime.noise import gaussian
 from foveate.testing import Batch, check_method, example, networks
 
 

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 
 import foveate
-from foveate import memory
 from foveate.precision import has_bf16
+from foveate.runtime import memory
 
 PACKAGES = ("torch", "timm", "grad-cam", "captum", "torchcam", "quantus")
 Outcome = dict[str, Any]

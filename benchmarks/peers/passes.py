@@ -14,7 +14,7 @@ import torch
 from benchmarks.peers.row import Contestant, timed
 from torch import Tensor, nn
 
-from foveate.folding import folded
+from foveate.runtime.folding import folded
 
 Kind = Literal["forward", "folded", "bf16", "backward"]
 COUNTS = (1, 2, 4, 8, 16, 32)

@@ -16,8 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from foveate.classifier import read_logits
-from foveate.memory import peak
+from foveate.runtime.memory import peak
+from foveate.runtime.model import read_logits
 
 Job = Callable[[], Any]
 SECONDS = 10.0  # that the timed rounds of one contestant may take; at least one, at most ROUNDS

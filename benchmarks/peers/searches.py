@@ -14,8 +14,9 @@ from benchmarks.peers.row import Row
 from torch import Tensor
 
 import foveate
-from foveate import maps, memory
+from foveate import maps
 from foveate.precision import has_bf16
+from foveate.runtime import memory
 
 PRECISIONS: tuple[tuple[str, Kind], ...] = (("fp32", "folded"), ("bf16", "bf16"))
 

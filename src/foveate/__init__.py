@@ -10,14 +10,14 @@ import typing as _typing
 
 from foveate._version import __version__
 from foveate.batch import Batch
-from foveate.capture import Capture
-from foveate.classifier import Normalized, normalized
 from foveate.errors import DegenerateMapWarning, FoveateError, ImageError, LayerError, SlowPathWarning
 from foveate.evaluate import evaluate, measure  # eager: the module has the name of the function
 from foveate.explain import explain, explain_each, saliency
 from foveate.explanation import Answers, Explanation, read_explanation
-from foveate.memory import keep_memory
 from foveate.registry import loss, method, metric
+from foveate.runtime.capture import Capture
+from foveate.runtime.memory import keep_memory
+from foveate.runtime.model import Normalized, normalized
 from foveate.targets import Target
 
 if _typing.TYPE_CHECKING:

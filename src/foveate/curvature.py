@@ -12,10 +12,10 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
-from foveate.capture import Capture
 from foveate.errors import FoveateError
-from foveate.memo import Memo
-from foveate.noise import gaussian
+from foveate.runtime.capture import Capture
+from foveate.runtime.memo import Memo
+from foveate.runtime.noise import gaussian
 from foveate.targets import SCORES, Target
 
 Multiply = Callable[[Tensor], Tensor]

@@ -12,12 +12,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from foveate.capture import Capture
 from foveate.disk import files
 from foveate.disk.text import read_bytes
 from foveate.errors import FoveateError, MapsWarning, printable
 from foveate.maps import upsample
 from foveate.registry import METHODS, Method
+from foveate.runtime.capture import Capture
 from foveate.targets import Target
 
 Of = Literal["auto", "crop", "file"]

@@ -16,10 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from foveate import maps, memory, missing
+from foveate import maps, missing
 from foveate.batch import Batch
-from foveate.capture import Capture
-from foveate.classifier import one_output, unwrap
 from foveate.elsewhere import Elsewhere, Of, alone, elsewhere, together
 from foveate.errors import DegenerateMapWarning, FoveateError, ImageError, LayerError, NotFiniteError
 from foveate.explain import Model, chosen_methods
@@ -31,6 +29,9 @@ from foveate.precision import Precision
 from foveate.protocol import Measuring, Protocol, preset
 from foveate.registry import METHODS, METRICS, Explained, Method, Metric, Spent
 from foveate.results import MAP, MAP_SIDE, MODEL, Results, add_missing, joined
+from foveate.runtime import memory
+from foveate.runtime.capture import Capture
+from foveate.runtime.model import one_output, unwrap
 from foveate.shown import drawn
 from foveate.targets import Head, check_single, is_right, log_probability
 

@@ -13,8 +13,6 @@ import torch
 from torch import Tensor, nn
 
 from foveate import maps
-from foveate.capture import Capture
-from foveate.classifier import one_output
 from foveate.errors import DegenerateMapWarning, FoveateError, LayerError
 from foveate.explanation import Answers, Explanation, Seen
 from foveate.inputs import Taken, taken
@@ -22,6 +20,8 @@ from foveate.methods.cam import contrast_of
 from foveate.methods.wrappers import Fusion, check_fusion, over_layers
 from foveate.precision import Precision
 from foveate.registry import METHODS, Method, check_settings, ungrouped
+from foveate.runtime.capture import Capture
+from foveate.runtime.model import one_output
 from foveate.targets import Head, Labels, Target, note_single, strongest_other
 
 Model = nn.Module | Callable[[Tensor], Any]

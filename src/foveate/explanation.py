@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from foveate.capture import Capture
-from foveate.classifier import unwrap
 from foveate.errors import FoveateError
 from foveate.inputs import Taken
 from foveate.registry import METHODS, Method
+from foveate.runtime.capture import Capture
+from foveate.runtime.model import unwrap
 from foveate.shown import drawn, listed
 from foveate.targets import SCORES, Head, Target, contrast, log_probability, predicted
 

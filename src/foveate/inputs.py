@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from foveate.batch import Batch
-from foveate.classifier import Normalized, unwrap
 from foveate.errors import FoveateError, ImageError, printable
+from foveate.runtime.model import Normalized, unwrap
 
 if TYPE_CHECKING:
     from PIL import Image

@@ -13,9 +13,9 @@ from torch import Tensor
 from foveate import missing
 from foveate.batch import Batch
 from foveate.boxes import objects
-from foveate.capture import Capture
 from foveate.errors import FoveateError, NotFiniteError
 from foveate.registry import METRICS, Metric
+from foveate.runtime.capture import Capture
 
 
 def choose(metrics: str | Sequence[str], batch: Batch, layer: bool = True) -> list[tuple[Metric, list[str]]]:

@@ -10,8 +10,8 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from foveate.classifier import Function
 from foveate.errors import FoveateError
+from foveate.runtime.model import Function
 
 Mode = Literal["cascade", "independent"]
 Init = Literal["reset", "normal", "permute"]

@@ -13,11 +13,11 @@ from torch import Tensor, nn
 
 from foveate import maps
 from foveate.batch import Batch
-from foveate.capture import Capture
 from foveate.errors import FoveateError
 from foveate.methods.cam import contrast_of
 from foveate.models.castream import Stream
 from foveate.registry import METHODS, METRICS, Explained, Method, Metric, Spent
+from foveate.runtime.capture import Capture
 
 SHAPE = (2, 3, 17, 23)  # odd on purpose: height and width are not to be mixed up
 CLASSES = 4

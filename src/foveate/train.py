@@ -20,15 +20,12 @@ from torch.utils.data import DataLoader, Dataset
 from foveate import outcome, schedules, trained
 from foveate._lightning import made_loggers, quiet, ready
 from foveate.batch import Batch
-from foveate.capture import Capture
 from foveate.checkpoints import CheckpointIO, RunFolder, held
-from foveate.classifier import evaluating, read_logits
 from foveate.data import scenes
 from foveate.errors import FoveateError, NotFiniteError
 from foveate.feature_cache import FeatureCache
 from foveate.film import Film, lightning_callback
 from foveate.groups import correct, decided
-from foveate.layers import INPUT
 from foveate.losses.contrastive import required_head
 from foveate.models.castream import CAStream, ca_stream
 from foveate.models.load import Classifier, load
@@ -36,6 +33,9 @@ from foveate.models.surgery import contrastive_architecture
 from foveate.precision import uncast, warn_if_slow
 from foveate.recipe import Data, LossTerm, Recipe
 from foveate.registry import LOSSES
+from foveate.runtime.capture import Capture
+from foveate.runtime.layers import INPUT
+from foveate.runtime.model import evaluating, read_logits
 from foveate.splits import Augmented, EpochSampler, Kept, augmenter, film_images, labels_of, open_splits, processes, seed_of
 from foveate.targets import Head, head_of
 

@@ -12,7 +12,7 @@ from foveate.cli.evaluate import evaluate
 from foveate.cli.explain import explain
 from foveate.cli.listing import list_
 from foveate.cli.train import demo, train
-from foveate.memory import keep_memory
+from foveate.runtime.memory import keep_memory
 
 app = typer.Typer(
     help="Where an image classifier looks, whether that picture is true, and how to make it look at the right thing.",

@@ -122,7 +122,7 @@ def wrong(classifier: Classifier, read: Sequence[Picture], head: Any) -> list[Pi
 def _logits(classifier: Classifier, x: Tensor, head: Any) -> tuple[Tensor, Any]:
     import torch
 
-    from foveate.classifier import read_logits
+    from foveate.runtime.model import read_logits
     from foveate.targets import head_of
 
     first = next(classifier.parameters(), None)

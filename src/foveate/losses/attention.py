@@ -10,10 +10,10 @@ from torch import Tensor
 from foveate import maps
 from foveate.batch import Batch, as_share
 from foveate.boxes import regions
-from foveate.capture import Capture
 from foveate.errors import FoveateError
 from foveate.losses.centre import cam_loss, trained_map
 from foveate.registry import loss
+from foveate.runtime.capture import Capture
 
 
 def mass_outside(saliency: Tensor, mask: Tensor, *, form: Literal["mass", "abs", "raw", "square"] = "mass") -> Tensor:

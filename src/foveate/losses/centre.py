@@ -13,11 +13,11 @@ from PIL import Image
 from torch import Tensor
 
 from foveate.batch import Batch
-from foveate.capture import Capture
 from foveate.errors import FoveateError
 from foveate.images import read
 from foveate.maps import relu
 from foveate.registry import METHODS, loss
+from foveate.runtime.capture import Capture
 
 Form = Literal["mass", "abs", "raw", "square", "talk_2023", "top_decile", "squared_kernel", "contrast_2024"]
 

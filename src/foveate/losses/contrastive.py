@@ -19,11 +19,11 @@ from torch import Tensor
 
 from foveate.batch import Batch, as_share
 from foveate.boxes import regions
-from foveate.capture import Capture
 from foveate.errors import FoveateError
-from foveate.linear_head import LinearHead
 from foveate.maps import grid_mask
 from foveate.registry import loss
+from foveate.runtime.capture import Capture
+from foveate.runtime.linear_head import LinearHead
 
 PAPER = "Setpal, Crossing Cross-Entropy, 2024"
 Resize = Literal["nearest", "area"]

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from foveate.batch import Batch
-from foveate.capture import Capture
-from foveate.classifier import evaluating
 from foveate.errors import FoveateError
-from foveate.layers import INPUT
 from foveate.registry import loss
+from foveate.runtime.capture import Capture
+from foveate.runtime.layers import INPUT
+from foveate.runtime.model import evaluating
 
 Error = Literal["cosine", "l1", "l2", "histogram"]
 Of = Literal["loss", "logit", "probability"]

@@ -17,15 +17,15 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from foveate import layers as L
 from foveate._torchvision import torchvision
-from foveate.capture import Capture
-from foveate.classifier import eager, modules_of, read_logits, unwrap
 from foveate.errors import FoveateError, not_imported
-from foveate.linear_head import at_least_float32
 from foveate.methods.gradient import Colour, over_colour
 from foveate.precision import casting
 from foveate.registry import METHODS, Method
+from foveate.runtime import layers as L
+from foveate.runtime.capture import Capture
+from foveate.runtime.linear_head import at_least_float32
+from foveate.runtime.model import eager, modules_of, read_logits, unwrap
 from foveate.targets import Target
 
 Segments = Callable[[Tensor], Tensor]

@@ -10,11 +10,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from foveate import layers as L
-from foveate.attention import attention_weights
-from foveate.capture import Capture
 from foveate.errors import FoveateError
 from foveate.registry import method
+from foveate.runtime import layers as L
+from foveate.runtime.attention import attention_weights
+from foveate.runtime.capture import Capture
 from foveate.targets import Target
 
 

@@ -13,9 +13,9 @@ from functools import wraps
 import torch
 from torch import Tensor
 
-from foveate.capture import Capture
 from foveate.errors import FoveateError
 from foveate.registry import method
+from foveate.runtime.capture import Capture
 from foveate.targets import Target
 
 Weights = Callable[[Tensor, Tensor], Tensor]

@@ -9,14 +9,14 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from foveate.capture import Capture
-from foveate.classifier import Normalized
 from foveate.curvature import Curvature, classes_for, lanczos, smooth_parts
 from foveate.errors import FoveateError
 from foveate.methods.gradient import Colour, over_colour
-from foveate.noise import gaussian, width
 from foveate.proximal import maximise, quantile, soft
 from foveate.registry import method
+from foveate.runtime.capture import Capture
+from foveate.runtime.model import Normalized
+from foveate.runtime.noise import gaussian, width
 from foveate.targets import Target
 
 Hessian = Literal["auto", "factored", "products"]

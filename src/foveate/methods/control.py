@@ -8,9 +8,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from foveate.capture import Capture
 from foveate.errors import FoveateError
 from foveate.registry import method
+from foveate.runtime.capture import Capture
 from foveate.targets import Target
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from foveate.capture import Capture
 from foveate.registry import method
+from foveate.runtime.capture import Capture
 from foveate.targets import Target
 
 

@@ -7,10 +7,10 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from foveate.capture import Capture
 from foveate.errors import FoveateError
 from foveate.methods.cam import grad_cam, hires_cam
 from foveate.registry import method
+from foveate.runtime.capture import Capture
 from foveate.targets import Target
 
 

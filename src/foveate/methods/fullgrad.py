@@ -13,12 +13,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from foveate import maps
-from foveate.capture import Capture
-from foveate.classifier import Normalized, hooked
 from foveate.errors import FoveateError
-from foveate.memo import Memo
-from foveate.noise import generator
 from foveate.registry import method
+from foveate.runtime.capture import Capture
+from foveate.runtime.memo import Memo
+from foveate.runtime.model import Normalized, hooked
+from foveate.runtime.noise import generator
 from foveate.targets import Target
 
 Hook = Callable[..., Any]

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from foveate import maps
-from foveate.capture import Capture
 from foveate.errors import FoveateError
 from foveate.methods.cam import grad_cam as _grad_cam
-from foveate.noise import gaussian, width
 from foveate.registry import method
+from foveate.runtime.capture import Capture
+from foveate.runtime.noise import gaussian, width
 from foveate.targets import Target
 
 Colour = Literal["max_abs", "sum_abs", "sum"]

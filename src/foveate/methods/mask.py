@@ -12,11 +12,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from foveate import maps
-from foveate.capture import Capture
 from foveate.errors import FoveateError
 from foveate.methods.gradient import baseline_of
-from foveate.noise import generator
 from foveate.registry import method
+from foveate.runtime.capture import Capture
+from foveate.runtime.noise import generator
 from foveate.targets import Target
 
 MASKS = 4  # smooth masks that are made at once: more leave the cache

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from foveate import maps
-from foveate.capture import Capture
 from foveate.errors import FoveateError
 from foveate.registry import method
+from foveate.runtime.capture import Capture
 from foveate.targets import Target
 
 Objective = Literal["logit", "probability", "margin", "difference"]

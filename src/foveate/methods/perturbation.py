@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from foveate import maps
-from foveate.capture import Capture
 from foveate.errors import FoveateError
 from foveate.methods.gradient import baseline_of
-from foveate.noise import generator
 from foveate.registry import method
+from foveate.runtime.capture import Capture
+from foveate.runtime.noise import generator
 from foveate.targets import Target
 
 

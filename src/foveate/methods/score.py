@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from foveate import maps
-from foveate.capture import Capture
 from foveate.errors import FoveateError
-from foveate.linear_head import LinearHead
 from foveate.registry import method
+from foveate.runtime.capture import Capture
+from foveate.runtime.linear_head import LinearHead
 from foveate.targets import Target
 
 Weighting = Literal["channel_softmax", "probability", "increase"]

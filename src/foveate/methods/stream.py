@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from foveate.capture import Capture
-from foveate.classifier import core
 from foveate.errors import FoveateError
 from foveate.registry import method
+from foveate.runtime.capture import Capture
+from foveate.runtime.model import core
 from foveate.targets import Target
 
 

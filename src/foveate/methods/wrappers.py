@@ -14,11 +14,11 @@ import torch
 from torch import Tensor
 
 from foveate import maps
-from foveate.capture import Capture
 from foveate.errors import FoveateError
 from foveate.methods.cam import contrast_of
-from foveate.noise import gaussian, width
 from foveate.registry import METHODS, Method
+from foveate.runtime.capture import Capture
+from foveate.runtime.noise import gaussian, width
 from foveate.targets import Target
 
 Fusion = Literal["mean", "max", "product", "tanh_max"]

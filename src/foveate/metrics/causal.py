@@ -12,10 +12,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from foveate.batch import Batch
-from foveate.capture import Capture
-from foveate.classifier import Normalized
 from foveate.errors import FoveateError
 from foveate.registry import Column, metric
+from foveate.runtime.capture import Capture
+from foveate.runtime.model import Normalized
 from foveate.targets import classes, log_probability
 
 End = tuple[Tensor, Tensor]

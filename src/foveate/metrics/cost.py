@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from foveate.batch import Batch
-from foveate.capture import Capture
 from foveate.registry import Column, Explained, metric
+from foveate.runtime.capture import Capture
 
 
 @metric(

@@ -13,9 +13,9 @@ from torch import Tensor
 from foveate import maps
 from foveate.batch import Batch
 from foveate.boxes import NONE, Object, Region, intersection_over_union, largest_component, objects, predicted_box
-from foveate.capture import Capture
 from foveate.errors import FoveateError
 from foveate.registry import Column, metric
+from foveate.runtime.capture import Capture
 from foveate.targets import is_right, log_probability
 
 Ties = Literal["expected", "any", "first"]

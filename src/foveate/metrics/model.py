@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from foveate.batch import Batch
-from foveate.capture import Capture
 from foveate.errors import FoveateError
 from foveate.registry import Column, metric
+from foveate.runtime.capture import Capture
 from foveate.targets import is_right, log_probability
 
 

@@ -6,10 +6,10 @@ import torch
 from torch import Tensor
 
 from foveate.batch import Batch
-from foveate.capture import Capture
 from foveate.errors import FoveateError
 from foveate.maps import apply_mask
 from foveate.registry import Column, metric
+from foveate.runtime.capture import Capture
 from foveate.targets import classes, log_probability
 
 SURE = 1e-12  # a missing probability below this has no digits left to be gained

@@ -12,11 +12,11 @@ from torch import Tensor
 
 from foveate import maps
 from foveate.batch import Batch
-from foveate.capture import Capture
 from foveate.errors import FoveateError
 from foveate.missing import not_finite
 from foveate.randomize import Init, Mode, randomized, stages_of
 from foveate.registry import Column, Explained, metric
+from foveate.runtime.capture import Capture
 
 KEPT_BYTES = 2**30  # of randomised networks, while a batch is measured
 _captures: weakref.WeakKeyDictionary[Capture, dict[object, list[Capture | None]]] = weakref.WeakKeyDictionary()

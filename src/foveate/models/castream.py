@@ -12,10 +12,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from foveate.classifier import hooked, read_logits
-from foveate.cut import cut_behind
 from foveate.errors import FoveateError
-from foveate.layers import find, first_tensor
+from foveate.runtime.cut import cut_behind
+from foveate.runtime.layers import find, first_tensor
+from foveate.runtime.model import hooked, read_logits
 
 
 class Attention(nn.Module):

@@ -15,14 +15,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from foveate import layers
 from foveate._torchvision import only_tensors, timm, torchvision
-from foveate.classifier import IMAGENET_MEAN, IMAGENET_STD, Function, Normalized, core, one_output, read_logits, unwrap
 from foveate.errors import FoveateError
 from foveate.imagenet import LINE, WORDNET_ID, imagenet_names, without_ids, wordnet_ids
 from foveate.images import Preprocess, floor_resize
 from foveate.models.stated import says_normalisation, says_size, spread, stated_names, stated_preprocess, takes_images
 from foveate.models.weights import load_weights, read_weights
+from foveate.runtime import layers
+from foveate.runtime.model import IMAGENET_MEAN, IMAGENET_STD, Function, Normalized, core, one_output, read_logits, unwrap
 from foveate.shown import listed
 
 STREAM = "ca_stream:"

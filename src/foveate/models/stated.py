@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from foveate.classifier import IMAGENET_MEAN, IMAGENET_STD
 from foveate.errors import FoveateError
 from foveate.imagenet import imagenet_names
 from foveate.images import Preprocess, floor_resize
+from foveate.runtime.model import IMAGENET_MEAN, IMAGENET_STD
 
 
 def spread(values: Sequence[float], channels: int) -> tuple[float, ...]:

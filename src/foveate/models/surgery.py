@@ -7,8 +7,8 @@ from typing import TypeVar
 
 from torch import nn
 
-from foveate.classifier import core
 from foveate.errors import FoveateError
+from foveate.runtime.model import core
 
 Model = TypeVar("Model", bound=nn.Module)
 

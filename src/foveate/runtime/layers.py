@@ -12,9 +12,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from foveate.classifier import Function, core, detached, eager, evaluating, modules_of, read_logits, swapped
 from foveate.errors import FoveateError, LayerError
-from foveate.memo import Memo
+from foveate.runtime.memo import Memo
+from foveate.runtime.model import Function, core, detached, eager, evaluating, modules_of, read_logits, swapped
 
 INPUT = "input"  # the name of the image itself where a layer is asked for
 MOST_PREFIX_TOKENS = 9

@@ -9,13 +9,13 @@ from itertools import count
 from torch import Tensor
 from torch.nn import Module
 
-from foveate import layers as L
-from foveate.classifier import eager, hooked, modules_of, read_logits
-from foveate.cut import make_tail
 from foveate.errors import SlowPathWarning
-from foveate.feature import Feature
-from foveate.linear_head import at_least_float32
-from foveate.runner import Runner
+from foveate.runtime import layers as L
+from foveate.runtime.cut import make_tail
+from foveate.runtime.feature import Feature
+from foveate.runtime.linear_head import at_least_float32
+from foveate.runtime.model import eager, hooked, modules_of, read_logits
+from foveate.runtime.runner import Runner
 
 
 def tail_behind(run: Runner, feature: Feature, x: Tensor, logits: Tensor) -> tuple[Callable[[Tensor, Tensor], Tensor], bool]:

@@ -10,17 +10,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from foveate import guided as G
-from foveate import layers as L
 from foveate import targets as T
-from foveate.chunks import in_chunks
-from foveate.classifier import check_eval, check_images, check_logits, eager, hooked, modules_of, read_logits, unwrap
 from foveate.errors import FoveateError, LayerError
-from foveate.feature import Feature, Passes
-from foveate.linear_head import LinearHead, at_least_float32, recognise_any
 from foveate.precision import Precision
-from foveate.runner import Pass, Runner
-from foveate.tail import tail_behind
+from foveate.runtime import guided as G
+from foveate.runtime import layers as L
+from foveate.runtime.chunks import in_chunks
+from foveate.runtime.feature import Feature, Passes
+from foveate.runtime.linear_head import LinearHead, at_least_float32, recognise_any
+from foveate.runtime.model import check_eval, check_images, check_logits, eager, hooked, modules_of, read_logits, unwrap
+from foveate.runtime.runner import Pass, Runner
+from foveate.runtime.tail import tail_behind
 
 
 class Capture:

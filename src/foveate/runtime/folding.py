@@ -8,14 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from foveate.classifier import Place, hooked, modules_of, read_logits, swapped
+from foveate.runtime.model import Place, hooked, modules_of, read_logits, swapped
 
 Pairs = list[tuple[nn.Conv2d, nn.BatchNorm2d]]
 TOLERANCE = 1e-4  # of the largest logit, a hundred times what rounding does in float32
 
 
 def folded(model: nn.Module, x: Tensor) -> tuple[list[Place], int]:
-    """What to put into a model (:func:`foveate.classifier.swapped`) so that many images run faster, and the passes of ``x``.
+    """What to put into a model (:func:`foveate.runtime.model.swapped`) so that many images run faster, and the passes of ``x``.
 
     ``W' = W g / sqrt(v + e)`` and ``b' = (b - m) g / sqrt(v + e) + beta``, while the batch norm itself hands on what it
     gets. Pairs are seen in a run: a batch norm that reads what a convolution has just returned. That nothing else reads it

@@ -10,17 +10,17 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, fx, nn
 
-from foveate import memory
-from foveate.attention import WrittenAttention
-from foveate.chunks import in_chunks
-from foveate.classifier import Place, check_eval, detached, eager, lock_of, modules_of, read_logits, swapped
 from foveate.errors import FoveateError
-from foveate.feature import Passes
-from foveate.folding import folded
-from foveate.layers import WITHOUT_GRADIENTS, reaches
-from foveate.linear_head import at_least_float32
-from foveate.memo import Memo
 from foveate.precision import CPU, Precision, autocast_dtype, casting, check_precision, warn_if_slow
+from foveate.runtime import memory
+from foveate.runtime.attention import WrittenAttention
+from foveate.runtime.chunks import in_chunks
+from foveate.runtime.feature import Passes
+from foveate.runtime.folding import folded
+from foveate.runtime.layers import WITHOUT_GRADIENTS, reaches
+from foveate.runtime.linear_head import at_least_float32
+from foveate.runtime.memo import Memo
+from foveate.runtime.model import Place, check_eval, detached, eager, lock_of, modules_of, read_logits, swapped
 from foveate.targets import Target
 
 Pass = Literal["forward", "backward", "tail"]

@@ -9,9 +9,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from foveate import layers as L
 from foveate.errors import LayerError
-from foveate.linear_head import at_least_float32
+from foveate.runtime import layers as L
+from foveate.runtime.linear_head import at_least_float32
 
 
 @dataclass

@@ -18,8 +18,8 @@ import torch
 import torch.utils.checkpoint as checkpointing
 from torch import Tensor, fx, nn
 
-from foveate import outputs
 from foveate.errors import FoveateError, NotFiniteError
+from foveate.runtime import outputs
 
 Place = tuple[dict[str, Any], str, Any]  # a dictionary of a module (its parameters, say), a name in it, and what to put there
 _ABSENT = object()

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, fx, nn
 from torch.func import functional_call
 
-from foveate.classifier import core, read_logits
-from foveate.memo import Memo
+from foveate.runtime.memo import Memo
+from foveate.runtime.model import core, read_logits
 
 
 @dataclass(frozen=True)

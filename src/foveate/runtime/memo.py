@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from foveate.classifier import modules_of
+from foveate.runtime.model import modules_of
 
 
 class Memo:
