@@ -84,7 +84,7 @@ class TestReplacing:
         assert len(list(tmp_path.iterdir())) == 3
 
     def test_waiting_files_of_killed_runs_alone_are_cleared(self, tmp_path: Path) -> None:
-        code = "import os, sys; from foveate import files\nwith files.replacing(sys.argv[1]) as f:\n"
+        code = "import os, sys; from foveate.disk import files\nwith files.replacing(sys.argv[1]) as f:\n"
         code += "    f.write_text('half')\n    os._exit(9)"
         subprocess.run([sys.executable, "-c", code, str(tmp_path / "x")], check=False, timeout=100)
         (tmp_path / ".mine").write_text("")
@@ -107,7 +107,7 @@ class TestLock:
         """As one that reads images: after a kill it would hold the folder until it sees that its parent is gone."""
         code = """
 import os, sys, time
-from foveate import files
+from foveate.disk import files
 with files.locked(sys.argv[1]):
     if os.fork() == 0:
         time.sleep(60)
