@@ -21,7 +21,7 @@ from PIL import Image
 from scipy.spatial import cKDTree
 
 from foveate.data.folder import files_in
-from foveate.images import read, to_tensor
+from foveate.data.images import read, to_tensor
 from foveate.overlay import OWN, overlay
 from foveate.overlay import ramp as ramp_of
 

@@ -11,7 +11,7 @@ from PIL import Image
 
 from foveate import explain, load
 from foveate.data import scenes
-from foveate.images import to_image
+from foveate.data.images import to_image
 from foveate.report.pictures import overlay
 
 INK, GOOD, BAD = "#1c2733", "#0b7285", "#c2410c"

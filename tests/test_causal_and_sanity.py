@@ -15,7 +15,7 @@ from torch import nn
 from foveate import Batch, Capture, FoveateError, measure, normalized
 from foveate.metrics.causal import insertion_deletion, rise_kernel
 from foveate.metrics.sanity import similarity, spearman
-from foveate.randomize import randomized, stages_of
+from foveate.models.randomize import randomized, stages_of
 from foveate.registry import METRICS
 from foveate.testing import SHAPE, assert_untouched, example, fingerprint, networks
 

@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 from foveate import FoveateError, ImageError, explain, load
 from foveate.cli import app
 from foveate.data.folder import open_folder
-from foveate.images import Bands, Preprocess, read_bands
+from foveate.data.images import Bands, Preprocess, read_bands
 
 NETS = """
 import torch

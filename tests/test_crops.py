@@ -14,8 +14,8 @@ from typer.testing import CliRunner
 
 import foveate
 from foveate.cli import app
-from foveate.crops import Crops, mean_logits
-from foveate.images import read
+from foveate.data.crops import Crops, mean_logits
+from foveate.data.images import read
 from foveate.maps import prepare, upsample
 
 NETWORK = """

@@ -384,7 +384,7 @@ class TestConfidence:
 
 
 def test_a_picture_of_somebody_else_is_not_overwritten(tmp_path: Path) -> None:
-    from foveate.images import to_image
+    from foveate.data.images import to_image
 
     image = to_image(torch.rand(3, 8, 8))
     image.save(tmp_path / "mine.png")

@@ -17,9 +17,9 @@ from foveate import missing
 from foveate.batch import Batch
 from foveate.cli import app
 from foveate.data.folder import Entry, Folder
+from foveate.data.images import Preprocess
 from foveate.elsewhere import elsewhere
 from foveate.errors import FoveateError, MapsWarning
-from foveate.images import Preprocess
 
 METRICS = ["AD", "AG", "insertion_deletion", "sparsity", "EP"]
 PREPROCESS = Preprocess((32, 32), 40)

@@ -326,6 +326,6 @@ def test_kept_memory_is_not_cleared_again(keep: bool, environment: dict[str, str
 
 
 def test_the_command_line_keeps_memory() -> None:
-    code = "import sys; sys.argv = ['foveate', '--version']; from foveate import cli; from foveate.runtime import memory\ntry: cli.main()\n"
-    assert run(code + "except SystemExit: print(memory.kept())").split()[-1] == str(GLIBC)
+    code = "import sys; sys.argv = ['foveate', '--version']; from foveate import cli; from foveate.runtime import memory\n"
+    assert run(code + "try: cli.main()\nexcept SystemExit: print(memory.kept())").split()[-1] == str(GLIBC)
     assert run("import foveate; from foveate.runtime import memory; print(memory.kept())").split() == ["False"]

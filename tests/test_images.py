@@ -14,9 +14,10 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from foveate import FoveateError, ImageError, images
+from foveate import FoveateError, ImageError
+from foveate.data import images
 from foveate.data.folder import files_in, labels_beside, open_folder
-from foveate.images import Preprocess, colours_of, to_image
+from foveate.data.images import Preprocess, colours_of, to_image
 from foveate.models.load import Classifier, load
 
 RAMP = np.linspace(0, 255, 32 * 40).reshape(32, 40)

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 import foveate
-import foveate.inputs
+import foveate.models.inputs
 from foveate import Batch, FoveateError, explain, explain_each, load, measure, saliency
-from foveate.images import read
+from foveate.data.images import read
 from foveate.models.load import Classifier
 
 
@@ -144,7 +144,7 @@ def test_tensors_are_taken_as_they_are(given: Any, shape: tuple[int, ...], model
 
 def test_a_tensor_is_not_copied(model: Classifier) -> None:
     x = torch.rand(2, 3, 40, 50)
-    assert foveate.inputs.taken(model, x).x is x
+    assert foveate.models.inputs.taken(model, x).x is x
 
 
 def test_labels_come_with_a_batch(model: Classifier) -> None:

@@ -13,9 +13,9 @@ from typer.testing import CliRunner
 
 from foveate.cli import app
 from foveate.data.folder import open_folder
+from foveate.data.images import Preprocess
 from foveate.data.layout import splits_in
 from foveate.errors import FoveateError, SplitWarning
-from foveate.images import Preprocess
 from foveate.recipe import Data, Recipe
 from foveate.splits import labels_of, open_splits
 

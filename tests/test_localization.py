@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from foveate import Batch, Capture, FoveateError, measure
-from foveate.boxes import intersection_over_union, largest_component, objects, predicted_box
+from foveate.data.boxes import intersection_over_union, largest_component, objects, predicted_box
 from foveate.metrics.localization import localization
 
 

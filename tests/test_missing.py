@@ -343,7 +343,7 @@ class TestCommand:
 @pytest.mark.parametrize("box", ["30 10 20 40", "10 40 30 20", "nan 10 30 40", "10 10 inf 40"])
 def test_boxes_in_xml_that_cannot_be(tmp_path: Path, box: str) -> None:
     from foveate.data.benchmarks import open_imagenet
-    from foveate.images import Preprocess
+    from foveate.data.images import Preprocess
 
     Image.new("RGB", (48, 40)).save(tmp_path / "a.JPEG")
     edges = "".join(f"<{n}>{v}</{n}>" for n, v in zip(("xmin", "ymin", "xmax", "ymax"), box.split(), strict=True))

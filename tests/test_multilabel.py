@@ -18,9 +18,9 @@ import foveate
 from foveate import Batch, FoveateError
 from foveate.cli import app
 from foveate.data.folder import open_folder
+from foveate.data.images import Preprocess
 from foveate.errors import TableWarning
 from foveate.findings import findings
-from foveate.images import Preprocess
 from foveate.models.small import small_cnn
 
 METRICS = ["AD", "AG", "I", "D", "accuracy"]

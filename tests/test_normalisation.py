@@ -114,7 +114,7 @@ def test_labels_of_two_classes_say_that_it_is_one() -> None:
 
 
 def test_a_classifier_of_anothers_making_assumes_nothing() -> None:
-    from foveate.images import Preprocess
+    from foveate.data.images import Preprocess
 
     assert not Classifier(Regression().eval(), Preprocess()).assumed
 

@@ -12,9 +12,9 @@ from PIL import Image
 from torch import Tensor
 
 from foveate import maps
+from foveate.data.images import Preprocess, cropped_away, to_image, to_tensor
 from foveate.disk.written import is_written, write_picture
 from foveate.errors import FoveateError
-from foveate.images import Preprocess, cropped_away, to_image, to_tensor
 from foveate.overlay import HEAT, ROWS, Shade, is_speckled, on_photograph, overlay
 from foveate.overlay import ramp as ramp_of
 from foveate.report import pictures, sheets

@@ -18,8 +18,8 @@ from foveate import FoveateError, identity, runs
 from foveate.cli import app
 from foveate.compare import compare
 from foveate.data.folder import open_folder
+from foveate.data.images import Preprocess
 from foveate.evaluate import Plan
-from foveate.images import Preprocess
 from foveate.results import Origin, Results, origin_of, read, write
 
 NET = """

@@ -649,7 +649,7 @@ class TestWhatAReviewerFound:
 def test_real_box_files(tmp_path: Path) -> None:
     """ImageNet's XML, trimaps of pets, and torchvision by name."""
     from foveate.data.benchmarks import open_benchmark
-    from foveate.images import Preprocess
+    from foveate.data.images import Preprocess
 
     square = Preprocess((32, 32), None)
     rng = np.random.default_rng(0)

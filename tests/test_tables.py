@@ -20,9 +20,9 @@ from foveate import cli, maps
 from foveate.batch import Batch, as_share
 from foveate.cli import options
 from foveate.data.folder import labels_beside, open_folder, read_labels
+from foveate.data.images import Preprocess, read
 from foveate.disk.text import parse_yaml, read_lines
 from foveate.errors import FoveateError, ImageError, TableWarning, printable
-from foveate.images import Preprocess, read
 from foveate.recipe import read_recipe
 
 PLAIN = Preprocess((16, 16), 16)

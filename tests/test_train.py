@@ -175,7 +175,7 @@ class TestTrain:
             train(tiny(learning_rate=1e30, losses=[]))
 
     def test_a_folder_of_ones_own(self, few_images: None, tmp_path: Path) -> None:
-        from foveate.images import to_image
+        from foveate.data.images import to_image
 
         for split in ("train", "val"):
             data = scenes.make(split, 0, 32)

@@ -11,7 +11,7 @@ from torch import nn
 
 import reference
 from foveate import Batch, Capture, FoveateError, contrastive_architecture
-from foveate.boxes import box_masks
+from foveate.data.boxes import box_masks
 from foveate.losses import attention, contrastive, gradients
 from foveate.registry import LOSSES
 from foveate.runtime.guided import guided

@@ -172,7 +172,7 @@ class TestFilm:
 
     @pytest.mark.parametrize("channels", [1, 2, 4, 6, 13])
     def test_pictures_and_page_of_any_number_of_channels(self, channels: int, tmp_path: Path) -> None:
-        from foveate.images import as_rgb, colours_of, to_image
+        from foveate.data.images import as_rgb, colours_of, to_image
         from foveate.report import film as report
 
         torch.manual_seed(channels)

@@ -18,7 +18,8 @@ from benchmarks.peers.passes import Passes
 from benchmarks.peers.row import Row, timed
 
 import foveate
-from foveate import Batch, _torchvision, images
+from foveate import Batch, _torchvision
+from foveate.data import images
 from foveate.runtime import memory
 
 LIBRARIES = {

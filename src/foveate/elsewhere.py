@@ -322,7 +322,7 @@ def _grey(path: Path) -> np.ndarray:
 
 def _size_of(path: Path) -> tuple[int, int] | None:
     """Height and width of a stored image as it is shown, or None: who reads it says what is wrong."""
-    from foveate.images import read
+    from foveate.data.images import read
 
     try:
         width, height = read(path).size

@@ -18,13 +18,13 @@ from torch.utils.data import Dataset
 
 from foveate import maps, missing
 from foveate.batch import Batch
+from foveate.data.labels import has_several, label_by_label, several_labels
 from foveate.elsewhere import Elsewhere, Of, alone, elsewhere, together
 from foveate.errors import DegenerateMapWarning, FoveateError, ImageError, LayerError, NotFiniteError
 from foveate.explain import Model, chosen_methods
-from foveate.inputs import data_of
-from foveate.labels import has_several, label_by_label, several_labels
 from foveate.measured import Measured, again, choose, measured
 from foveate.methods.cam import contrast_of
+from foveate.models.inputs import data_of
 from foveate.precision import Precision
 from foveate.protocol import Measuring, Protocol, preset
 from foveate.registry import METHODS, METRICS, Explained, Method, Metric, Spent

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from foveate import maps
 from foveate.errors import DegenerateMapWarning, FoveateError, LayerError
 from foveate.explanation import Answers, Explanation, Seen
-from foveate.inputs import Taken, taken
 from foveate.methods.cam import contrast_of
 from foveate.methods.wrappers import Fusion, check_fusion, over_layers
+from foveate.models.inputs import Taken, taken
 from foveate.precision import Precision
 from foveate.registry import METHODS, Method, check_settings, ungrouped
 from foveate.runtime.capture import Capture

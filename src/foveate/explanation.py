@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from foveate.errors import FoveateError
-from foveate.inputs import Taken
+from foveate.models.inputs import Taken
 from foveate.registry import METHODS, Method
 from foveate.runtime.capture import Capture
 from foveate.runtime.model import unwrap
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from PIL import Image
 
-    from foveate.images import Preprocess
+    from foveate.data.images import Preprocess
 
 
 @dataclass(frozen=True)
@@ -216,7 +216,7 @@ class Explanation:
         Raises:
             ImageError: its file is not there any more, or cannot be read.
         """
-        from foveate import images
+        from foveate.data import images
 
         kept = self.seen.photographs[self._row(image)]
         if kept is None:

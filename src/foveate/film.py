@@ -15,10 +15,10 @@ from torch import nn
 from foveate import maps
 from foveate._lightning import ready
 from foveate.batch import Batch
+from foveate.data.images import as_rgb, to_image
 from foveate.disk import files
 from foveate.disk.files import is_regular
 from foveate.errors import FoveateError, not_imported
-from foveate.images import as_rgb, to_image
 from foveate.overlay import overlay
 from foveate.registry import METHODS
 from foveate.runtime.capture import Capture

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 
 from foveate import missing
+from foveate.data.labels import images_of
 from foveate.intervals import LEVEL, holm
-from foveate.labels import images_of
 from foveate.registry import is_control, title_of
 from foveate.results import MODEL, Results
 from foveate.statistics import Judged, judged, metric_of, number, ordered, sign_of

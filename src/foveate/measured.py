@@ -12,7 +12,7 @@ from torch import Tensor
 
 from foveate import missing
 from foveate.batch import Batch
-from foveate.boxes import objects
+from foveate.data.boxes import objects
 from foveate.errors import FoveateError, NotFiniteError
 from foveate.registry import METRICS, Metric
 from foveate.runtime.capture import Capture

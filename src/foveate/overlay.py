@@ -15,8 +15,8 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw
 from torch import Tensor
 
+from foveate.data.images import as_rgb, cropped_away
 from foveate.errors import FoveateError
-from foveate.images import as_rgb, cropped_away
 from foveate.maps import relu, scale, upsample
 
 HEAT = "foveate"
@@ -152,7 +152,7 @@ def on_photograph(
 
     Args:
         saliency: ``[H,W]`` in [0, 1], a map of what the network saw.
-        frame: ``left, top, right, bottom`` of that in pixels of the photograph: :meth:`foveate.images.Preprocess.frame`.
+        frame: ``left, top, right, bottom`` of that in pixels of the photograph: :meth:`foveate.data.images.Preprocess.frame`.
     """
     width, height = image.size
     pixels = np.asarray(image.convert("RGB"))

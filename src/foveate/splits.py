@@ -15,14 +15,14 @@ from torch.utils.data import Dataset, Sampler
 
 from foveate._torchvision import torchvision
 from foveate.batch import Batch
-from foveate.boxes import regions
 from foveate.data import scenes
 from foveate.data.benchmarks import Vision, open_benchmark
+from foveate.data.boxes import regions
 from foveate.data.folder import Folder, numbered_alike
+from foveate.data.images import Preprocess
+from foveate.data.labels import has_several
 from foveate.data.layout import splits_in
 from foveate.errors import FoveateError, SplitWarning, printable
-from foveate.images import Preprocess
-from foveate.labels import has_several
 from foveate.recipe import Augment, Data, Recipe
 
 

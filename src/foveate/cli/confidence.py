@@ -71,8 +71,8 @@ def confidence(
     """CASO against CAFO by confidence: run it once for each network with the same --out, and they share one figure."""
     with sentences(debug), ExitStack() as stack:
         from foveate import confidence as studies
+        from foveate.data.labels import has_several
         from foveate.identity import contents, listing, short, weights_of
-        from foveate.labels import has_several
         from foveate.report.confidence import draw, write
 
         if unit not in ("network", "image"):

@@ -99,7 +99,7 @@ class Drawing:
     seen: Thumb | None = None
 
     def ground(self) -> Ground:
-        from foveate.images import read
+        from foveate.data.images import read
         from foveate.report.sheets import Ground
 
         if self.x is not None or self.frame is None:

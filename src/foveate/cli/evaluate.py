@@ -149,11 +149,11 @@ def evaluate(
     """A table of methods and metrics on a data set, with 95 % intervals, and a page to look at."""
     with sentences(debug), ExitStack() as stack:
         from foveate import runs, statistics
+        from foveate.data.labels import has_several, several_labels
         from foveate.disk.files import locked
         from foveate.elsewhere import elsewhere
         from foveate.evaluate import Plan, readable
         from foveate.identity import fingerprint
-        from foveate.labels import has_several, several_labels
         from foveate.models.normalisation import IMAGES, better_normalisation
         from foveate.precision import check_precision
         from foveate.registry import METHODS
@@ -274,7 +274,7 @@ def open_data(data: str, classifier: Any, unclipped: bool, limit: int | None, en
     from torch.utils.data import Subset
 
     from foveate.data.benchmarks import open_benchmark
-    from foveate.inputs import renumbered
+    from foveate.models.inputs import renumbered
 
     opened = open_benchmark(data, classifier.preprocess, clip_boxes=not unclipped, encoding=encoding)
     source = renumbered(opened, classifier, data)

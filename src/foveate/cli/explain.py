@@ -165,8 +165,8 @@ def explain(
 ) -> None:
     """Maps of why a model says what it says of images: pictures, probabilities, and whether a map can be trusted."""
     with sentences(debug):
+        from foveate.data.images import CROPS
         from foveate.disk.written import check_own
-        from foveate.images import CROPS
         from foveate.precision import check_precision
         from foveate.registry import ungrouped
         from foveate.report.explained import ExplainedPage

@@ -14,7 +14,7 @@ from foveate.errors import FoveateError, ImageError, printable
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from foveate.crops import Crops
+    from foveate.data.crops import Crops
     from foveate.models.load import Classifier
 
 
@@ -40,7 +40,7 @@ class Pictures:
         stems: one an image, none twice: files of the same name in different folders get a number.
         labels: the class of each, or why there is none.
         labelled: whether an image without a label is a failure.
-        crop: of :data:`foveate.images.CROPS`, or None for the model's own.
+        crop: of :data:`foveate.data.images.CROPS`, or None for the model's own.
         failures: images that cannot be read, or have no label, with the reason; it grows as they are read.
     """
 
@@ -80,8 +80,8 @@ class Pictures:
 
     def read(self, rows: Iterable[int], classifier: Classifier) -> list[Picture]:
         """Images that can be read; the others go to ``failures``."""
-        from foveate import images
-        from foveate.crops import Crops
+        from foveate.data import images
+        from foveate.data.crops import Crops
 
         found = []
         for row in rows:

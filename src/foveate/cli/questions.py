@@ -13,7 +13,7 @@ from foveate.errors import DegenerateMapWarning
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from foveate.crops import Crops
+    from foveate.data.crops import Crops
     from foveate.explain import Explanation
     from foveate.models.load import Classifier
 
@@ -134,7 +134,7 @@ def _logits(classifier: Classifier, x: Tensor, head: Any) -> tuple[Tensor, Any]:
 def _mean_logits(classifier: Classifier, picture: Picture, head: Any) -> tuple[Tensor, Any]:
     import torch
 
-    from foveate.crops import mean_logits
+    from foveate.data.crops import mean_logits
 
     assert picture.crops is not None
     found = [_logits(classifier, part, head) for part in picture.crops.cut(picture.x).split(AT_ONCE)]
@@ -175,7 +175,7 @@ def _ask_in_crops(classifier: Classifier, picture: Picture, crops: Crops, questi
     """One class is explained in all crops, that of the mean of their probabilities; their maps are averaged where they meet."""
     import torch
 
-    from foveate.crops import mean_logits
+    from foveate.data.crops import mean_logits
     from foveate.explain import explain
     from foveate.registry import METHODS, ungrouped
     from foveate.targets import resolve, strongest_other
@@ -236,7 +236,7 @@ def _joined(found: Sequence[Explanation], crops: Crops, picture: Picture, aim: A
     import torch
 
     from foveate import maps
-    from foveate.crops import mean_logits
+    from foveate.data.crops import mean_logits
     from foveate.explain import Explanation
 
     first = found[0]

@@ -17,11 +17,11 @@ from torch.utils.data import Dataset
 from foveate.batch import Batch
 from foveate.data import scenes
 from foveate.data.folder import Entry, Folder, open_folder
+from foveate.data.imagenet import wordnet_ids
+from foveate.data.images import Preprocess
 from foveate.data.layout import SUFFIXES, walked
 from foveate.disk.text import read_bytes, read_lines
 from foveate.errors import FoveateError
-from foveate.imagenet import wordnet_ids
-from foveate.images import Preprocess
 from foveate.missing import impossible
 
 FOREGROUND = 1  # of a trimap of Oxford-IIIT Pet: 2 is background, 3 the border between

@@ -16,13 +16,13 @@ import torch
 from PIL import Image
 from torch.utils.data import Dataset
 
-from foveate import images
 from foveate.batch import Batch
+from foveate.data import images
+from foveate.data.images import Preprocess
+from foveate.data.labels import BETWEEN
 from foveate.data.layout import chosen_split, files_in, folders_in, split_named, split_of
 from foveate.disk.tables import Line, Table, read_table
 from foveate.errors import FoveateError, ImageError, TableWarning, printable
-from foveate.images import Preprocess
-from foveate.labels import BETWEEN
 
 COLUMNS = ("file", "class_index", "name", "boxes_xyxy", "mask", "background")
 MOST_CLASSES = 10**9

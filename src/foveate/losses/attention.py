@@ -9,7 +9,7 @@ from torch import Tensor
 
 from foveate import maps
 from foveate.batch import Batch, as_share
-from foveate.boxes import regions
+from foveate.data.boxes import regions
 from foveate.errors import FoveateError
 from foveate.losses.centre import cam_loss, trained_map
 from foveate.registry import loss

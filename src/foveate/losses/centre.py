@@ -13,8 +13,8 @@ from PIL import Image
 from torch import Tensor
 
 from foveate.batch import Batch
+from foveate.data.images import read
 from foveate.errors import FoveateError
-from foveate.images import read
 from foveate.maps import relu
 from foveate.registry import METHODS, loss
 from foveate.runtime.capture import Capture

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from foveate.batch import Batch, as_share
-from foveate.boxes import regions
+from foveate.data.boxes import regions
 from foveate.errors import FoveateError
 from foveate.maps import grid_mask
 from foveate.registry import loss

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from foveate import maps
 from foveate.batch import Batch
-from foveate.boxes import NONE, Object, Region, intersection_over_union, largest_component, objects, predicted_box
+from foveate.data.boxes import NONE, Object, Region, intersection_over_union, largest_component, objects, predicted_box
 from foveate.errors import FoveateError
 from foveate.registry import Column, metric
 from foveate.runtime.capture import Capture

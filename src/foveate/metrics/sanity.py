@@ -14,7 +14,7 @@ from foveate import maps
 from foveate.batch import Batch
 from foveate.errors import FoveateError
 from foveate.missing import not_finite
-from foveate.randomize import Init, Mode, randomized, stages_of
+from foveate.models.randomize import Init, Mode, randomized, stages_of
 from foveate.registry import Column, Explained, metric
 from foveate.runtime.capture import Capture
 
@@ -143,7 +143,7 @@ def randomisation(
     Args:
         mode: ``cascade``: each stage keeps the stages before it random; ``independent``: one stage at a time.
         stages: the head alone, and the other layers with parameters in ``stages - 1`` equal parts; 0 for one a layer.
-        init, reset_buffers: see :func:`foveate.randomize.randomized`.
+        init, reset_buffers: see :func:`foveate.models.randomize.randomized`.
         absolute: compare absolute values, the other form of Adebayo et al.
     """
     explained = _needed(explained, "randomisation")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import nn
 
 from foveate._torchvision import torchvision
-from foveate.images import Preprocess
+from foveate.data.images import Preprocess
 
 PREPROCESS = Preprocess((32, 32), 32, "bilinear", (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010))
 

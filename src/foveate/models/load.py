@@ -16,9 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from foveate._torchvision import only_tensors, timm, torchvision
+from foveate.data.imagenet import LINE, WORDNET_ID, imagenet_names, without_ids, wordnet_ids
+from foveate.data.images import Preprocess, floor_resize
 from foveate.errors import FoveateError
-from foveate.imagenet import LINE, WORDNET_ID, imagenet_names, without_ids, wordnet_ids
-from foveate.images import Preprocess, floor_resize
 from foveate.models.stated import says_normalisation, says_size, spread, stated_names, stated_preprocess, takes_images
 from foveate.models.weights import load_weights, read_weights
 from foveate.runtime import layers
@@ -74,9 +74,9 @@ class Classifier(Normalized):
         """Photographs as this classifier takes them, ``[B,3,H,W]`` in [0, 1]: paths, folders, PIL images, arrays, tensors.
 
         Raises:
-            FoveateError: see :func:`foveate.inputs.taken`.
+            FoveateError: see :func:`foveate.models.inputs.taken`.
         """
-        from foveate.inputs import taken
+        from foveate.models.inputs import taken
 
         return taken(self, images[0] if len(images) == 1 else list(images)).x
 

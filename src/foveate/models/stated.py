@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from foveate.data.imagenet import imagenet_names
+from foveate.data.images import Preprocess, floor_resize
 from foveate.errors import FoveateError
-from foveate.imagenet import imagenet_names
-from foveate.images import Preprocess, floor_resize
 from foveate.runtime.model import IMAGENET_MEAN, IMAGENET_STD
 
 

@@ -15,11 +15,11 @@ import torch
 
 from foveate import runs
 from foveate._version import __version__
+from foveate.data.labels import images_of
 from foveate.disk.files import replacing, write_text
 from foveate.errors import DegenerateMapWarning, ImageError, printable
 from foveate.evaluate import Plan
 from foveate.findings import advice, findings
-from foveate.labels import images_of
 from foveate.models.normalisation import about_input
 from foveate.overlay import HEAT, heat, ramp
 from foveate.prevalence import EVERY, Prevalence, prevalence

@@ -17,10 +17,10 @@ from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from PIL import Image, features
 
+from foveate.data.images import to_image
 from foveate.errors import ImageError
 from foveate.explanation import Explanation
 from foveate.film import Film
-from foveate.images import to_image
 from foveate.maps import upsample
 from foveate.overlay import HEAT, colours, heat, on_photograph, overlay
 from foveate.registry import METHODS, is_control, title_of

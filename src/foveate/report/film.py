@@ -9,9 +9,9 @@ import numpy as np
 import torch
 from PIL import Image
 
+from foveate.data.images import colours_of, to_image
 from foveate.errors import FoveateError
 from foveate.film import Film, Frame
-from foveate.images import colours_of, to_image
 from foveate.maps import upsample
 from foveate.overlay import overlay
 from foveate.registry import METHODS

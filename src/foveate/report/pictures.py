@@ -14,7 +14,7 @@ import numpy as np
 from PIL import Image
 from torch import Tensor
 
-from foveate.images import to_image
+from foveate.data.images import to_image
 from foveate.maps import scale, upsample
 from foveate.overlay import heat
 

@@ -15,12 +15,12 @@ import torch
 from torch import Tensor
 
 import foveate
+from foveate.data.images import Preprocess, to_image
 from foveate.disk import files
 from foveate.disk.files import is_regular
 from foveate.disk.written import is_written, write_picture
 from foveate.errors import FoveateError, ImageError, printable
 from foveate.explanation import Explanation, Seen, bare, bound
-from foveate.images import Preprocess, to_image
 from foveate.overlay import overlay
 from foveate.registry import METHODS
 from foveate.report.explanation import overlaid

@@ -15,9 +15,9 @@ import numpy as np
 from PIL import Image
 from torch import Tensor
 
+from foveate.data.images import colours_of, cropped_away, to_image
 from foveate.disk.written import MARK, PNG, saving, write_picture
 from foveate.errors import FoveateError, printable
-from foveate.images import colours_of, cropped_away, to_image
 from foveate.overlay import HEAT, OPACITY, Shade, colours, on_photograph
 from foveate.report.pictures import (
     INK,

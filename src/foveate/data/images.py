@@ -325,7 +325,7 @@ class Preprocess:
             how: ``none``: all of it at its own aspect, the shorter side as long as that of ``crop``, for models that take
                 other sizes; both sides are rounded to multiples of 16. ``resize``: all of it, squashed to ``crop``.
                 ``centre``: the shorter side to ``resize``, or to that of ``crop``, and the centre of it.
-                ``ten``: as ``centre`` before its crop, for :class:`foveate.crops.Crops`.
+                ``ten``: as ``centre`` before its crop, for :class:`foveate.data.crops.Crops`.
 
         Raises:
             FoveateError: another word.

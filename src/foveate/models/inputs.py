@@ -21,7 +21,7 @@ from foveate.runtime.model import Normalized, unwrap
 if TYPE_CHECKING:
     from PIL import Image
 
-    from foveate.images import Bands, Preprocess
+    from foveate.data.images import Bands, Preprocess
 
 COLOURS = (1, 3, 4)  # channels of a photograph: grey, RGB, RGB with transparency
 FORMS = "give a path, a folder, a PIL image, an array [H,W,3], a list, or a tensor [B,3,H,W] or [3,H,W] with values in [0, 1]"
@@ -126,7 +126,7 @@ def _items(model: nn.Module, given: Any, normalised: bool, where: str) -> Iterat
     """The images in whatever is given; ``where`` says which of a list it is."""
     from PIL import Image
 
-    from foveate.images import upright
+    from foveate.data.images import upright
 
     if isinstance(given, (str, os.PathLike)):
         yield from _files(model, given)
@@ -164,7 +164,7 @@ def _is_label(value: Any) -> bool:
 
 def _files(model: nn.Module, given: str | os.PathLike[str]) -> Iterator[_Item]:
     """A file, or the images of a folder and of those below it, but for pictures that foveate wrote."""
-    from foveate import images
+    from foveate.data import images
     from foveate.data.layout import files_in
     from foveate.disk.written import is_written
 
@@ -214,7 +214,7 @@ def _of_tensor(model: nn.Module, given: Tensor, normalised: bool, where: str) ->
 
 
 def _of_array(model: nn.Module, given: np.ndarray, normalised: bool, where: str) -> Iterator[_Item]:
-    from foveate.images import from_array, upright
+    from foveate.data.images import from_array, upright
 
     if given.ndim in (3, 4) and not _is_last(given.shape, model):
         yield from _of_tensor(model, torch.from_numpy(np.ascontiguousarray(_native(given))), normalised, where)
