@@ -21,11 +21,11 @@ from photographs import network
 from torch import Tensor
 
 import foveate
-from foveate.curvature import Curvature
 from foveate.data.folder import open_folder
 from foveate.evaluate import batches
-from foveate.methods.caso import Solution, first_order, path, second_order
-from foveate.proximal import soft
+from foveate.methods.second_order.curvature import Curvature
+from foveate.methods.second_order.proximal import soft
+from foveate.methods.second_order.solve import Solution, first_order, path, second_order
 
 FIRST = (1e-4, 6.25e-3, 1.25e-2, 2.5e-2)
 SECOND = (0.0, 1e-4, 6.25e-3, 1.25e-2)

@@ -18,7 +18,7 @@ from foveate import Batch, Capture, load
 from foveate.cli import app
 from foveate.confidence import known, study, trend
 from foveate.data import scenes
-from foveate.methods.caso import first_order, second_order
+from foveate.methods.second_order.solve import first_order, second_order
 from foveate.report.confidence import draw
 from test_second_order import CLASSES, images, network
 

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 import reference
 from foveate import Capture, FoveateError, evaluate, explain, normalized
-from foveate.curvature import Curvature, Spectrum, _Root, classes_for, lanczos, smooth_parts
-from foveate.methods.caso import Solution, first_order, path, second_order
-from foveate.proximal import LowRank, maximise, quantile, soft
+from foveate.methods.second_order.curvature import Curvature, Spectrum, _Root, classes_for, lanczos, smooth_parts
+from foveate.methods.second_order.proximal import LowRank, maximise, quantile, soft
+from foveate.methods.second_order.solve import Solution, first_order, path, second_order
 from foveate.registry import METHODS
 from foveate.runtime.noise import gaussian, width
 

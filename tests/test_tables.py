@@ -340,8 +340,8 @@ class TestMasks:
             maps.mass_inside(S, self.inside.long() * 3)
 
     def test_the_losses_take_the_same(self) -> None:
-        from foveate.losses.attention import mass_outside
         from foveate.losses.contrastive import ablated_cross_entropy, divergence, sliced_wasserstein
+        from foveate.losses.outside import mass_outside
 
         K = torch.randn(2, 3, 8, 8)
         others = torch.ones(2, 3, dtype=torch.bool)

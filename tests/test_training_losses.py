@@ -12,7 +12,8 @@ from torch import nn
 import reference
 from foveate import Batch, Capture, FoveateError, contrastive_architecture
 from foveate.data.boxes import box_masks
-from foveate.losses import attention, contrastive, gradients
+from foveate.losses import contrastive, gradients
+from foveate.losses import outside as attention
 from foveate.registry import LOSSES
 from foveate.runtime.guided import guided
 from foveate.testing import assert_untouched, example, fingerprint, networks

@@ -18,7 +18,7 @@ from foveate.disk import files
 from foveate.disk.text import read_json, read_text
 from foveate.errors import FoveateError, NotFiniteError
 from foveate.evaluate import NOT_FINITE, batches, readable
-from foveate.methods.caso import SAME, Unit, path
+from foveate.methods.second_order.solve import SAME, Unit, path
 from foveate.runtime.capture import Capture
 
 TIE = 1e-9  # of 1 - cosine: below it is the rounding of float32 images

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from foveate.curvature import Spectrum
+from foveate.methods.second_order.curvature import Spectrum
 
 ROUNDS = 12  # of corrections by products with the whole Hessian
 PRODUCTS = 300  # after them, at most
