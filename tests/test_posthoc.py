@@ -811,7 +811,7 @@ class TestGradientsFromOneRun:
 
     def test_a_large_batch_runs_again_in_chunks(self, monkeypatch: pytest.MonkeyPatch) -> None:
         network, x = networks()["gap"], torch.rand(9, *example().x.shape[1:], dtype=torch.float64)
-        monkeypatch.setattr(sys.modules["foveate.explain"], "MOST_FROM_IMAGE", 8 * x.shape[2] * x.shape[3])
+        monkeypatch.setattr(sys.modules["foveate.explanation.explain"], "MOST_FROM_IMAGE", 8 * x.shape[2] * x.shape[3])
         found = explain(network, x, "gradient", layer="features")
         assert not found.capture.from_image and found.capture.passes.forward == 18
         torch.testing.assert_close(

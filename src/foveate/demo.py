@@ -18,7 +18,7 @@ from foveate.data import scenes
 from foveate.disk.files import locked, replacing
 from foveate.errors import FoveateError
 from foveate.evaluate import evaluate
-from foveate.explain import Explanation, explain
+from foveate.explanation.explain import Explanation, explain
 from foveate.overlay import overlay
 from foveate.recipe import Recipe, read_recipe
 from foveate.registry import METHODS

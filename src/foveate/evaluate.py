@@ -21,7 +21,7 @@ from foveate.batch import Batch
 from foveate.data.labels import has_several, label_by_label, several_labels
 from foveate.elsewhere import Elsewhere, Of, alone, elsewhere, together
 from foveate.errors import DegenerateMapWarning, FoveateError, ImageError, LayerError, NotFiniteError
-from foveate.explain import Model, chosen_methods
+from foveate.explanation.explain import Model, chosen_methods
 from foveate.measured import Measured, again, choose, measured
 from foveate.methods.cam import contrast_of
 from foveate.models.inputs import data_of

@@ -17,7 +17,7 @@ from foveate.errors import FoveateError, printable
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from foveate.explain import Explanation
+    from foveate.explanation.explain import Explanation
     from foveate.models.load import Classifier
     from foveate.report.sheets import About
 

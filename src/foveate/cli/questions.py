@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from foveate.data.crops import Crops
-    from foveate.explain import Explanation
+    from foveate.explanation.explain import Explanation
     from foveate.models.load import Classifier
 
 AT_ONCE = 16  # images, or crops of one, that share one run of the model, at most
@@ -155,7 +155,7 @@ def _options(question: Question, refused: dict[str, str]) -> dict[str, Any]:
 def _ask_whole(classifier: Classifier, read: Sequence[Picture], question: Question, refused: dict[str, str]) -> Asked:
     import torch
 
-    from foveate.explain import explain, explain_each
+    from foveate.explanation.explain import explain, explain_each
 
     x = torch.stack([picture.x for picture in read])
     labels = torch.tensor([picture.label for picture in read]) if question.needs_labels else None
@@ -176,7 +176,7 @@ def _ask_in_crops(classifier: Classifier, picture: Picture, crops: Crops, questi
     import torch
 
     from foveate.data.crops import mean_logits
-    from foveate.explain import explain
+    from foveate.explanation.explain import explain
     from foveate.registry import METHODS, ungrouped
     from foveate.targets import resolve, strongest_other
 
@@ -237,7 +237,7 @@ def _joined(found: Sequence[Explanation], crops: Crops, picture: Picture, aim: A
 
     from foveate import maps
     from foveate.data.crops import mean_logits
-    from foveate.explain import Explanation
+    from foveate.explanation.explain import Explanation
 
     first = found[0]
     names = [name for name in first.maps if all(name in answer.maps for answer in found)]

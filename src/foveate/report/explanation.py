@@ -19,7 +19,7 @@ from PIL import Image, features
 
 from foveate.data.images import to_image
 from foveate.errors import ImageError
-from foveate.explanation import Explanation
+from foveate.explanation.answers import Explanation
 from foveate.film import Film
 from foveate.maps import upsample
 from foveate.overlay import HEAT, colours, heat, on_photograph, overlay

@@ -20,7 +20,7 @@ from foveate.disk import files
 from foveate.disk.files import is_regular
 from foveate.disk.written import is_written, write_picture
 from foveate.errors import FoveateError, ImageError, printable
-from foveate.explanation import Explanation, Seen, bare, bound
+from foveate.explanation.answers import Explanation, Seen, bare, bound
 from foveate.overlay import overlay
 from foveate.registry import METHODS
 from foveate.report.explanation import overlaid

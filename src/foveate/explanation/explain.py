@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from foveate import maps
 from foveate.errors import DegenerateMapWarning, FoveateError, LayerError
-from foveate.explanation import Answers, Explanation, Seen
+from foveate.explanation.answers import Answers, Explanation, Seen
 from foveate.methods.cam import contrast_of
 from foveate.methods.wrappers import Fusion, check_fusion, over_layers
 from foveate.models.inputs import Taken, taken

@@ -1,0 +1,6 @@
+"""Explain: many methods on a batch from one run, and what each map answers."""
+
+from foveate.explanation.answers import Answers, Explanation, read_explanation
+from foveate.explanation.explain import explain, explain_each, saliency  # eager: the module has the name of the function
+
+__all__ = ["Answers", "Explanation", "explain", "explain_each", "read_explanation", "saliency"]
