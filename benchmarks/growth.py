@@ -20,8 +20,9 @@ from torch import nn
 from torch.utils.data import Dataset
 
 import foveate
-from foveate import Batch, runs
-from foveate.evaluate import Plan
+from foveate import Batch
+from foveate.evaluation import runs
+from foveate.evaluation.evaluate import Plan
 from foveate.report import evaluation
 
 SIZE, BATCH = 32, 50

@@ -15,11 +15,11 @@ from pathlib import Path
 import numpy as np
 from scipy import optimize, special, stats
 
-from foveate import runs
-from foveate.findings import findings
-from foveate.intervals import Paired, intervals
-from foveate.results import Results
-from foveate.statistics import range_of, table
+from foveate.evaluation import runs
+from foveate.evaluation.findings import findings
+from foveate.evaluation.intervals import Paired, intervals
+from foveate.evaluation.results import Results
+from foveate.evaluation.statistics import range_of, table
 
 Bounds = tuple[np.ndarray, np.ndarray]
 Sampler = Callable[[int, int], np.ndarray]

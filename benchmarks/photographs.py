@@ -23,8 +23,8 @@ import foveate
 from foveate import maps
 from foveate.cli.options import own_settings
 from foveate.data.folder import open_folder
-from foveate.evaluate import batches
-from foveate.intervals import interval
+from foveate.evaluation.evaluate import batches
+from foveate.evaluation.intervals import interval
 from foveate.metrics.recognition import recognition
 from foveate.models.load import Classifier
 from foveate.registry import METHODS, check_settings

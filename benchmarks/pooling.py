@@ -14,13 +14,13 @@ from pathlib import Path
 import pandas as pd
 
 import foveate
-from foveate.intervals import interval
+from foveate.evaluation.intervals import interval
+from foveate.evaluation.results import MODEL
+from foveate.evaluation.statistics import range_of
 from foveate.models.castream import CAStream
 from foveate.models.load import Classifier, load_weights
 from foveate.recipe import read_recipe
-from foveate.results import MODEL
 from foveate.splits import Part
-from foveate.statistics import range_of
 from foveate.train import prepared
 
 COLUMNS = ["accuracy", "AD", "AG", "AI", "I", "D"]

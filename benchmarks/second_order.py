@@ -22,7 +22,7 @@ from torch import Tensor
 
 import foveate
 from foveate.data.folder import open_folder
-from foveate.evaluate import batches
+from foveate.evaluation.evaluate import batches
 from foveate.methods.second_order.curvature import Curvature
 from foveate.methods.second_order.proximal import soft
 from foveate.methods.second_order.solve import Solution, first_order, path, second_order

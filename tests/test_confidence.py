@@ -16,8 +16,8 @@ from typer.testing import CliRunner, Result
 import reference
 from foveate import Batch, Capture, load
 from foveate.cli import app
-from foveate.confidence import known, study, trend
 from foveate.data import scenes
+from foveate.evaluation.confidence_study import known, study, trend
 from foveate.methods.second_order.solve import first_order, second_order
 from foveate.report.confidence import draw
 from test_second_order import CLASSES, images, network

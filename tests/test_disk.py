@@ -23,11 +23,11 @@ from typer.testing import CliRunner
 
 from foveate import Batch, FoveateError, checkpoints, trained
 from foveate.cli import app
-from foveate.confidence import study
 from foveate.data import scenes
 from foveate.disk import files
 from foveate.disk.written import write_picture
 from foveate.errors import WriteError
+from foveate.evaluation.confidence_study import study
 from foveate.feature_cache import MARKER, FeatureCache
 from foveate.film import Film
 from foveate.models.load import read_weights

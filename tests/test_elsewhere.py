@@ -18,8 +18,8 @@ from foveate.batch import Batch
 from foveate.cli import app
 from foveate.data.folder import Entry, Folder
 from foveate.data.images import Preprocess
-from foveate.elsewhere import elsewhere
 from foveate.errors import FoveateError, MapsWarning
+from foveate.evaluation.elsewhere import elsewhere
 
 METRICS = ["AD", "AG", "insertion_deletion", "sparsity", "EP"]
 PREPROCESS = Preprocess((32, 32), 40)

@@ -266,7 +266,7 @@ def classes(pixels: np.ndarray, tmp_path_factory: pytest.TempPathFactory) -> Pat
     return root
 
 
-def measured(model: Classifier, data: Any, **options: Any) -> foveate.results.Results:
+def measured(model: Classifier, data: Any, **options: Any) -> foveate.evaluation.results.Results:
     return measure(model, data, "centre", "AD", **options)
 
 

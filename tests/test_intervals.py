@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from foveate.findings import findings
-from foveate.intervals import Paired, holm, interval, intervals, pseudo_values
-from foveate.results import Results
-from foveate.statistics import table
+from foveate.evaluation.findings import findings
+from foveate.evaluation.intervals import Paired, holm, interval, intervals, pseudo_values
+from foveate.evaluation.results import Results
+from foveate.evaluation.statistics import table
 
 rng = np.random.default_rng(0)
 

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 import reference
 from foveate import Batch, Capture, FoveateError, evaluate, measure
-from foveate.evaluate import choose
+from foveate.evaluation.evaluate import choose
 from foveate.metrics.model import foreground_sensitivity
 from foveate.metrics.recognition import average_drop, average_gain, average_increase, recognition
 from foveate.registry import METRICS, Column, Metric

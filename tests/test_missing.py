@@ -17,8 +17,9 @@ from torch import Tensor, nn
 from typer.testing import CliRunner
 
 import foveate
-from foveate import Batch, FoveateError, missing, runs
+from foveate import Batch, FoveateError, missing
 from foveate.cli import app
+from foveate.evaluation import runs
 from foveate.metrics.recognition import average_drop, average_gain, average_increase
 from foveate.metrics.sanity import spearman
 from foveate.registry import METHODS, METRICS, Explained, Metric, Spent, method
@@ -320,7 +321,7 @@ class TestCommand:
         assert document["failures"] == [{"file": "3.png", "reason": "3.png: the model gives NaN or infinity"}]
         assert document["table"]["grad_cam"]["AD"]["n"] == 4
         assert runs.load(place / "out").ids == ["0.png", "1.png", "2.png", "4.png"]
-        from foveate.evaluate import Plan
+        from foveate.evaluation.evaluate import Plan
 
         monkeypatch.setattr(Plan, "run", lambda *a: pytest.fail("measured again"))
         resumed = self.call(place, "--resume")

@@ -20,7 +20,7 @@ from foveate.cli import app
 from foveate.data.folder import open_folder
 from foveate.data.images import Preprocess
 from foveate.errors import TableWarning
-from foveate.findings import findings
+from foveate.evaluation.findings import findings
 from foveate.models.small import small_cnn
 
 METRICS = ["AD", "AG", "I", "D", "accuracy"]

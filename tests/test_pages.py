@@ -19,10 +19,10 @@ from typer.testing import CliRunner
 
 import browser
 import every_page
-from foveate import confidence
 from foveate.cli import app
+from foveate.evaluation import confidence_study as confidence
+from foveate.evaluation.statistics import number
 from foveate.registry import METHODS, METRICS, title_of
-from foveate.statistics import number
 from pages import tables_of
 
 NAMES = ("demo", "evaluation", "short", "comparison", "training", "trainings", "film", "confidence", "explained")

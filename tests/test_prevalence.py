@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from foveate import FoveateError, measure
-from foveate.prevalence import EVERY, prevalence
-from foveate.results import MAP, Results
+from foveate.evaluation.prevalence import EVERY, prevalence
+from foveate.evaluation.results import MAP, Results
 from foveate.testing import example, networks
 
 

@@ -13,8 +13,8 @@ import pytest
 
 import foveate
 from foveate import evaluate, explain, measure, saliency
-from foveate.evaluate import Plan
-from foveate.protocol import Measuring, Planned
+from foveate.evaluation.evaluate import Plan
+from foveate.evaluation.protocol import Measuring, Planned
 
 ROOT = Path(__file__).parents[1]
 SOURCE = Path(foveate.__file__).parent

@@ -14,13 +14,14 @@ import pytest
 from PIL import Image
 from typer.testing import CliRunner
 
-from foveate import FoveateError, identity, runs
+from foveate import FoveateError
 from foveate.cli import app
-from foveate.compare import compare
 from foveate.data.folder import open_folder
 from foveate.data.images import Preprocess
-from foveate.evaluate import Plan
-from foveate.results import Origin, Results, origin_of, read, write
+from foveate.evaluation import identity, runs
+from foveate.evaluation.compare import compare
+from foveate.evaluation.evaluate import Plan
+from foveate.evaluation.results import Origin, Results, origin_of, read, write
 
 NET = """
 import torch

@@ -20,15 +20,16 @@ from PIL import Image
 from typer.testing import CliRunner
 
 import foveate
-from foveate import FoveateError, runs
+from foveate import FoveateError
 from foveate.cli import app
-from foveate.compare import Limit, compare
 from foveate.disk.files import locked
-from foveate.evaluate import Plan
-from foveate.findings import advice, findings
+from foveate.evaluation import runs
+from foveate.evaluation.compare import Limit, compare
+from foveate.evaluation.evaluate import Plan
+from foveate.evaluation.findings import advice, findings
+from foveate.evaluation.results import Results, joined, read, write
+from foveate.evaluation.statistics import disagreement, table
 from foveate.report import tables
-from foveate.results import Results, joined, read, write
-from foveate.statistics import disagreement, table
 from foveate.testing import example, networks
 
 NET = """
@@ -629,8 +630,8 @@ class TestWhatAReviewerFound:
         assert without["findings"][1].startswith("There is no control in this table")
 
     def test_no_number_lies_outside_its_interval(self) -> None:
-        from foveate.prevalence import prevalence
-        from foveate.results import MAP
+        from foveate.evaluation.prevalence import prevalence
+        from foveate.evaluation.results import MAP
 
         maps = np.ones((6, 16), np.float32)
         maps[:3] = 0

@@ -11,7 +11,7 @@ import typing as _typing
 from foveate._version import __version__
 from foveate.batch import Batch
 from foveate.errors import DegenerateMapWarning, FoveateError, ImageError, LayerError, SlowPathWarning
-from foveate.evaluate import evaluate, measure  # eager: the module has the name of the function
+from foveate.evaluation.evaluate import evaluate, measure  # eager: the module has the name of the function
 from foveate.explanation.answers import Answers, Explanation, read_explanation
 from foveate.explanation.explain import explain, explain_each, saliency
 from foveate.registry import loss, method, metric

@@ -17,7 +17,7 @@ from foveate.batch import Batch
 from foveate.data import scenes
 from foveate.disk.files import locked, replacing
 from foveate.errors import FoveateError
-from foveate.evaluate import evaluate
+from foveate.evaluation.evaluate import evaluate
 from foveate.explanation.explain import Explanation, explain
 from foveate.overlay import overlay
 from foveate.recipe import Recipe, read_recipe

@@ -12,7 +12,7 @@ from torch.utils.data import Dataset
 from foveate import groups
 from foveate.batch import Batch
 from foveate.errors import FoveateError
-from foveate.evaluate import batches, measure
+from foveate.evaluation.evaluate import batches, measure
 from foveate.models.load import Classifier
 from foveate.recipe import Recipe
 from foveate.runtime.model import evaluating, read_logits

@@ -11,11 +11,11 @@ from torch import Tensor, nn
 from foveate._torchvision import torchvision
 from foveate.batch import Batch
 from foveate.errors import FoveateError
-from foveate.evaluate import Plan
-from foveate.protocol import Planned
+from foveate.evaluation.evaluate import Plan
+from foveate.evaluation.protocol import Planned
+from foveate.evaluation.results import MAP, MODEL
+from foveate.evaluation.statistics import metric_of
 from foveate.registry import METRICS
-from foveate.results import MAP, MODEL
-from foveate.statistics import metric_of
 
 torchvision()  # torchmetrics imports it, and beside PyTorch's CPU build that fails where it was not mended before
 from torchmetrics import Metric  # noqa: E402

@@ -13,7 +13,7 @@ import numpy as np
 from scipy import stats
 
 from foveate.errors import FoveateError
-from foveate.intervals import correct
+from foveate.evaluation.intervals import correct
 from foveate.recipe import Recipe
 from foveate.trained import Trained, read
 

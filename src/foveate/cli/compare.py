@@ -37,7 +37,7 @@ def compare(
         if any(map(is_trained, run)):
             _trainings(run, out, fail_under, as_json, overwrite)
             return
-        from foveate import compare as comparing
+        from foveate.evaluation import compare as comparing
         from foveate.report import comparison
 
         limits = [comparing.Limit.of(text) for text in fail_under or []]
@@ -78,7 +78,7 @@ def _check_page(out: str | None, overwrite: bool) -> None:
 
 def _cells(frame: Any) -> dict[str, dict[str, Any]]:
     """A frame with the index ``row, column`` as the JSON document has it."""
-    from foveate.results import plain
+    from foveate.evaluation.results import plain
 
     cells: dict[str, dict[str, Any]] = {}
     for (row, column), line in frame.iterrows():

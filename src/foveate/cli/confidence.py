@@ -70,9 +70,9 @@ def confidence(
 ) -> None:
     """CASO against CAFO by confidence: run it once for each network with the same --out, and they share one figure."""
     with sentences(debug), ExitStack() as stack:
-        from foveate import confidence as studies
         from foveate.data.labels import has_several
-        from foveate.identity import contents, listing, short, weights_of
+        from foveate.evaluation import confidence_study as studies
+        from foveate.evaluation.identity import contents, listing, short, weights_of
         from foveate.report.confidence import draw, write
 
         if unit not in ("network", "image"):
@@ -128,7 +128,7 @@ def _claim(folder: Path, called: str, call: Mapping[str, Any], overwrite: bool =
     Raises:
         FoveateError: they do not, or a file of that name is of something else.
     """
-    from foveate.confidence import SHARED, read_call
+    from foveate.evaluation.confidence_study import SHARED, read_call
 
     record, known, replaced = folder / f"{called}.json", False, False
     for other in folder.glob("*.json"):

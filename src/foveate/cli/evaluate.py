@@ -148,12 +148,12 @@ def evaluate(
 ) -> None:
     """A table of methods and metrics on a data set, with 95 % intervals, and a page to look at."""
     with sentences(debug), ExitStack() as stack:
-        from foveate import runs, statistics
         from foveate.data.labels import has_several, several_labels
         from foveate.disk.files import locked
-        from foveate.elsewhere import elsewhere
-        from foveate.evaluate import Plan, readable
-        from foveate.identity import fingerprint
+        from foveate.evaluation import runs, statistics
+        from foveate.evaluation.elsewhere import elsewhere
+        from foveate.evaluation.evaluate import Plan, readable
+        from foveate.evaluation.identity import fingerprint
         from foveate.models.normalisation import IMAGES, better_normalisation
         from foveate.precision import check_precision
         from foveate.registry import METHODS
@@ -283,7 +283,7 @@ def open_data(data: str, classifier: Any, unclipped: bool, limit: int | None, en
 
 def spread(source: Any, count: int, batch_size: int) -> Any:
     """Batches of some images from all over a data set: the first ones are often of one class."""
-    from foveate.evaluate import batches, readable
+    from foveate.evaluation.evaluate import batches, readable
 
     return batches(readable(source, range(0, len(source), max(1, len(source) // count)), []), batch_size)
 

@@ -7,13 +7,13 @@ from pathlib import Path
 
 import numpy as np
 
-from foveate.compare import Comparison
-from foveate.intervals import LEVEL
+from foveate.evaluation.compare import Comparison
+from foveate.evaluation.intervals import LEVEL
+from foveate.evaluation.results import MODEL
+from foveate.evaluation.statistics import metric_of, number, ordered
 from foveate.registry import title_of
 from foveate.report import tables
 from foveate.report.page import render
-from foveate.results import MODEL
-from foveate.statistics import metric_of, number, ordered
 
 Cell = tuple[str, str, int]
 

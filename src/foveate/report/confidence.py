@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from foveate.confidence import TIE, Trend
 from foveate.disk.files import replacing
+from foveate.evaluation.confidence_study import TIE, Trend
 from foveate.report.page import render
 from foveate.report.pictures import ACCENT, INK, MUTED, WRONG
 

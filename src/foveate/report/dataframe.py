@@ -6,10 +6,10 @@ from typing import Any
 
 import pandas as pd
 
+from foveate.evaluation.results import MODEL
 from foveate.registry import is_control, title_of
 from foveate.report import tables
 from foveate.report.page import filled
-from foveate.results import MODEL
 
 
 class Table(pd.DataFrame):  # type: ignore[misc]

@@ -13,23 +13,23 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from foveate import runs
 from foveate._version import __version__
 from foveate.data.labels import images_of
 from foveate.disk.files import replacing, write_text
 from foveate.errors import DegenerateMapWarning, ImageError, printable
-from foveate.evaluate import Plan
-from foveate.findings import advice, findings
+from foveate.evaluation import runs
+from foveate.evaluation.evaluate import Plan
+from foveate.evaluation.findings import advice, findings
+from foveate.evaluation.prevalence import EVERY, Prevalence, prevalence
+from foveate.evaluation.results import MAP, MODEL, Results, plain, read, with_accuracy
+from foveate.evaluation.statistics import disagreement, metric_of
 from foveate.models.normalisation import about_input
 from foveate.overlay import HEAT, heat, ramp
-from foveate.prevalence import EVERY, Prevalence, prevalence
 from foveate.records import GROUPS
 from foveate.registry import METHODS, is_control, title_of
 from foveate.report import pictures, tables
 from foveate.report.page import render
 from foveate.report.pictures import Thumb, digits, grey
-from foveate.results import MAP, MODEL, Results, plain, read, with_accuracy
-from foveate.statistics import disagreement, metric_of
 
 if TYPE_CHECKING:
     import pandas as pd

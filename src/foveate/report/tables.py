@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from foveate.evaluation.results import MODEL
+from foveate.evaluation.statistics import disagreement, metric_of, number, ordered
 from foveate.registry import is_control, title_of
-from foveate.results import MODEL
-from foveate.statistics import disagreement, metric_of, number, ordered
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -65,7 +65,7 @@ def heading(column: str) -> Heading:
 
 
 def columns(frame: pd.DataFrame, *, model: bool = False) -> list[str]:
-    """The columns of a table of :func:`foveate.statistics.table` that have a value, in order.
+    """The columns of a table of :func:`foveate.evaluation.statistics.table` that have a value, in order.
 
     Args:
         model: those of the model's own row instead of the methods'.

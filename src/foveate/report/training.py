@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 import yaml
 
+from foveate.evaluation.statistics import number
 from foveate.registry import LOSSES, METHODS
 from foveate.report import pictures, tables
 from foveate.report.film import film_strip
 from foveate.report.page import render
-from foveate.statistics import number
 from foveate.trained import Trained, read
 
 TITLES = {"train": "training", "val": "validation", "test": "test"}

@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from foveate.evaluation.intervals import LEVEL
 from foveate.film import Film
-from foveate.intervals import LEVEL
 from foveate.maps import upsample
 from foveate.overlay import overlay
 from foveate.report import pictures, tables

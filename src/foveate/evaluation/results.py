@@ -41,7 +41,7 @@ class Results:
         protocol: how it was measured, as ``run.json`` has it; only of :func:`foveate.measure`.
         same: methods whose maps were equal on every image, by the method they equal.
         missing: how many images have no value, by method, column and reason.
-        contents: what each image was, as :func:`foveate.identity.contents` says it; only of runs on disk.
+        contents: what each image was, as :func:`foveate.evaluation.identity.contents` says it; only of runs on disk.
     """
 
     ids: list[str] = field(default_factory=list)
@@ -56,7 +56,7 @@ class Results:
     protocol: dict[str, Any] = field(default_factory=dict)
     missing: Missing = field(default_factory=dict)
     contents: list[str] = field(default_factory=list)
-    judged: Any = field(default=None, repr=False, compare=False)  # kept by foveate.statistics
+    judged: Any = field(default=None, repr=False, compare=False)  # kept by foveate.evaluation.statistics
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -86,9 +86,9 @@ class Results:
     def table(self, baseline: str | None = None, *, samples: int = 2000, seed: int = 0) -> pd.DataFrame:
         """Mean, 95 % interval, difference to the baseline and rank of each method and column.
 
-        See :func:`foveate.statistics.table`.
+        See :func:`foveate.evaluation.statistics.table`.
         """
-        from foveate.statistics import table
+        from foveate.evaluation.statistics import table
 
         return table(self, baseline, samples=samples, seed=seed)
 
@@ -160,8 +160,8 @@ class Origin:
 
     Attributes:
         run: the digest of the run's fingerprint.
-        images: name, what the list says of it, and what it was (see :mod:`foveate.identity`), of each image of the batch, also
-            of those that were left out.
+        images: name, what the list says of it, and what it was (see :mod:`foveate.evaluation.identity`), of each image of the
+            batch, also of those that were left out.
     """
 
     run: str = ""

@@ -10,10 +10,10 @@ import numpy as np
 
 from foveate import missing
 from foveate.data.labels import images_of
-from foveate.intervals import LEVEL, holm
+from foveate.evaluation.intervals import LEVEL, holm
+from foveate.evaluation.results import MODEL, Results
+from foveate.evaluation.statistics import Judged, judged, metric_of, number, ordered, sign_of
 from foveate.registry import is_control, title_of
-from foveate.results import MODEL, Results
-from foveate.statistics import Judged, judged, metric_of, number, ordered, sign_of
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -48,8 +48,8 @@ def verdicts(results: Results, frame: pd.DataFrame) -> list[Verdict]:
     """The verdict of every column that judges methods, in the order of the table; none without a method and a control.
 
     A control wins a column where the best control is better than the best method, by a paired test that takes the best
-    control under each pattern of signs (:meth:`foveate.intervals.Paired.beaten_by_any`; 2.5 %, one-sided). Where no method is
-    better than every control, corrected for the number of methods, the best cannot be told apart from one.
+    control under each pattern of signs (:meth:`foveate.evaluation.intervals.Paired.beaten_by_any`; 2.5 %, one-sided). Where no
+    method is better than every control, corrected for the number of methods, the best cannot be told apart from one.
     """
     found = judged(results)
     said = []

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from foveate.errors import FoveateError
-from foveate.intervals import interval
+from foveate.evaluation.intervals import interval
+from foveate.evaluation.results import MAP, Results
 from foveate.registry import title_of
-from foveate.results import MAP, Results
 
 if TYPE_CHECKING:
     import pandas as pd

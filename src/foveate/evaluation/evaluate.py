@@ -19,16 +19,16 @@ from torch.utils.data import Dataset
 from foveate import maps, missing
 from foveate.batch import Batch
 from foveate.data.labels import has_several, label_by_label, several_labels
-from foveate.elsewhere import Elsewhere, Of, alone, elsewhere, together
 from foveate.errors import DegenerateMapWarning, FoveateError, ImageError, LayerError, NotFiniteError
+from foveate.evaluation.elsewhere import Elsewhere, Of, alone, elsewhere, together
+from foveate.evaluation.measured import Measured, again, choose, measured
+from foveate.evaluation.protocol import Measuring, Protocol, preset
+from foveate.evaluation.results import MAP, MAP_SIDE, MODEL, Results, add_missing, joined
 from foveate.explanation.explain import Model, chosen_methods
-from foveate.measured import Measured, again, choose, measured
 from foveate.methods.cam import contrast_of
 from foveate.models.inputs import data_of
 from foveate.precision import Precision
-from foveate.protocol import Measuring, Protocol, preset
 from foveate.registry import METHODS, METRICS, Explained, Method, Metric, Spent
-from foveate.results import MAP, MAP_SIDE, MODEL, Results, add_missing, joined
 from foveate.runtime import memory
 from foveate.runtime.capture import Capture
 from foveate.runtime.model import one_output, unwrap
@@ -78,7 +78,7 @@ def evaluate(
     baseline: str | None = None,
     **options: Unpack[Measuring],
 ) -> pd.DataFrame:
-    """The table of methods and metrics on data: one line a method and column, as :func:`foveate.statistics.table` says.
+    """The table of methods and metrics on data: one line a method and column, as :meth:`Results.table` says.
 
     ``attrs`` has the ``findings`` (sentences), the ``protocol`` and the ``degenerate`` maps of each method.
 
@@ -86,7 +86,7 @@ def evaluate(
         baseline: the method that others are compared with, image by image.
         options: those of :func:`measure`, which gives every value of every image instead.
     """
-    from foveate.findings import findings
+    from foveate.evaluation.findings import findings
 
     results = measure(model, data, methods, metrics, **options)
     frame = results.table(baseline)
@@ -119,7 +119,7 @@ def measure(
     maps: Any = None,
     maps_of: Of = "auto",
 ) -> Results:
-    """Every metric of every method on every image: :class:`foveate.results.Results`, with ``.frame()`` and ``.table()``.
+    """Every metric of every method on every image: :class:`Results`, with ``.frame()`` and ``.table()``.
 
     Methods share the forward and backward pass of a batch, metrics the masked one, and equal maps are scored once. An image
     that cannot be read, holds NaN, or on which the model gives NaN is left out and named in ``failures``; where only a map or
@@ -133,7 +133,7 @@ def measure(
         metrics: names or columns; ``"all"`` for all that the data has labels, masks or boxes for, but the costly ones,
             which run each method again (``class_sensitivity``, ``randomisation``): name them beside it.
         target: the class that is explained and scored: ``label``, ``pred`` or ``second``; the protocol's where it is None.
-        protocol: ``foveate``, ``opti_cam``, ``ca_stream``, ``rise``, ``legacy``, or a :class:`foveate.protocol.Protocol`.
+        protocol: ``foveate``, ``opti_cam``, ``ca_stream``, ``rise``, ``legacy``, or a :class:`Protocol`.
         settings: of methods and metrics, by name: ``{"opti_cam": {"steps": 50}, "insertion_deletion": {"kernel": 5}}``.
         head: ``softmax``, ``binary`` or ``multilabel``; by the number of outputs where it is None. One output is then
             binary where all labels are 0 or 1, and refused elsewhere: it may be a regression.

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from foveate.errors import FoveateError
-from foveate.intervals import LEVEL, Paired, intervals, pseudo_values
+from foveate.evaluation.intervals import LEVEL, Paired, intervals, pseudo_values
+from foveate.evaluation.results import MODEL, Key, Results
 from foveate.registry import METHODS, METRICS, Metric, is_control
-from foveate.results import MODEL, Key, Results
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -123,12 +123,12 @@ def judged(results: Results, samples: int = 2000, seed: int = 0) -> Judged:
 def table(results: Results, baseline: str | None = None, *, samples: int = 2000, seed: int = 0) -> pd.DataFrame:
     """The table: index ``method, column``, one line each.
 
-    Columns: ``mean``, ``low`` and ``high`` of its 95 % interval over images (:func:`foveate.intervals.intervals`), ``n`` images
-    that count; ``difference`` to the baseline with ``difference_low`` and ``difference_high``, paired by image
-    (:class:`foveate.intervals.Paired`; NaN for the baseline itself); ``rank`` and ``rank_last``: 1 and more, from the number
-    of methods that are better by their paired differences to that of all that are not worse, corrected for all pairs of
-    methods. What the whole data decides (BA) enters with the pseudo-values of the jackknife. Costs have the median over
-    batches with the range, and no rank.
+    Columns: ``mean``, ``low`` and ``high`` of its 95 % interval over images (:func:`foveate.evaluation.intervals.intervals`),
+    ``n`` images that count; ``difference`` to the baseline with ``difference_low`` and ``difference_high``, paired by image
+    (:class:`foveate.evaluation.intervals.Paired`; NaN for the baseline itself); ``rank`` and ``rank_last``: 1 and more, from
+    the number of methods that are better by their paired differences to that of all that are not worse, corrected for all
+    pairs of methods. What the whole data decides (BA) enters with the pseudo-values of the jackknife. Costs have the median
+    over batches with the range, and no rank.
 
     Args:
         baseline: a method of the table; ``grad_cam`` where it is there and none is named, else the first that is no control.

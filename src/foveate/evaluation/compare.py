@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from foveate import runs
 from foveate.errors import FoveateError
-from foveate.intervals import Paired, correct, pseudo_values
+from foveate.evaluation import runs
+from foveate.evaluation.intervals import Paired, correct, pseudo_values
+from foveate.evaluation.results import Key, Results
+from foveate.evaluation.statistics import metric_of
 from foveate.registry import is_control
-from foveate.results import Key, Results
-from foveate.statistics import metric_of
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -17,7 +17,7 @@ from torch.utils.data import Dataset
 from foveate.disk import files
 from foveate.disk.text import read_json, read_text
 from foveate.errors import FoveateError, NotFiniteError
-from foveate.evaluate import NOT_FINITE, batches, readable
+from foveate.evaluation.evaluate import NOT_FINITE, batches, readable
 from foveate.methods.second_order.solve import SAME, Unit, path
 from foveate.runtime.capture import Capture
 

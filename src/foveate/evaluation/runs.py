@@ -21,9 +21,9 @@ from foveate._torchvision import torchvision
 from foveate.batch import Batch
 from foveate.disk import files
 from foveate.errors import FoveateError
-from foveate.evaluate import COSTED_BATCHES, NOT_FINITE, Plan, batches, readable
-from foveate.identity import contents, digest_of, listing, short
-from foveate.results import Origin, Results, joined, origin_of, read_all, write
+from foveate.evaluation.evaluate import COSTED_BATCHES, NOT_FINITE, Plan, batches, readable
+from foveate.evaluation.identity import contents, digest_of, listing, short
+from foveate.evaluation.results import Origin, Results, joined, origin_of, read_all, write
 
 ROWS, RECORD = "rows", "run.json"
 WRITTEN = ("run.json", "table.csv", "table.md", "prevalence.csv", "report.html")
@@ -99,7 +99,7 @@ class Images:
 
     Attributes:
         source: a data set of single images with a length.
-        names, listed: what each is called, and what is said of it (see :func:`foveate.identity.listing`).
+        names, listed: what each is called, and what is said of it (see :func:`foveate.evaluation.identity.listing`).
     """
 
     source: Any
@@ -347,7 +347,7 @@ def run(
     the model gives NaN, are left out and named in the batch's failures.
 
     Args:
-        identity: of the run, as :func:`foveate.identity.fingerprint` gives it.
+        identity: of the run, as :func:`foveate.evaluation.identity.fingerprint` gives it.
         strict: an image that has to be left out stops the run.
         tick: called with the number of images that were done, for a progress bar.
 

@@ -16,7 +16,7 @@ from torch.utils.data import Subset
 
 from foveate._version import __version__
 from foveate.disk import files
-from foveate.evaluate import Plan
+from foveate.evaluation.evaluate import Plan
 
 FILES = ("_image_files", "_images", "_samples", "samples", "_image_paths", "images")  # where torchvision keeps its paths
 
