@@ -26,7 +26,7 @@ from foveate.data.folder import open_folder
 from foveate.evaluation.evaluate import batches
 from foveate.evaluation.intervals import interval
 from foveate.metrics.recognition import recognition
-from foveate.models.load import Classifier
+from foveate.models.classifier import Classifier
 from foveate.registry import METHODS, check_settings
 
 BATCH = 8

@@ -18,10 +18,11 @@ from foveate.evaluation.intervals import interval
 from foveate.evaluation.results import MODEL
 from foveate.evaluation.statistics import range_of
 from foveate.models.castream import CAStream
-from foveate.models.load import Classifier, load_weights
-from foveate.recipe import read_recipe
-from foveate.splits import Part
-from foveate.train import prepared
+from foveate.models.classifier import Classifier
+from foveate.models.weights import load_weights
+from foveate.training.recipe import read_recipe
+from foveate.training.splits import Part
+from foveate.training.train import prepared
 
 COLUMNS = ["accuracy", "AD", "AG", "AI", "I", "D"]
 

@@ -25,10 +25,11 @@ import torch
 from PIL import Image
 
 import foveate
-from foveate.recipe import Recipe, read_recipe
 from foveate.registry import LOSSES
 from foveate.report import training
-from foveate.train import Training, train
+from foveate.training.module import Training
+from foveate.training.recipe import Recipe, read_recipe
+from foveate.training.train import train
 
 Runs = Iterator[tuple[str, Recipe]]
 SCENES = ("plain", "augmented", "cam_loss", "ace", "ace_divergence", "mass_outside", "interpretable_gradients")

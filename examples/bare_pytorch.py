@@ -12,9 +12,9 @@ import torch.nn.functional as F
 
 import foveate
 from foveate.data import scenes
-from foveate.film import Film
 from foveate.losses.contrastive import ablated_cross_entropy_of
 from foveate.report import film as page
+from foveate.training.film import Film
 
 
 def main(epochs: int, out: str) -> None:

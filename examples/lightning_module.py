@@ -11,11 +11,11 @@ import torch
 import torch.nn.functional as F
 
 import foveate
-from foveate._lightning import ready
 from foveate.data import scenes
-from foveate.film import Film, lightning_callback
 from foveate.losses.gradients import interpretable_gradients_of
 from foveate.report import film as page
+from foveate.training.film import Film, lightning_callback
+from foveate.training.lightning import ready
 
 ready()  # beside PyTorch's CPU build, before lightning
 import lightning as L  # noqa: E402

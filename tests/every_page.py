@@ -24,9 +24,9 @@ from foveate.cli import app
 from foveate.data import scenes
 from foveate.disk.files import locked
 from foveate.errors import FoveateError
-from foveate.film import Film
-from foveate.recipe import read_recipe
 from foveate.report import film as film_page
+from foveate.training.film import Film
+from foveate.training.recipe import read_recipe
 
 HOSTILE = ("</style><script>window.hostile = 1</script>", "\"quoted\" 'twice' & {{7*7}}", '=cmd("calc")|A0')
 FILES = ("<img src=x onerror='window.hostile=1'>.png", "\"{{7*7}}\" & 'more'.png", '=cmd("calc")|A0.png')
@@ -122,7 +122,7 @@ def _build(folder: Path) -> dict[str, Path]:
 def short_demo() -> Any:
     """The demo with small pictures and few epochs, within this context."""
     return mock.patch(
-        "foveate.demo.read_recipe", lambda source, changes: read_recipe(source, {**changes, "epochs": 3, "size": 48})
+        "foveate.report.demo.read_recipe", lambda source, changes: read_recipe(source, {**changes, "epochs": 3, "size": 48})
     )
 
 

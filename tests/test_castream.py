@@ -15,12 +15,12 @@ from torch import Tensor, nn
 import foveate
 from foveate import Capture, FoveateError
 from foveate.data import scenes
-from foveate.feature_cache import FeatureCache
 from foveate.models.castream import CAStream, Stage, Stream, ca_stream
-from foveate.models.load import load_weights
-from foveate.recipe import read_recipe
+from foveate.models.weights import load_weights
 from foveate.testing import assert_untouched, fingerprint
-from foveate.train import train
+from foveate.training.features import FeatureCache
+from foveate.training.recipe import read_recipe
+from foveate.training.train import train
 
 STAGES = ("maxpool", "layer1", "layer2", "layer3", "layer4")
 

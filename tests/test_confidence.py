@@ -19,7 +19,7 @@ from foveate.cli import app
 from foveate.data import scenes
 from foveate.evaluation.confidence_study import known, study, trend
 from foveate.methods.second_order.solve import first_order, second_order
-from foveate.report.confidence import draw
+from foveate.report.confidence_study import draw
 from test_second_order import CLASSES, images, network
 
 

@@ -12,16 +12,17 @@ import torch
 from click.testing import Result
 from typer.testing import CliRunner
 
-from foveate import cli, trained
+from foveate import cli
 from foveate.batch import Batch
 from foveate.cli import options
 from foveate.data import scenes
 from foveate.errors import FoveateError
-from foveate.film import Film
 from foveate.models.small import small_cnn
-from foveate.recipe import read_recipe
 from foveate.report import training
-from foveate.trainings import compare
+from foveate.training import saved as trained
+from foveate.training.compare import compare
+from foveate.training.film import Film
+from foveate.training.recipe import read_recipe
 
 
 @pytest.fixture(scope="module")

@@ -21,19 +21,21 @@ import torch
 from torch import nn
 from typer.testing import CliRunner
 
-from foveate import Batch, FoveateError, checkpoints, trained
+from foveate import Batch, FoveateError
 from foveate.cli import app
 from foveate.data import scenes
 from foveate.disk import files
 from foveate.disk.written import write_picture
 from foveate.errors import WriteError
 from foveate.evaluation.confidence_study import study
-from foveate.feature_cache import MARKER, FeatureCache
-from foveate.film import Film
-from foveate.models.load import read_weights
 from foveate.models.small import small_cnn
-from foveate.recipe import Recipe, read_recipe
-from foveate.train import train
+from foveate.models.weights import read_weights
+from foveate.training import checkpoints
+from foveate.training import saved as trained
+from foveate.training.features import MARKER, FeatureCache
+from foveate.training.film import Film
+from foveate.training.recipe import Recipe, read_recipe
+from foveate.training.train import train
 
 
 @pytest.fixture
@@ -463,7 +465,7 @@ def filled_up(folder: str, recipe: str) -> None:
     """The disk fills up after an epoch; with room again, --resume goes on."""
     out, ballast = Path(folder) / "run", Path(folder) / "ballast"
     fill = """
-import foveate.train
+import foveate.training.train
 from lightning.pytorch.callbacks import Callback
 class Fill(Callback):
     def on_train_epoch_start(self, trainer, module):
@@ -474,8 +476,8 @@ class Fill(Callback):
                         pass
             except OSError:
                 pass
-before = foveate.train._trainer
-foveate.train._trainer = lambda recipe, devices, loggers, callbacks, *rest: before(
+before = foveate.training.train._trainer
+foveate.training.train._trainer = lambda recipe, devices, loggers, callbacks, *rest: before(
     recipe, devices, loggers, [*callbacks, Fill()], *rest)
 """
     command = [sys.executable, "-c", COUNTS + fill % str(ballast) + "from foveate.cli import main\nmain()"]

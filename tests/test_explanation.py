@@ -18,7 +18,7 @@ from PIL import Image
 import foveate
 from foveate import Explanation, FoveateError, explain, explain_each, load, read_explanation
 from foveate.errors import ImageError
-from foveate.models.load import Classifier
+from foveate.models.classifier import Classifier
 
 METHODS = ["grad_cam", "hires_cam", "layer_cam", "contrastive_cam", "gradient", "fake_cam"]
 HOSTILE = ["<script>alert(1)</script>", "\"'></style>{{7*7}} $x^$ =cmd()"]

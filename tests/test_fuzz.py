@@ -24,7 +24,7 @@ from foveate.cli import options
 from foveate.data.folder import read_labels
 from foveate.disk.text import parse_yaml
 from foveate.errors import FoveateError
-from foveate.recipe import Recipe, read_recipe
+from foveate.training.recipe import Recipe, read_recipe
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(not hasattr(signal, "SIGALRM"), reason="hangs are ended by an alarm")]
 LIMIT = 60  # seconds of one case, far above what any takes

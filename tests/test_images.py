@@ -18,7 +18,8 @@ from foveate import FoveateError, ImageError
 from foveate.data import images
 from foveate.data.folder import files_in, labels_beside, open_folder
 from foveate.data.images import Preprocess, colours_of, to_image
-from foveate.models.load import Classifier, load
+from foveate.models.classifier import Classifier
+from foveate.models.load import load
 
 RAMP = np.linspace(0, 255, 32 * 40).reshape(32, 40)
 

@@ -42,8 +42,8 @@ SCRIPT = """
 import sys
 from pathlib import Path
 sys.path.insert(0, sys.argv[1])
-from foveate._lightning import made_loggers, ready
-from foveate.film import hugging_face_callback
+from foveate.training.lightning import made_loggers, ready
+from foveate.training.film import hugging_face_callback
 ready()
 try:
     {call}

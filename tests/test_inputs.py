@@ -17,7 +17,7 @@ import foveate
 import foveate.models.inputs
 from foveate import Batch, FoveateError, explain, explain_each, load, measure, saliency
 from foveate.data.images import read
-from foveate.models.load import Classifier
+from foveate.models.classifier import Classifier
 
 
 @pytest.fixture(scope="module")

@@ -16,8 +16,8 @@ from foveate.data.folder import open_folder
 from foveate.data.images import Preprocess
 from foveate.data.layout import splits_in
 from foveate.errors import FoveateError, SplitWarning
-from foveate.recipe import Data, Recipe
-from foveate.splits import labels_of, open_splits
+from foveate.training.recipe import Data, Recipe
+from foveate.training.splits import labels_of, open_splits
 
 PREPROCESS = Preprocess((16, 16), (16, 16))
 

@@ -12,8 +12,8 @@ from foveate import Capture, FoveateError, cam_loss
 from foveate.batch import Batch
 from foveate.losses.centre import cam_loss_of, gaussian, inverted_gaussian
 from foveate.registry import LOSSES
-from foveate.schedules import constant, get, three_phase
 from foveate.testing import example, networks
+from foveate.training.schedules import constant, get, three_phase
 
 FORMS = ("mass", "abs", "raw", "square", "talk_2023", "top_decile", "squared_kernel", "contrast_2024")
 

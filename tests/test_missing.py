@@ -356,7 +356,7 @@ def test_boxes_in_xml_that_cannot_be(tmp_path: Path, box: str) -> None:
 
 def test_nan_is_no_class() -> None:
     """``argmax`` takes the place of a NaN for a class."""
-    from foveate.groups import correct, decided
+    from foveate.training.groups import correct, decided
 
     logits = torch.tensor([[0.0, 1.0], [torch.nan, 1.0], [torch.inf, 1.0]])
     assert decided(logits, "softmax").tolist() == [1, -1, -1]

@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 from foveate import FoveateError, explain, load, measure
 from foveate.batch import Batch
 from foveate.cli import app
-from foveate.models.load import Classifier
+from foveate.models.classifier import Classifier
 from foveate.models.normalisation import better_normalisation
 
 FACTORY = """

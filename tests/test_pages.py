@@ -285,7 +285,7 @@ class TestValues:
                     assert (cell.text or "").strip() == number(expected, column)
 
     def test_of_the_film(self, built: dict[str, Path]) -> None:
-        from foveate.film import Film
+        from foveate.training.film import Film
 
         film = Film.load(built["training"].parent / "film.npz")
         for name in ("film", "training"):

@@ -130,8 +130,8 @@ def test_the_command_line_shows_it_once_and_before_the_work(monkeypatch: pytest.
 
 
 def test_training_is_told_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    from foveate.recipe import read_recipe
-    from foveate.train import _trainer
+    from foveate.training.recipe import read_recipe
+    from foveate.training.train import _trainer
 
     processor(monkeypatch, avx2=True)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)

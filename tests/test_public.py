@@ -44,7 +44,7 @@ def test_names_in_full_work_after_import_alone() -> None:
         quoted for text in texts for quoted in re.findall(r"`(foveate\.[^`]*)`", text)
     )
     names = sorted(set(re.findall(r"(?<![\w./:])foveate(?:\.[A-Za-z_]+)+", inside)))
-    assert {"foveate.explanation.explain", "foveate.report.film.write", "foveate.film.hugging_face_callback"} <= set(names)
+    assert {"foveate.explain", "foveate.report.film.write", "foveate.film.hugging_face_callback"} <= set(names)
     assert run(f"import foveate\nfor name in {names}: eval(name)\nprint('all')") == "all"
 
 

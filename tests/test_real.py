@@ -10,7 +10,7 @@ import torch
 
 from foveate import Batch, Capture, evaluate, explain, load
 from foveate.metrics.recognition import recognition
-from foveate.models.load import Classifier
+from foveate.models.classifier import Classifier
 
 CAMS = ("cam", "grad_cam", "grad_cam_pp", "xgrad_cam", "layer_cam", "hires_cam")
 

@@ -17,14 +17,16 @@ from safetensors.torch import save_file
 from typer.testing import CliRunner
 
 import foveate
-from foveate import FoveateError, trained
+from foveate import FoveateError
 from foveate.cli import app
 from foveate.data import scenes
 from foveate.data.benchmarks import open_benchmark
-from foveate.models.load import load, read_weights
+from foveate.models.load import load
 from foveate.models.small import small_cnn
-from foveate.recipe import Recipe, read_recipe
-from foveate.train import train
+from foveate.models.weights import read_weights
+from foveate.training import saved as trained
+from foveate.training.recipe import Recipe, read_recipe
+from foveate.training.train import train
 
 NET = """
 from pathlib import Path
@@ -151,7 +153,7 @@ def test_weights_and_checkpoints_are_never_unpickled(tmp_path: Path, mark: Path,
     assert "is damaged and cannot be read" in result.stderr
     np.savez(tmp_path / "film.npz", images=np.array([Hostile(mark)], dtype=object))
     with pytest.raises(FoveateError, match="is not a film"):
-        foveate.film.Film.load(tmp_path / "film.npz")
+        foveate.training.film.Film.load(tmp_path / "film.npz")
     assert not mark.exists()
     with pytest.raises(AttributeError):  # the bait bites where code is run
         pickle.loads(pickle.dumps(Hostile(mark))).then  # noqa: B018

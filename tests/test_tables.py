@@ -23,7 +23,7 @@ from foveate.data.folder import labels_beside, open_folder, read_labels
 from foveate.data.images import Preprocess, read
 from foveate.disk.text import parse_yaml, read_lines
 from foveate.errors import FoveateError, ImageError, TableWarning, printable
-from foveate.recipe import read_recipe
+from foveate.training.recipe import read_recipe
 
 PLAIN = Preprocess((16, 16), 16)
 ROWS = "file,name,boxes_xyxy\nblé.png,Zoë,1 2 8 9;3 3 6 6\nb.png,Bär,\n"
@@ -256,9 +256,9 @@ class TestPipes:
                 folder[index]
 
     def test_tables_settings_and_weights(self, tmp_path: Path) -> None:
-        from foveate import trained
-        from foveate.film import Film
-        from foveate.models.load import read_weights
+        from foveate.models.weights import read_weights
+        from foveate.training import saved as trained
+        from foveate.training.film import Film
 
         os.mkfifo(tmp_path / "labels.csv")
         for reading in (

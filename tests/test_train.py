@@ -11,9 +11,9 @@ from torch import nn
 from foveate import Batch, Capture, FoveateError
 from foveate.data import scenes
 from foveate.models.small import SmallCNN, small_cnn
-from foveate.recipe import RECIPES, Augment, Recipe, read_recipe
-from foveate.splits import EpochSampler, augmenter
-from foveate.train import train
+from foveate.training.loading import EpochSampler, augmenter
+from foveate.training.recipe import RECIPES, Augment, Recipe, read_recipe
+from foveate.training.train import train
 
 
 @pytest.fixture

@@ -21,17 +21,20 @@ import foveate
 from foveate import Batch, FoveateError
 from foveate.cli import app
 from foveate.data import scenes
-from foveate.film import Film, hugging_face_callback, lightning_callback
-from foveate.groups import Group, group_accuracy, merged, worst
-from foveate.models.load import read_weights
-from foveate.recipe import RECIPES, Recipe, read_recipe
+from foveate.models.weights import read_weights
 from foveate.registry import LOSSES
-from foveate.report import training, trainings
-from foveate.splits import Kept, Part, film_images, held_out, labels_of, open_splits
+from foveate.report import training
+from foveate.report import training_comparison as trainings
 from foveate.testing import assert_untouched, fingerprint
-from foveate.train import learning_rate_at, train
-from foveate.trained import read
-from foveate.trainings import compare, interval
+from foveate.training.compare import compare, interval
+from foveate.training.film import Film, hugging_face_callback, lightning_callback
+from foveate.training.groups import Group, group_accuracy, merged, worst
+from foveate.training.loading import Kept
+from foveate.training.module import learning_rate_at
+from foveate.training.recipe import RECIPES, Recipe, read_recipe
+from foveate.training.saved import read
+from foveate.training.splits import Part, film_images, held_out, labels_of, open_splits
+from foveate.training.train import train
 
 SMALL = {"size": 32, "epochs": 2, "batch_size": 8, "measure.images": 8, "film.images": 4}
 
@@ -188,7 +191,7 @@ class TestFilm:
         np.testing.assert_array_equal(picture[:24, :32], np.asarray(to_image(as_rgb(film.batch.x[0]))))
 
     def test_a_logger_that_takes_pictures_is_given_each_epoch(self) -> None:
-        from foveate.film import _show
+        from foveate.training.film import _show
 
         film, shown = self.film(), []
         frame = film.shoot(foveate.load("foveate:small_cnn"), 3)
@@ -456,8 +459,8 @@ class TestRuns:
         train(recipe("scenes_augmented", seed=20241005, epochs=1, **{"film.images": 0, "measure.images": 0}))
 
     def test_boxes_turn_with_the_image(self) -> None:
-        from foveate.recipe import Augment
-        from foveate.splits import augmenter
+        from foveate.training.loading import augmenter
+        from foveate.training.recipe import Augment
 
         batch = Batch(torch.rand(1, 3, 16, 16), torch.tensor([0]), boxes=(torch.tensor([[0.0, 0.0, 4.0, 16.0]]),))
         torch.manual_seed(0)

@@ -21,18 +21,34 @@ from foveate.runtime.model import Normalized, normalized
 from foveate.targets import Target
 
 if _typing.TYPE_CHECKING:
-    from foveate import data, film, guided, losses, methods, metrics, models, report, testing, torchmetrics  # noqa: F401
-    from foveate.film import Film
+    from foveate import (  # noqa: F401
+        data,
+        evaluation,
+        explanation,
+        film,
+        guided,
+        losses,
+        methods,
+        metrics,
+        models,
+        report,
+        runtime,
+        testing,
+        torchmetrics,
+        training,
+    )
     from foveate.losses.centre import cam_loss
     from foveate.methods.cam import contrastive_maps
     from foveate.models.castream import ca_stream
-    from foveate.models.load import Classifier, load
+    from foveate.models.classifier import Classifier
+    from foveate.models.load import load
     from foveate.models.surgery import contrastive_architecture
+    from foveate.training.film import Film
 
 
 _LAZY = {
-    "Classifier": "foveate.models.load",
-    "Film": "foveate.film",
+    "Classifier": "foveate.models.classifier",
+    "Film": "foveate.training.film",
     "ca_stream": "foveate.models.castream",
     "cam_loss": "foveate.losses.centre",
     "contrastive_architecture": "foveate.models.surgery",
@@ -40,7 +56,22 @@ _LAZY = {
     "load": "foveate.models.load",
 }
 # What people write in full after `import foveate` alone: foveate.report.film.write(...).
-_MODULES = ("data", "film", "guided", "losses", "methods", "metrics", "models", "report", "testing", "torchmetrics")
+_MODULES = (
+    "data",
+    "evaluation",
+    "explanation",
+    "film",
+    "guided",
+    "losses",
+    "methods",
+    "metrics",
+    "models",
+    "report",
+    "runtime",
+    "testing",
+    "torchmetrics",
+    "training",
+)
 
 __all__ = [
     "Answers",

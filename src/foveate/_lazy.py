@@ -1,4 +1,4 @@
-"""Lazy: the modules of a package as attributes of it, imported when they are named: ``foveate.report.film.write``."""
+"""Lazy: the modules of a package and the names that it hands out, imported when named: ``foveate.report.film.write``."""
 
 from __future__ import annotations
 
@@ -6,14 +6,19 @@ import importlib
 import pkgutil
 import sys
 from collections.abc import Callable, Iterable
-from types import ModuleType
 
 
-def submodules(package: str, path: Iterable[str]) -> tuple[Callable[[str], ModuleType], Callable[[], list[str]]]:
-    """``__getattr__`` and ``__dir__`` of a package, which find its modules by their names."""
+def submodules(package: str, path: Iterable[str], **handed_out: str) -> tuple[Callable[[str], object], Callable[[], list[str]]]:
+    """``__getattr__`` and ``__dir__`` of a package, which find its modules by their names.
+
+    Args:
+        handed_out: other names of the package, each with the module that has it.
+    """
     names = {module.name for module in pkgutil.iter_modules(path)}
 
-    def find(name: str) -> ModuleType:
+    def find(name: str) -> object:
+        if name in handed_out:
+            return getattr(importlib.import_module(f"{package}.{handed_out[name]}"), name)
         if name in names:
             return importlib.import_module(f"{package}.{name}")
         raise AttributeError(f"module {package!r} has no attribute {name!r}")

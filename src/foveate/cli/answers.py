@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from foveate.explanation.explain import Explanation
-    from foveate.models.load import Classifier
+    from foveate.models.classifier import Classifier
     from foveate.report.sheets import About
 
 

@@ -32,13 +32,13 @@ def compare(
 ) -> None:
     """Two or more runs side by side: of evaluate, paired by image; of train, a line a recipe, paired by seed and fold."""
     with sentences(debug):
-        from foveate.trained import is_trained
+        from foveate.training.saved import is_trained
 
         if any(map(is_trained, run)):
             _trainings(run, out, fail_under, as_json, overwrite)
             return
         from foveate.evaluation import compare as comparing
-        from foveate.report import comparison
+        from foveate.report import evaluation_comparison as comparison
 
         limits = [comparing.Limit.of(text) for text in fail_under or []]
         _check_page(out, overwrite)
@@ -87,8 +87,8 @@ def _cells(frame: Any) -> dict[str, dict[str, Any]]:
 
 
 def _trainings(run: list[str], out: str | None, fail_under: list[str] | None, as_json: bool, overwrite: bool) -> None:
-    from foveate import trainings
-    from foveate.report import trainings as page
+    from foveate.report import training_comparison as page
+    from foveate.training import compare as trainings
 
     if fail_under:
         raise FoveateError("--fail-under holds for runs of foveate evaluate, and these are of foveate train")
@@ -117,7 +117,7 @@ def _trainings(run: list[str], out: str | None, fail_under: list[str] | None, as
 
 
 def _mean(frame: Any, name: str, column: str) -> str:
-    from foveate.report.trainings import cell, number
+    from foveate.report.training_comparison import cell, number
 
     if (name, column) not in frame.index:
         return ""
@@ -130,7 +130,8 @@ def _mean(frame: Any, name: str, column: str) -> str:
 
 
 def _print(result: Any) -> None:
-    from foveate.report import comparison, tables
+    from foveate.report import evaluation_comparison as comparison
+    from foveate.report import tables
 
     console = Console(highlight=False)
     for column, lines in comparison.lines(result).items():

@@ -24,7 +24,7 @@ def metrics(incomplete: str) -> list[str]:
 
 
 def recipes(incomplete: str) -> list[str]:
-    from foveate.recipe import RECIPES
+    from foveate.training.recipe import RECIPES
 
     own = [path.stem for path in sorted(RECIPES.glob("*.yaml"))]
     return [name for name in own if name.startswith(incomplete)] + _files(incomplete, (".yaml", ".yml"))
@@ -44,7 +44,7 @@ def models(incomplete: str) -> list[str]:
 
         vision = torchvision().models
         return [f"torchvision:{known}" for known in vision.list_models(module=vision) if known.startswith(name)]
-    from foveate.models.load import OWN
+    from foveate.models.sources import OWN
 
     return [f"foveate:{known}" for known in OWN if source == "foveate" and known.startswith(name)]
 

@@ -73,7 +73,7 @@ def confidence(
         from foveate.data.labels import has_several
         from foveate.evaluation import confidence_study as studies
         from foveate.evaluation.identity import contents, listing, short, weights_of
-        from foveate.report.confidence import draw, write
+        from foveate.report.confidence_study import draw, write
 
         if unit not in ("network", "image"):
             raise FoveateError(f"--unit {unit!r} is unknown: use network or image")

@@ -60,7 +60,7 @@ from foveate.cli.questions import AT_ONCE, Missing, Question
 from foveate.errors import FoveateError, printable
 
 if TYPE_CHECKING:
-    from foveate.models.load import Classifier
+    from foveate.models.classifier import Classifier
 
 
 PAGE = "index.html"

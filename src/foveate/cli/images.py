@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from foveate.data.crops import Crops
-    from foveate.models.load import Classifier
+    from foveate.models.classifier import Classifier
 
 
 @dataclass(frozen=True)

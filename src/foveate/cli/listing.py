@@ -179,7 +179,7 @@ def _listing(kind: str) -> list[dict[str, Any]]:
             for loss in LOSSES.all().values()
         ]
     if kind == "recipes":
-        from foveate.recipe import RECIPES
+        from foveate.training.recipe import RECIPES
 
         return [
             {"name": path.stem, "what": path.read_text(encoding="utf-8").splitlines()[0].lstrip("# "), "paper": ""}
@@ -187,7 +187,7 @@ def _listing(kind: str) -> list[dict[str, Any]]:
         ]
     if kind == "models":
         from foveate._torchvision import timm, torchvision
-        from foveate.models.load import OWN
+        from foveate.models.sources import OWN
 
         vision = torchvision().models
         names = [f"foveate:{name}" for name in OWN]

@@ -21,7 +21,7 @@ from foveate.disk.text import parse_yaml, quoted, read_lines
 from foveate.errors import FoveateError, printable
 
 if TYPE_CHECKING:
-    from foveate.models.load import Classifier
+    from foveate.models.classifier import Classifier
 
 T = TypeVar("T")
 err = Console(stderr=True, highlight=False)

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
     from foveate.data.crops import Crops
     from foveate.explanation.explain import Explanation
-    from foveate.models.load import Classifier
+    from foveate.models.classifier import Classifier
 
 AT_ONCE = 16  # images, or crops of one, that share one run of the model, at most
 Score = Callable[[Iterable["Tensor"]], "Tensor"]

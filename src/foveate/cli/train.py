@@ -87,11 +87,11 @@ def train(
     with sentences(debug):
         import os
 
-        from foveate.checkpoints import finished
-        from foveate.outcome import OUTCOME
-        from foveate.recipe import read_recipe
         from foveate.report import training
-        from foveate.train import train as run
+        from foveate.training.checkpoints import finished
+        from foveate.training.outcome import OUTCOME
+        from foveate.training.recipe import read_recipe
+        from foveate.training.train import train as run
 
         changes: dict[str, Any] = {}
         for item in change or []:
@@ -156,8 +156,8 @@ def demo(
     with sentences(debug):
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
-        from foveate.demo import PICTURES, RUNS
-        from foveate.demo import demo as run
+        from foveate.report.demo import PICTURES, RUNS
+        from foveate.report.demo import demo as run
 
         def say(text: str) -> None:
             if not as_json:

@@ -52,7 +52,7 @@ def explain(
     """Saliency maps of a batch by one or more methods, from one forward and at most one backward pass for all CAMs.
 
     Args:
-        model: any classifier that takes images in [0, 1]: see :func:`foveate.normalized` and ``foveate.models.load``. For
+        model: any classifier that takes images in [0, 1]: see :func:`foveate.normalized` and :func:`foveate.load`. For
             methods that need no layer (RISE, occlusion, integrated gradients), any function of images to logits.
         x: what there is to explain: a path, a folder, a PIL image, an array ``[H,W,3]``, a list of them, or a tensor
             ``[B,3,H,W]`` or ``[3,H,W]`` in [0, 1]. Photographs are resized and cropped as the model wants them.

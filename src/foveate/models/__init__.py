@@ -1,8 +1,7 @@
-"""What can be explained and trained: classifiers from timm, torchvision or a file, and the networks of the talks."""
+"""Classifiers from timm, torchvision or a file, and the networks of the papers."""
 
 from foveate._lazy import submodules as _submodules
-from foveate.models.load import Classifier, load
 
-__getattr__, __dir__ = _submodules(__name__, __path__)
+__getattr__, __dir__ = _submodules(__name__, __path__, Classifier="classifier")
 
-__all__ = ["Classifier", "load"]
+__all__ = ["Classifier"]

@@ -278,7 +278,7 @@ def ca_stream(model: nn.Module, stages: Sequence[str] | None = None, size: tuple
     Raises:
         FoveateError: see :class:`CAStream`; the model has a stream already.
     """
-    from foveate.models.load import Classifier
+    from foveate.models.classifier import Classifier
 
     if any(isinstance(module, CAStream) for module in model.modules()):
         raise FoveateError("this model has a CA-Stream already")

@@ -92,7 +92,7 @@ def _together(model: nn.Module, items: Sequence[_Item], given: object) -> Taken:
         raise FoveateError(f"there is no image in {_quoted(given)}: {FORMS}")
     preprocess = None
     if any(item.photograph is not None for item in items):
-        from foveate.models.load import preprocess_of
+        from foveate.models.stated import preprocess_of
 
         preprocess = preprocess_of(model)
     parts: list[Tensor] = []
@@ -342,7 +342,7 @@ def data_of(model: Any, data: Any, normalised: bool = False) -> Any:
     """
     from foveate.data.benchmarks import open_benchmark
     from foveate.data.folder import Entry, Folder
-    from foveate.models.load import preprocess_of
+    from foveate.models.stated import preprocess_of
 
     if isinstance(data, Batch):
         return replace(data, x=in_range(model, data.x, normalised))

@@ -8,7 +8,7 @@ from math import comb
 import torch
 
 from foveate.batch import Batch
-from foveate.models.load import Classifier
+from foveate.models.classifier import Classifier
 from foveate.runtime.model import IMAGENET_MEAN, IMAGENET_STD, eager, lock_of, modules_of, read_logits, swapped
 from foveate.targets import Head, head_of, num_classes, predicted
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -12,7 +13,7 @@ from torch import nn
 from foveate.data.imagenet import imagenet_names
 from foveate.data.images import Preprocess, floor_resize
 from foveate.errors import FoveateError
-from foveate.runtime.model import IMAGENET_MEAN, IMAGENET_STD
+from foveate.runtime.model import IMAGENET_MEAN, IMAGENET_STD, core, unwrap
 
 
 def spread(values: Sequence[float], channels: int) -> tuple[float, ...]:
@@ -102,3 +103,24 @@ def stated_names(model: nn.Module) -> list[str] | None:
         return [str(labels[key]) for key in sorted(labels, key=int)]
     linear = [module for module in model.modules() if isinstance(module, nn.Linear)]
     return imagenet_names() if linear and linear[-1].out_features == 1000 else None
+
+
+def preprocess_of(model: nn.Module) -> Preprocess:
+    """From a photograph to what a model takes: a :class:`Classifier`'s own, what any other says of itself, or ImageNet's.
+
+    A warning where ImageNet's sizes are assumed.
+    """
+    model = unwrap(model)
+    known = getattr(model, "preprocess", None)
+    if isinstance(known, Preprocess):
+        return known
+    inner = core(model)[0]
+    known = stated_preprocess(inner)
+    if not says_size(inner):
+        height, width = known.crop
+        warnings.warn(
+            f"the model does not say which size of images it takes: photographs are cropped to {height} x {width}, as for "
+            "ImageNet; foveate.load knows, or give a tensor of the size that it takes",
+            stacklevel=2,
+        )
+    return known

@@ -20,13 +20,13 @@ from PIL import Image, features
 from foveate.data.images import to_image
 from foveate.errors import ImageError
 from foveate.explanation.answers import Explanation
-from foveate.film import Film
 from foveate.maps import upsample
 from foveate.overlay import HEAT, colours, heat, on_photograph, overlay
 from foveate.registry import METHODS, is_control, title_of
 from foveate.report import pictures, sheets
 from foveate.report.film import epochs_shown
 from foveate.report.page import filled
+from foveate.training.film import Film
 
 SIDE, LEAST_SIDE = 192, 128  # pixels of a picture in a notebook, and where there are many
 FEW, MOST = 30, 64  # pictures up to which they are of that size, and that are shown at all

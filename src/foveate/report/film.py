@@ -11,12 +11,12 @@ from PIL import Image
 
 from foveate.data.images import colours_of, to_image
 from foveate.errors import FoveateError
-from foveate.film import Film, Frame
 from foveate.maps import upsample
 from foveate.overlay import overlay
 from foveate.registry import METHODS
 from foveate.report import pictures
 from foveate.report.page import render
+from foveate.training.film import Film, Frame
 
 SHOWN = 8  # epochs of a film that fit beside each other
 SIDE = 112

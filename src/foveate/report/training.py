@@ -14,7 +14,7 @@ from foveate.registry import LOSSES, METHODS
 from foveate.report import pictures, tables
 from foveate.report.film import film_strip
 from foveate.report.page import render
-from foveate.trained import Trained, read
+from foveate.training.saved import Trained, read
 
 TITLES = {"train": "training", "val": "validation", "test": "test"}
 COLUMNS = ("AD", "AG", "AI", "mass_inside")

@@ -10,15 +10,15 @@ import numpy as np
 import torch
 
 from foveate.evaluation.intervals import LEVEL
-from foveate.film import Film
 from foveate.maps import upsample
 from foveate.overlay import overlay
 from foveate.report import pictures, tables
 from foveate.report.film import picture
 from foveate.report.page import render
 from foveate.report.training import TITLES, objective
-from foveate.trained import Trained
-from foveate.trainings import Trainings, better
+from foveate.training.compare import Trainings, better
+from foveate.training.film import Film
+from foveate.training.saved import Trained
 
 Cell = tuple[str, str, int]
 

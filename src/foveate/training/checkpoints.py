@@ -11,12 +11,12 @@ from typing import Any
 
 import torch
 
-from foveate import trained
-from foveate._lightning import ready
 from foveate.disk import files
 from foveate.errors import FoveateError, WriteError
-from foveate.recipe import Recipe
-from foveate.splits import processes
+from foveate.training import saved as trained
+from foveate.training.lightning import ready
+from foveate.training.loading import processes
+from foveate.training.recipe import Recipe
 
 ready()
 from lightning.pytorch.plugins.io import TorchCheckpointIO  # noqa: E402

@@ -9,15 +9,15 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from foveate import groups
 from foveate.batch import Batch
 from foveate.errors import FoveateError
 from foveate.evaluation.evaluate import batches, measure
-from foveate.models.load import Classifier
-from foveate.recipe import Recipe
+from foveate.models.classifier import Classifier
 from foveate.runtime.model import evaluating, read_logits
-from foveate.splits import Part
 from foveate.targets import Head, head_of
+from foveate.training import groups
+from foveate.training.recipe import Recipe
+from foveate.training.splits import Part
 
 COLUMNS = ("AD", "AG", "AI")
 OUTCOME = ("accuracy", "groups", "worst_group", "maps", "maps_error")  # what :func:`outcome` says

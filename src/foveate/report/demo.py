@@ -12,7 +12,7 @@ import torch
 import yaml
 from torch import Tensor
 
-from foveate import maps, train
+from foveate import maps
 from foveate.batch import Batch
 from foveate.data import scenes
 from foveate.disk.files import locked, replacing
@@ -20,11 +20,12 @@ from foveate.errors import FoveateError
 from foveate.evaluation.evaluate import evaluate
 from foveate.explanation.explain import Explanation, explain
 from foveate.overlay import overlay
-from foveate.recipe import Recipe, read_recipe
 from foveate.registry import METHODS
 from foveate.report import pictures, tables
 from foveate.report.page import Look, render
-from foveate.trained import is_trained, name_of
+from foveate.training import train
+from foveate.training.recipe import Recipe, read_recipe
+from foveate.training.saved import is_trained, name_of
 
 METHOD = "contrastive_cam"
 METHOD_NAMES = (METHOD, "grad_cam", "layer_cam", "fake_cam", "random", "centre")

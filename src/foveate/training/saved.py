@@ -19,8 +19,8 @@ from foveate._version import __version__
 from foveate.disk import files
 from foveate.disk.text import quoted, read_json, read_text, read_yaml
 from foveate.errors import FoveateError
-from foveate.film import Film
-from foveate.recipe import completed
+from foveate.training.film import Film
+from foveate.training.recipe import completed
 
 KIND, RECORD = "training", "run.json"
 FILES = ("model.safetensors", "recipe.yaml", "history.csv", RECORD)

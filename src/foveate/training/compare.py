@@ -14,8 +14,8 @@ from scipy import stats
 
 from foveate.errors import FoveateError
 from foveate.evaluation.intervals import correct
-from foveate.recipe import Recipe
-from foveate.trained import Trained, read
+from foveate.training.recipe import Recipe
+from foveate.training.saved import Trained, read
 
 if TYPE_CHECKING:
     import pandas as pd
