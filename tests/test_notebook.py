@@ -72,7 +72,7 @@ def test_each_thing_shows_itself(outputs: list[dict[str, Any]]) -> None:
     assert "image/png" in of(outputs, "why.overlay")
     assert "image/png" in of(outputs, "why.figure")
     assert of(outputs, "tempfile")["text/plain"] == "True"
-    table = of(outputs, "foveate.evaluation.evaluate")["text/html"]
+    table = of(outputs, "foveate.evaluate")["text/html"]
     assert re.findall(r'<th scope="row">([^<]+?)\s*<', table) == ["Grad-CAM", "HiResCAM", "Fake-CAM", "Centre"]
     assert "mass_inside ↑" in table
 

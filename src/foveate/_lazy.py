@@ -6,9 +6,10 @@ import importlib
 import pkgutil
 import sys
 from collections.abc import Callable, Iterable
+from typing import Any
 
 
-def submodules(package: str, path: Iterable[str], **handed_out: str) -> tuple[Callable[[str], object], Callable[[], list[str]]]:
+def submodules(package: str, path: Iterable[str], **handed_out: str) -> tuple[Callable[[str], Any], Callable[[], list[str]]]:
     """``__getattr__`` and ``__dir__`` of a package, which find its modules by their names.
 
     Args:
@@ -16,7 +17,7 @@ def submodules(package: str, path: Iterable[str], **handed_out: str) -> tuple[Ca
     """
     names = {module.name for module in pkgutil.iter_modules(path)}
 
-    def find(name: str) -> object:
+    def find(name: str) -> Any:
         if name in handed_out:
             return getattr(importlib.import_module(f"{package}.{handed_out[name]}"), name)
         if name in names:

@@ -1,4 +1,4 @@
-"""Images with labels, masks and boxes."""
+"""Images with labels, masks and boxes: from files, benchmarks and drawn scenes."""
 
 from foveate._lazy import submodules as _submodules
 

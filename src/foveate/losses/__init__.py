@@ -1,4 +1,4 @@
-"""Extension point: every file here is read on the first look-up in the registry."""
+"""Extension point: what is added to cross-entropy."""
 
 from foveate._lazy import submodules as _submodules
 

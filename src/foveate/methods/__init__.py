@@ -1,4 +1,4 @@
-"""Extension point: every file here is read on the first look-up in the registry."""
+"""Extension point: ways to make a map; every file here is read on the first look-up in the registry."""
 
 from foveate._lazy import submodules as _submodules
 

@@ -1,4 +1,4 @@
-"""Extension point: every file here is read on the first look-up in the registry."""
+"""Extension point: numbers that say something about a map or a model."""
 
 from foveate._lazy import submodules as _submodules
 

@@ -1,4 +1,4 @@
-"""Tables and pictures, and pages made of them."""
+"""Tables, pictures and pages, one file for each thing that is shown."""
 
 from foveate._lazy import submodules as _submodules
 
