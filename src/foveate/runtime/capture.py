@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 from functools import partial
 from typing import Any
@@ -282,12 +282,11 @@ class Capture(Gradients):
             stack.enter_context(eager(modules))
             if self._guide is not None:
                 stack.enter_context(self._guide.forward())
-            for feature in self._features.values():
-                if feature.module is not None:
-                    stack.enter_context(hooked(feature.module, feature.keep))
-            for module in modules:
-                if isinstance(module, nn.Linear):
-                    stack.enter_context(hooked(module, self._keep_linear))
+            hooks: list[tuple[nn.Module, Callable[..., Any]]] = [
+                (feature.module, feature.keep) for feature in self._features.values() if feature.module is not None
+            ]
+            hooks += [(module, self._keep_linear) for module in modules if isinstance(module, nn.Linear)]
+            stack.enter_context(hooked(self.model, hooks))
             output = self._run.laid_out(self._from_the_start, x)
         self.logits = at_least_float32(read_logits(output))
         self.passes.forward += len(x)

@@ -43,7 +43,7 @@ def tail_after(run: Runner, feature: Feature, x: Tensor, logits: Tensor) -> Tail
         def swap(module: Module, inputs: object, output: object) -> object:
             return L.with_first(output, native.clone()) if next(calls) == feature.number else output
 
-        with hooked(feature.module, swap), eager(modules_of(run.model)):
+        with hooked(run.model, [(feature.module, swap)]), eager(modules_of(run.model)):
             return read_logits(run.detached(x[rows]))
 
     raw, layout = feature.raw.detach(), feature.layout
