@@ -52,7 +52,6 @@ class Capture(Gradients):
         layers: the paths of the captured layers; ``layer`` is the first.
         passes: how many images went forward and backward so far.
         autocast: what the caller's autocast cast to when the run was made; None without one.
-        facts, remarks: what the method that ran last knows of its maps beyond them: ``{name: [B]}``; a sentence an image.
 
     Raises:
         FoveateError: wrong shape or type of images, a model in training mode (frozen), NaN logits, no logits.
@@ -79,7 +78,6 @@ class Capture(Gradients):
         self.model = unwrap(model)
         self.frozen = frozen
         self.passes = Passes()
-        self.facts, self.remarks = dict[str, Tensor](), list[str]()
         # Training on several processes goes through the wrapper, which averages their gradients.
         live = model if isinstance(model, nn.parallel.DistributedDataParallel) else self.model
         self._run = Runner(self.model, live, frozen, precision, chunk, self.passes)
