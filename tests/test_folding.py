@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import sys
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -165,3 +167,20 @@ def test_threads_take_turns_on_a_model(x: Tensor) -> None:
     after = model.state_dict(keep_vars=True)
     assert all(id(after[name]) == was and torch.equal(after[name], value) for name, (was, value) in before.items())
     assert "forward" not in model.norm.__dict__ and all(isinstance(p, nn.Parameter) for p in model.parameters())
+
+
+def test_hooks_of_a_thread_wait_for_the_others(x: Tensor) -> None:
+    """Every method that looks into a model, and the search for a layer: in turns, whoever asks."""
+    names = ["full_grad", "grad_cam", "gradient", "hires_cam"]
+    model = settled(Net())
+    alone = {name: explain(model, x, name, layer="auto").raw[name] for name in names}
+    before, models = sys.getswitchinterval(), [model, *(copy.deepcopy(model) for _ in range(7))]  # not known to any cache
+    sys.setswitchinterval(1e-5)
+    try:
+        with ThreadPoolExecutor(4) as pool:
+            calls = [(name, one) for _ in range(8) for one in models for name in names]
+            found = list(pool.map(lambda call: explain(call[1], x, call[0], layer="auto").raw[call[0]], calls))
+    finally:
+        sys.setswitchinterval(before)
+    for (name, _), raw in zip(calls, found, strict=True):
+        torch.testing.assert_close(raw, alone[name])

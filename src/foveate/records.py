@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -26,6 +26,21 @@ GROUPS = {
 def plain(name: str) -> str:
     """A name without case, hyphens, underscores and spaces, as names are compared."""
     return name.lower().replace("+", "p").replace("_", "").replace("-", "").replace(" ", "")
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a method may return instead of its map alone.
+
+    Attributes:
+        map: ``S [B,h,w]``.
+        facts: numbers of each image, such as the sparsity that was reached: ``{name: [B]}``.
+        remarks: the same for people, one sentence per image, or none.
+    """
+
+    map: torch.Tensor
+    facts: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    remarks: Sequence[str] = ()
 
 
 @dataclass(frozen=True)
@@ -68,14 +83,18 @@ class Method:
     around: Callable[[Method], Method] | None = None
     aliases: tuple[str, ...] = ()
 
-    def __call__(self, capture: Any, *args: Any, **settings: Any) -> Any:
-        """The raw map: ``(capture, layer, target, **own settings) -> S [B,h,w]``.
+    def __call__(self, capture: Any, *args: Any, **settings: Any) -> torch.Tensor:
+        """The raw map: ``(capture, layer, target, **own settings) -> S [B,h,w]``."""
+        return self.found(capture, *args, **settings).map
+
+    def found(self, capture: Any, *args: Any, **settings: Any) -> Found:
+        """The raw map, and what else the method knows of it.
 
         Also under the caller's inference mode, and in full precision under the caller's autocast, which the model keeps.
         """
-        capture.facts, capture.remarks = {}, []
         with torch.inference_mode(False), uncast(capture.x.device.type):
-            return self.function(capture, *args, **settings)
+            found = self.function(capture, *args, **settings)
+        return found if isinstance(found, Found) else Found(found)
 
 
 @dataclass(frozen=True)

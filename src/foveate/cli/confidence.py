@@ -17,23 +17,13 @@ from foveate.cli.evaluate import Data, measuring, open_data
 from foveate.cli.options import (
     DONE,
     FAILURES,
-    Classes,
+    Chosen,
     Debug,
-    Device,
     Encoding,
     Json,
-    Mean,
-    Model,
-    NumClasses,
     Out,
-    Output,
-    Pretrained,
-    Size,
-    Std,
-    TrustCode,
-    Weights,
+    choosing,
     err,
-    open_model,
     out_folder,
     print_notes,
     sentences,
@@ -42,11 +32,10 @@ from foveate.disk import files
 from foveate.errors import FoveateError, printable
 
 
+@choosing
 def confidence(
     data: Data,
-    model: Model,
-    weights: Weights = None,
-    pretrained: Pretrained = False,
+    chosen: Chosen,
     name: Annotated[str | None, typer.Option(help="What to call the network; from --model where it is not given.")] = None,
     eta: Annotated[float, typer.Option(min=0, max=0.999, help="Share of zeros of both maps.")] = 0.9,
     unit: Annotated[
@@ -56,14 +45,6 @@ def confidence(
     batch_size: Annotated[int, typer.Option(min=1)] = 4,
     out: Out = "confidence",
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a study of that name by another call.")] = False,
-    output: Output = None,
-    num_classes: NumClasses = None,
-    size: Size = None,
-    mean: Mean = None,
-    std: Std = None,
-    device: Device = "auto",
-    classes: Classes = None,
-    trust_code: TrustCode = False,
     encoding: Encoding = None,
     as_json: Json = False,
     debug: Debug = False,
@@ -77,19 +58,17 @@ def confidence(
 
         if unit not in ("network", "image"):
             raise FoveateError(f"--unit {unit!r} is unknown: use network or image")
-        called = name or Path(model.split(":")[-1]).name
+        called = name or Path(chosen.model.split(":")[-1]).name
         if not called.replace("-", "").replace("_", "").replace(".", "").isalnum():
             raise FoveateError(f"--name {called!r} becomes a file's name: use letters, digits, - and _")
-        classifier = open_model(
-            model, weights, pretrained, num_classes, size, mean, std, classes, device, encoding, trust_code, output
-        )
+        classifier = chosen.open(encoding)
         source = open_data(data, classifier, False, limit, encoding)
         if has_several(source):
             raise FoveateError(f"{data!r} gives an image several classes, or none: the study is of one class an image")
         folder = out_folder(out)
-        call = {"data": data, "eta": eta, "unit": unit, "model": model, "weights": weights, "mean": mean, "std": std}
-        call |= {"pretrained": pretrained, "size": size, "num_classes": num_classes}
-        call |= {} if output is None else {"output": output}
+        named = ("model", "weights", "mean", "std", "pretrained", "size", "num_classes")
+        call = {"data": data, "eta": eta, "unit": unit, **{one: getattr(chosen, one) for one in named}}
+        call |= {} if chosen.output is None else {"output": chosen.output}
         call["images"] = short("\n".join([*listing(source)[1], *contents(source, range(len(source)))]))
         call["digest"] = weights_of(classifier)
         stack.enter_context(files.locked(folder))

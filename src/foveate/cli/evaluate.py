@@ -19,29 +19,19 @@ from foveate.cli.options import (
     FAILURES,
     METHOD,
     RESULTS,
-    Classes,
+    Chosen,
     Debug,
-    Device,
     Encoding,
     HeadKind,
     Json,
     Layer,
-    Mean,
-    Model,
-    NumClasses,
     Out,
-    Output,
     Overwrite,
     PrecisionOption,
-    Pretrained,
     Setting,
-    Size,
-    Std,
-    TrustCode,
-    Weights,
+    choosing,
     err,
     listed,
-    open_model,
     out_folder,
     own_settings,
     print_note,
@@ -63,11 +53,10 @@ Data = Annotated[
 ]
 
 
+@choosing
 def evaluate(
     data: Data,
-    model: Model,
-    weights: Weights = None,
-    pretrained: Pretrained = False,
+    chosen: Chosen,
     methods: Annotated[
         str,
         typer.Option(
@@ -134,14 +123,6 @@ def evaluate(
     ] = False,
     out: Out = "evaluated",
     head: HeadKind = None,
-    output: Output = None,
-    num_classes: NumClasses = None,
-    size: Size = None,
-    mean: Mean = None,
-    std: Std = None,
-    device: Device = "auto",
-    classes: Classes = None,
-    trust_code: TrustCode = False,
     encoding: Encoding = None,
     as_json: Json = False,
     debug: Debug = False,
@@ -179,9 +160,7 @@ def evaluate(
             maps=elsewhere(named_maps(maps), maps_of),  # type: ignore[arg-type]
         )
         statistics.baseline_of([record.name for record in plan.records], baseline)
-        classifier = open_model(
-            model, weights, pretrained, num_classes, size, mean, std, classes, device, encoding, trust_code, output
-        )
+        classifier = chosen.open(encoding)
         unclipped = plan.protocol.metrics.get("localization", {}).get("clip", True) is False
         source = open_data(data, classifier, unclipped, limit, encoding)
         if has_several(source) and head != "multilabel":
@@ -194,14 +173,14 @@ def evaluate(
         workers.share(classifier)
         call: dict[str, Any] = {
             "data": printable(data),
-            "model": printable(model),
+            "model": printable(chosen.model),
             "layer": layer,
             "methods": ",".join(map(str, asked)),
             "metrics": metrics,
             "precision": precision,
         }
-        call |= {"limit": limit, "batch_size": batch_size, "head": head, "size": size}
-        call |= {} if output is None else {"output": output}
+        call |= {"limit": limit, "batch_size": batch_size, "head": head, "size": chosen.size}
+        call |= {} if chosen.output is None else {"output": chosen.output}
         images = runs.Images.of(source, batch_size)
         for theirs in plan.maps:
             theirs.bind(source, images.names)

@@ -23,29 +23,19 @@ from foveate.cli.options import (
     FAILURES,
     METHOD,
     RESULTS,
-    Classes,
+    Chosen,
     Debug,
-    Device,
     Encoding,
     HeadKind,
     Json,
     Layer,
-    Mean,
-    Model,
-    NumClasses,
     Out,
-    Output,
     PrecisionOption,
-    Pretrained,
     Setting,
-    Size,
-    Std,
-    TrustCode,
-    Weights,
+    choosing,
     class_index,
     err,
     listed,
-    open_model,
     out_folder,
     own_settings,
     print_note,
@@ -67,11 +57,10 @@ PAGE = "index.html"
 MOST_REASONS = 5  # of images that cannot be read, in one sentence
 
 
+@choosing
 def explain(
     images: Annotated[list[str], typer.Argument(help="Image files, or folders of them.", metavar="IMAGE")],
-    model: Model,
-    weights: Weights = None,
-    pretrained: Pretrained = False,
+    chosen: Chosen,
     method: Annotated[
         list[str] | None,
         typer.Option(
@@ -84,7 +73,8 @@ def explain(
     ] = None,
     layer: Layer = "auto",
     fuse: Annotated[
-        str, typer.Option(help="How maps of several layers become one: mean, max, product, tanh_max.", rich_help_panel=METHOD)
+        str,
+        typer.Option(help="How maps of several layers become one: mean, max, product, tanh_max.", rich_help_panel=METHOD),
     ] = "mean",
     target: Annotated[
         str,
@@ -112,14 +102,6 @@ def explain(
     precision: PrecisionOption = "fp32",
     out: Out = "explained",
     head: HeadKind = None,
-    output: Output = None,
-    num_classes: NumClasses = None,
-    size: Size = None,
-    mean: Mean = None,
-    std: Std = None,
-    device: Device = "auto",
-    classes: Classes = None,
-    trust_code: TrustCode = False,
     encoding: Encoding = None,
     pictures: Annotated[
         str,
@@ -184,9 +166,7 @@ def explain(
         ungrouped(names)  # an unknown name stops here, before the model is built
         if not names:
             raise FoveateError(f"--method {given!r} names none: see 'foveate list methods'")
-        classifier = open_model(
-            model, weights, pretrained, num_classes, size, mean, std, classes, device, encoding, trust_code, output
-        )
+        classifier = chosen.open(encoding)
         question = Question(
             methods=names,
             layer=several(layer),
@@ -223,7 +203,10 @@ def explain(
             stopped = error
         studio.finish()
         if studio.page is not None and document:
-            facts = {"layer": document[0]["layer"] or "", "weights": weights or ("pretrained" if pretrained else "")}
+            facts = {
+                "layer": document[0]["layer"] or "",
+                "weights": chosen.weights or ("pretrained" if chosen.pretrained else ""),
+            }
             studio.page.write(folder / PAGE, classifier.name, {name: text for name, text in facts.items() if text})
         if stopped is None and len(named.failures) == len(named):
             reasons = [reason for _, reason in named.failures]

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import codecs
+import functools
+import inspect
 import math
 import re
 import sys
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar, get_type_hints
 
 import typer
 from rich.console import Console
@@ -32,44 +35,9 @@ NET = True  # what nobody thought of ends in a sentence too; tests take it away,
 # Groups of options in --help.
 MODEL, METHOD, DATA, RESULTS = "Model", "Methods and metrics", "Images", "What is written"
 
-Model = Annotated[
-    str,
-    typer.Option(
-        "--model",
-        "-m",
-        help="timm:NAME, torchvision:NAME, foveate:small_cnn or file.py:factory.",
-        rich_help_panel=MODEL,
-        autocompletion=completion.models,
-    ),
-]
-Weights = Annotated[
-    str | None, typer.Option(help="State dict: .safetensors, .pt or .pth. Code in it is never run.", rich_help_panel=MODEL)
-]
-Pretrained = Annotated[bool, typer.Option("--pretrained", help="Download the library's own weights.", rich_help_panel=MODEL)]
-NumClasses = Annotated[
-    int | None, typer.Option(help="Outputs of the head, where it is not the library's own.", rich_help_panel=MODEL)
-]
-Size = Annotated[int | None, typer.Option(help="Input size, where it is not the model's own.", rich_help_panel=MODEL)]
-Mean = Annotated[
-    str | None, typer.Option(help="Normalisation, one number, or one a channel: 0.485,0.456,0.406.", rich_help_panel=MODEL)
-]
-Std = Annotated[str | None, typer.Option(help="Likewise: 0.229,0.224,0.225.", rich_help_panel=MODEL)]
-Classes = Annotated[
-    str | None,
-    typer.Option(help="File with one class name a line, in the order of the model's outputs.", rich_help_panel=MODEL),
-]
 HeadKind = Annotated[
     str | None,
     typer.Option("--head", help="softmax, binary (one logit) or multilabel; by the number of outputs.", rich_help_panel=MODEL),
-]
-Output = Annotated[
-    str | None,
-    typer.Option(
-        help="Of a model with several outputs, the one that is explained: a name, an index, heads.breed.", rich_help_panel=MODEL
-    ),
-]
-Device = Annotated[
-    str, typer.Option(help="auto, cpu, cuda, cuda:1, mps: auto is a GPU where there is one.", rich_help_panel=MODEL)
 ]
 Layer = Annotated[
     str,
@@ -92,7 +60,9 @@ Json = Annotated[
 TrustCode = Annotated[
     bool,
     typer.Option(
-        "--trust-code", help="Run the Python file that a recipe, or a run's folder, names as its model.", rich_help_panel=MODEL
+        "--trust-code",
+        help="Run the Python file that a recipe, or a run's folder, names as its model.",
+        rich_help_panel=MODEL,
     ),
 ]
 Encoding = Annotated[
@@ -180,50 +150,111 @@ def refuse_empty(option: str, text: str | None) -> None:
         raise FoveateError(f"{option} {text!r} names nothing: leave it out, or say which")
 
 
-def open_model(
-    model: str,
-    weights: str | None,
-    pretrained: bool,
-    num_classes: int | None,
-    size: int | None,
-    mean: str | None,
-    std: str | None,
-    classes: str | None,
-    device: str,
-    encoding: str | None = None,
-    trust_code: bool = False,
-    output: str | None = None,
-) -> Classifier:
-    from foveate.models.load import load
+@dataclass(frozen=True)
+class Chosen:
+    """The model that a command is about: :func:`choosing` makes each field an option of it."""
 
-    for option, text in (
-        ("--model", model),
-        ("--weights", weights),
-        ("--classes", classes),
-        ("--device", device),
-        ("--output", output),
-    ):
-        refuse_empty(option, text)
-    names = None
-    if classes is not None:
-        try:
-            names = read_lines(classes, encoding)
-        except FoveateError as error:
-            raise FoveateError(f"class file {classes!r} cannot be read: {error}") from None
-    loaded = load(
-        model,
-        weights=weights,
-        pretrained=pretrained,
-        num_classes=num_classes,
-        size=size,
-        mean=_numbers("mean", mean),
-        std=_numbers("std", std),
-        class_names=names,
-        output=output,
-        trust_code=trust_code,
-    )
-    _first.extend(note for note in loaded.notes if "random" in note)
-    return _moved(loaded, device)
+    model: Annotated[
+        str,
+        typer.Option(
+            "--model",
+            "-m",
+            help="timm:NAME, torchvision:NAME, foveate:small_cnn or file.py:factory.",
+            rich_help_panel=MODEL,
+            autocompletion=completion.models,
+        ),
+    ]
+    weights: Annotated[
+        str | None, typer.Option(help="State dict: .safetensors, .pt or .pth. Code in it is never run.", rich_help_panel=MODEL)
+    ] = None
+    pretrained: Annotated[
+        bool, typer.Option("--pretrained", help="Download the library's own weights.", rich_help_panel=MODEL)
+    ] = False
+    output: Annotated[
+        str | None,
+        typer.Option(
+            help="Of a model with several outputs, the one that is explained: a name, an index, heads.breed.",
+            rich_help_panel=MODEL,
+        ),
+    ] = None
+    num_classes: Annotated[
+        int | None, typer.Option(help="Outputs of the head, where it is not the library's own.", rich_help_panel=MODEL)
+    ] = None
+    size: Annotated[int | None, typer.Option(help="Input size, where it is not the model's own.", rich_help_panel=MODEL)] = None
+    mean: Annotated[
+        str | None, typer.Option(help="Normalisation, one number, or one a channel: 0.485,0.456,0.406.", rich_help_panel=MODEL)
+    ] = None
+    std: Annotated[str | None, typer.Option(help="Likewise: 0.229,0.224,0.225.", rich_help_panel=MODEL)] = None
+    device: Annotated[
+        str, typer.Option(help="auto, cpu, cuda, cuda:1, mps: auto is a GPU where there is one.", rich_help_panel=MODEL)
+    ] = "auto"
+    classes: Annotated[
+        str | None,
+        typer.Option(help="File with one class name a line, in the order of the model's outputs.", rich_help_panel=MODEL),
+    ] = None
+    trust_code: TrustCode = False
+
+    def open(self, encoding: str | None = None) -> Classifier:
+        """Load it; ``encoding`` is of its file of class names.
+
+        Raises:
+            FoveateError: as :func:`foveate.load`, or an option that names nothing.
+        """
+        from foveate.models.load import load
+
+        for option, text in (
+            ("--model", self.model),
+            ("--weights", self.weights),
+            ("--classes", self.classes),
+            ("--device", self.device),
+            ("--output", self.output),
+        ):
+            refuse_empty(option, text)
+        names = None
+        if self.classes is not None:
+            try:
+                names = read_lines(self.classes, encoding)
+            except FoveateError as error:
+                raise FoveateError(f"class file {self.classes!r} cannot be read: {error}") from None
+        loaded = load(
+            self.model,
+            weights=self.weights,
+            pretrained=self.pretrained,
+            num_classes=self.num_classes,
+            size=self.size,
+            mean=_numbers("mean", self.mean),
+            std=_numbers("std", self.std),
+            class_names=names,
+            output=self.output,
+            trust_code=self.trust_code,
+        )
+        _first.extend(note for note in loaded.notes if "random" in note)
+        return _moved(loaded, self.device)
+
+
+def choosing(command: Callable[..., None]) -> Callable[..., None]:
+    """The command with an option for each field of :class:`Chosen`, in place of its parameter of that kind."""
+    hints, options = get_type_hints(command, include_extras=True), get_type_hints(Chosen, include_extras=True)
+    parameters: list[inspect.Parameter] = []
+    for given in inspect.signature(command).parameters.values():
+        if hints[given.name] is not Chosen:
+            parameters.append(given.replace(annotation=hints[given.name], kind=inspect.Parameter.KEYWORD_ONLY))
+            continue
+        place = given.name
+        for one in fields(Chosen):
+            default = inspect.Parameter.empty if one.default is MISSING else one.default
+            parameters.append(
+                inspect.Parameter(one.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=options[one.name])
+            )
+
+    @functools.wraps(command)
+    def expanded(**given: Any) -> None:
+        chosen = Chosen(**{one.name: given.pop(one.name) for one in fields(Chosen)})
+        command(**given, **{place: chosen})
+
+    expanded.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    expanded.__annotations__ = {one.name: one.annotation for one in parameters}
+    return expanded
 
 
 def _moved(classifier: Classifier, device: str) -> Classifier:

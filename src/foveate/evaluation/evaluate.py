@@ -28,6 +28,7 @@ from foveate.explanation.explain import Model, chosen_methods
 from foveate.methods.cam import contrast_of
 from foveate.models.inputs import data_of
 from foveate.precision import Precision
+from foveate.records import Found
 from foveate.registry import METHODS, METRICS, Explained, Method, Metric, Spent
 from foveate.runtime import memory
 from foveate.runtime.capture import Capture
@@ -392,29 +393,30 @@ class Plan:
 
     def _map(
         self, model: nn.Module, capture: Capture, batch: Batch, record: Method, target: Any, costed: bool, theirs: Any
-    ) -> tuple[Tensor, Spent | None, dict[str, Tensor]]:
+    ) -> tuple[Tensor, Spent | None, Mapping[str, Tensor]]:
         own = self.own.get(record.name, {})
         if theirs is not None:
             return together(theirs, capture.images), None, {}
         if not costed:
-            return record(capture, None, target, **own).detach(), None, capture.facts
+            found = record.found(capture, None, target, **own)
+            return found.map.detach(), None, found.facts
 
-        def run() -> tuple[Capture, Tensor, float]:
+        def run() -> tuple[Capture, Found, float]:
             start = time.perf_counter()
             fresh = Capture(model, batch.x, list(capture.layers) or None, head=self.head, precision=self.precision)
-            raw = record(fresh, None, fresh.target(self.protocol.target, labels=batch.y), **own).detach()
-            if raw.is_cuda:
-                torch.cuda.synchronize(raw.device)
-            return fresh, raw, time.perf_counter() - start
+            found = record.found(fresh, None, fresh.target(self.protocol.target, labels=batch.y), **own)
+            if found.map.is_cuda:
+                torch.cuda.synchronize(found.map.device)
+            return fresh, found, time.perf_counter() - start
 
         # Where memory is measured the process has first given back what it kept, and a short run is slower by that.
         unhindered = None if record.repeats else run()[2]
         with memory.peak(capture.x.device) as megabytes:
-            fresh, raw, seconds = run()
+            fresh, found, seconds = run()
         seconds = seconds if unhindered is None else unhindered
         done, count = fresh.passes, len(batch)
         spent = (seconds / count, done.forward / count, done.backward / count, done.tail / count)
-        return raw, Spent(*spent, megabytes()), fresh.facts
+        return found.map.detach(), Spent(*spent, megabytes()), found.facts
 
     def _prepared(self, raw: Tensor, size: tuple[int, int]) -> Tensor:
         if self.protocol.scaling == "first":

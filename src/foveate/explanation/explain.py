@@ -258,8 +258,9 @@ def _run(record: Method, explanation: Explanation, settings: Mapping[str, Any], 
             settings = {"layers": capture.layers, **settings}
     start = time.perf_counter()
     layer = capture.layer if capture.layers else None
-    raw = run(capture, layer, target, **settings).detach()
-    explanation.facts[record.name], explanation.remarks[record.name] = capture.facts, capture.remarks
+    found = run.found(capture, layer, target, **settings)
+    raw = found.map.detach()
+    explanation.facts[record.name], explanation.remarks[record.name] = dict(found.facts), list(found.remarks)
     maps.check(raw)
     if raw.is_cuda:
         torch.cuda.synchronize()

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from dataclasses import fields
 
-from torch import Tensor
-
 from foveate.methods.gradient import Colour, over_colour
 from foveate.methods.second_order.solve import (
     MARGIN,
@@ -17,6 +15,7 @@ from foveate.methods.second_order.solve import (
     first_order,
     second_order,
 )
+from foveate.records import Found
 from foveate.registry import method
 from foveate.runtime.capture import Capture
 from foveate.targets import Target
@@ -42,7 +41,7 @@ def cafo(
     noise_seed: int = 0,
     unit: Unit = "image",
     colour: Colour = "sum_abs",
-) -> Tensor:
+) -> Found:
     """``S = sum_c |D_c|``, ``[B,H,W]``, ``D = argmax g^T D - lambda_1 |D|_1 - lambda_2 |D|_2^2``; see :func:`first_order`.
 
     Args:
@@ -59,7 +58,7 @@ def cafo(
         noise_seed=noise_seed,
         unit=unit,
     )
-    return _shown(capture, found, colour)
+    return _shown(found, colour)
 
 
 @method(
@@ -87,7 +86,7 @@ def caso(
     noise_seed: int = 0,
     unit: Unit = "image",
     colour: Colour = "sum_abs",
-) -> Tensor:
+) -> Found:
     """``S = sum_c |D_c|``, ``[B,H,W]``, ``D = argmax g^T D + D^T H D / 2 - lambda_1 |D|_1 - lambda_2 |D|_2^2``.
 
     See :func:`second_order` for the settings, and for a solution with everything that is known of it.
@@ -110,13 +109,12 @@ def caso(
         noise_seed=noise_seed,
         unit=unit,
     )
-    return _shown(capture, found, colour)
+    return _shown(found, colour)
 
 
-def _shown(capture: Capture, found: Solution, colour: Colour) -> Tensor:
-    capture.facts = {f.name: getattr(found, f.name) for f in fields(Solution) if f.name not in ("delta", "first_order")}
-    capture.remarks = [_remark(found, i) for i in range(len(found.eta))]
-    return over_colour(found.delta, colour)
+def _shown(found: Solution, colour: Colour) -> Found:
+    facts = {f.name: getattr(found, f.name) for f in fields(Solution) if f.name not in ("delta", "first_order")}
+    return Found(over_colour(found.delta, colour), facts, [_remark(found, i) for i in range(len(found.eta))])
 
 
 def _remark(found: Solution, i: int) -> str:

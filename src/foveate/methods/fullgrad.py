@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -137,12 +136,12 @@ def full_gradients(capture: Capture, target: Target, rows: Tensor | None = None)
         return hook
 
     x = capture.images[rows].clone()
-    with ExitStack() as stack, torch.inference_mode(False), torch.enable_grad():
-        for module in capture.model.modules():
-            if (bias := _bias_of(module)) is not None:
-                stack.enter_context(hooked(module, keep(bias)))
+    found = ((module, _bias_of(module)) for module in capture.model.modules())
+    hooks = [(module, keep(bias)) for module, bias in found if bias is not None]
+    with torch.inference_mode(False), torch.enable_grad():
         x.requires_grad_(True)
-        logits = capture.differentiable(x)
+        with hooked(capture.model, hooks):
+            logits = capture.differentiable(x)
         score = target.rows(rows)(logits)
         gradients = torch.autograd.grad(score.sum(), [x, *(output for _, output in outputs)], allow_unused=True)
     capture.passes.backward += len(x)

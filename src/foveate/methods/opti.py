@@ -11,6 +11,7 @@ from torch import Tensor
 
 from foveate import maps
 from foveate.errors import FoveateError
+from foveate.records import Found
 from foveate.registry import method
 from foveate.runtime.capture import Capture
 from foveate.targets import Target
@@ -52,7 +53,7 @@ def opti_cam(
     patience: int | None = None,
     layers: Sequence[str] | None = None,
     alone: bool = False,
-) -> Tensor:
+) -> Found:
     """``S = sum_k softmax(u*)_k A_k`` with ``u* = argmax_u score(x * n(up(S(u))))``, ``[B,h,w]``; see :func:`optimise`.
 
     Tables and pictures scale every map to its range. With another normaliser the mask that was optimised is
@@ -70,9 +71,8 @@ def opti_cam(
         layers=layers,
         alone=alone,
     )
-    if len(capture.x) > 1 and capture.x.dtype != torch.float64 and not alone:
-        capture.remarks = [TOGETHER] * len(capture.x)
-    return found.saliency
+    together = len(capture.x) > 1 and capture.x.dtype != torch.float64 and not alone
+    return Found(found.saliency, remarks=[TOGETHER] * len(capture.x) if together else [])
 
 
 def optimise(

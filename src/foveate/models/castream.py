@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import difflib
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -129,9 +128,7 @@ class CAStream(nn.Module):
             return hook
 
         modules = dict(self.backbone.named_modules())
-        with ExitStack() as stack:
-            for name in self.names:
-                stack.enter_context(hooked(modules[name], keep(name)))
+        with hooked(self.backbone, [(modules[name], keep(name)) for name in self.names]):
             logits = read_logits(self.backbone(x))
         return [found[name] for name in self.names], logits
 

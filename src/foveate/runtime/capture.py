@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import ExitStack, nullcontext
+from contextlib import ExitStack
 from functools import partial
 from typing import Any
 
@@ -11,19 +11,20 @@ import torch
 from torch import Tensor, nn
 
 from foveate import targets as T
-from foveate.errors import FoveateError, LayerError
+from foveate.errors import FoveateError
 from foveate.precision import Precision
 from foveate.runtime import guided as G
 from foveate.runtime import layers as L
 from foveate.runtime.chunks import in_chunks
 from foveate.runtime.feature import Feature, Passes
-from foveate.runtime.linear_head import LinearHead, at_least_float32, recognise_any
+from foveate.runtime.gradients import Gradients
+from foveate.runtime.linear_head import at_least_float32
 from foveate.runtime.model import check_eval, check_images, check_logits, eager, hooked, modules_of, read_logits, unwrap
-from foveate.runtime.runner import Pass, Runner
-from foveate.runtime.tail import tail_behind
+from foveate.runtime.runner import Runner
+from foveate.runtime.tail import Tail, tail_after
 
 
-class Capture:
+class Capture(Gradients):
     """One run of a classifier on a batch, from which every method and metric takes what it needs.
 
     Nothing stays on the model: hooks live inside the forward pass only, and parameters, buffers, modes and ``.grad``
@@ -51,7 +52,6 @@ class Capture:
         layers: the paths of the captured layers; ``layer`` is the first.
         passes: how many images went forward and backward so far.
         autocast: what the caller's autocast cast to when the run was made; None without one.
-        facts, remarks: what the method that ran last knows of its maps beyond them: ``{name: [B]}``; a sentence an image.
 
     Raises:
         FoveateError: wrong shape or type of images, a model in training mode (frozen), NaN logits, no logits.
@@ -74,10 +74,10 @@ class Capture:
         from_image: bool = False,
         any_range: bool = False,
     ) -> None:
+        super().__init__()
         self.model = unwrap(model)
         self.frozen = frozen
         self.passes = Passes()
-        self.facts, self.remarks = dict[str, Tensor](), list[str]()
         # Training on several processes goes through the wrapper, which averages their gradients.
         live = model if isinstance(model, nn.parallel.DistributedDataParallel) else self.model
         self._run = Runner(self.model, live, frozen, precision, chunk, self.passes)
@@ -88,13 +88,9 @@ class Capture:
         self.guided, self._guide = guided, G.Guide(twice=not frozen) if guided else None
         self.from_image = from_image
         self._leaf: Tensor | None = None
-        self._by_image: dict[int, Tensor] = {}
-        self._heads: dict[str, LinearHead | None] = {}
-        self._tails: dict[str, Callable[[Tensor, Tensor], Tensor]] = {}
-        self._uncut: set[str] = set()
+        self._tails: dict[str, Tail] = {}
         self._linears: list[tuple[Tensor, Tensor | None, Tensor]] = []
         self._base: Tensor | None = None
-        self._kept: list[T.Target] = []
         check_images(x, self.model if frozen and not any_range else None)
         modules = modules_of(self.model)
         if frozen:
@@ -120,21 +116,9 @@ class Capture:
         return tuple(self._features)
 
     @property
-    def layer(self) -> str:
-        """The first captured layer, the default of every method."""
-        for name in self._features:
-            return name
-        raise LayerError("this run looked at no layer, and what was asked for needs one: name one, or 'auto'")
-
-    @property
     def size(self) -> tuple[int, int]:
         """Height and width of the images."""
         return self.x.shape[-2], self.x.shape[-1]
-
-    @property
-    def images(self) -> Tensor:
-        """The batch for methods that change it: float32 or better, also of a model in half precision, without a graph."""
-        return at_least_float32(self.x.detach())
 
     @property
     def classes(self) -> int:
@@ -154,11 +138,6 @@ class Capture:
     def layout(self, layer: str | None = None) -> L.Layout:
         """How a captured layer's output lies in memory."""
         return self._feature(layer).layout
-
-    def activations(self, layer: str | None = None) -> Tensor:
-        """Features of a layer as a grid, ``A [B,K,h,w]``, float32 or better; a node of the graph."""
-        feature = self._feature(layer)
-        return feature.grid(feature.raw)
 
     def target(
         self, target: object = None, *, score: str = "logit", against: object = None, labels: T.Labels | None = None
@@ -180,173 +159,6 @@ class Capture:
         if self._base is None:
             self._base = self.score(self.images)
         return T.log_probability(self._base, y, self.head)
-
-    # -- gradients -------------------------------------------------------------------------------------------------
-
-    def grad(self, layer: str | None, target: T.Target) -> Tensor:
-        """Gradient of the score by the features, ``G [B,K,h,w]``: one backward pass for all layers, kept per target.
-
-        Images do not depend on each other in evaluation mode, so the scores are summed and differentiated once.
-        Where the head is linear in the layer, ``G = (d score / d logits) W`` needs no backward pass at all.
-
-        Raises:
-            LayerError: the score does not depend on the grid of this layer.
-        """
-        feature = self._feature(layer)
-        if id(target) not in feature.gradients:
-            self._kept.append(target)  # keeps the identity that the results are stored under
-            self._differentiate(target)
-        return feature.gradients[id(target)]
-
-    def _differentiate(self, target: T.Target) -> None:
-        by_logits = self._by_logits(target)  # [B,C]
-        autograd = []
-        for feature in self._features.values():
-            head = self.linear_head(feature.name) if self._closed_form else None
-            if head is None:
-                autograd.append(feature)
-            else:
-                gradient = head.gradient(by_logits)
-                feature.gradients[id(target)] = gradient.expand_as(self.activations(feature.name))
-        if not autograd:
-            return
-        raws = [feature.raw for feature in autograd]
-        self._check_graph(autograd[0])
-        inner = nullcontext() if self._guide is None else self._guide.backward(guided=False)
-        with torch.inference_mode(False), torch.enable_grad(), inner:
-            results = torch.autograd.grad(
-                self.logits,
-                raws,
-                by_logits,
-                retain_graph=True,
-                create_graph=not self.frozen,
-                allow_unused=True,
-            )
-        self.passes.backward += len(self.x)
-        for feature, gradient in zip(autograd, results, strict=True):
-            feature.gradients[id(target)] = self._grid(feature, gradient)
-
-    def _check_graph(self, feature: Feature) -> None:
-        if not self.logits.requires_grad:
-            raise LayerError(f"the logits do not depend on layer {feature.name!r}: {self._advice(feature.name)}")
-
-    def _grid(self, feature: Feature, gradient: Tensor | None) -> Tensor:
-        """A gradient at a layer as a grid; an error where the layer cannot explain anything."""
-        if gradient is None:
-            raise LayerError(f"the score does not depend on layer {feature.name!r}: {self._advice(feature.name)}")
-        grid = feature.grid(gradient)
-        if feature.layout.prefix and gradient.any() and not grid.any():
-            raise LayerError(
-                f"the gradient at layer {feature.name!r} is exactly 0 on every patch, because the class token has already "
-                f"gathered what it reads: {self._advice(feature.name)}"
-            )
-        return grid
-
-    def guided_gradient(self, layer: str | None, target: T.Target) -> Tensor:
-        """The same by guided backpropagation through the same run, ``[B,K,h,w]``, no graph; needs ``guided=True``."""
-        feature = self._feature(layer)
-        if self._guide is None:
-            raise FoveateError("this run was not made for guided gradients: Capture(..., guided=True)")
-        with torch.inference_mode(False), torch.enable_grad(), self._guide.backward():
-            seed = self._by_logits(target).detach()
-            (gradient,) = torch.autograd.grad(self.logits, feature.raw, seed, retain_graph=True, allow_unused=True)
-        self.passes.backward += len(self.x)
-        return self._grid(feature, gradient)
-
-    def image_gradient(self, target: T.Target, images: Tensor | None = None, rows: Tensor | None = None) -> Tensor:
-        """Gradient of the score by the image itself, ``[N,C,H,W]``: of this batch, kept per target, or of changed images.
-
-        Changed images run in chunks, each forward and backward, so that no more than one graph is in memory; nothing is
-        kept of them. Of a live capture the gradient is a differentiable function of the parameters.
-
-        Args:
-            images: ``[N,C,H,W]``; this batch where it is None.
-            rows: the image of the batch that each was made from, ``[N]``; their order where it is None.
-        """
-        if images is None:
-            if id(target) not in self._by_image:
-                self._kept.append(target)
-                own = self._to_image(target) if self.from_image else self.image_gradient(target, self.images)
-                self._by_image[id(target)] = own
-            return self._by_image[id(target)]
-        if rows is None:
-            rows = torch.arange(len(images), device=images.device)
-        step = self.chunk_size("backward")
-        return torch.cat(list(in_chunks(lambda part, row: self._run.gradient(part, target.rows(row)), step, images, rows)))
-
-    def guided_image_gradient(self, target: T.Target) -> Tensor:
-        """The same of this batch by guided backpropagation, ``[B,C,H,W]``, from the same run where it was made for it."""
-        if self.guided and self.from_image:
-            return self._to_image(target, guided=True)
-        with G.guided():
-            return self.image_gradient(target, self.images)
-
-    def _to_image(self, target: T.Target, guided: bool = False) -> Tensor:
-        assert self._leaf is not None  # the run began there
-        way = nullcontext() if self._guide is None else self._guide.backward(guided)
-        with torch.inference_mode(False), torch.enable_grad(), way:
-            seed, live = self._by_logits(target), not self.frozen
-            self._run.check_graph(self.logits, self._leaf)
-            (gradient,) = torch.autograd.grad(self.logits, self._leaf, seed, retain_graph=True, create_graph=live)
-        self.passes.backward += len(self.x)
-        return at_least_float32(gradient)
-
-    def _by_logits(self, target: T.Target) -> Tensor:
-        """Gradient of the score by the logits, ``[B,C]``: what any score adds to the gradients of the logits."""
-        with torch.inference_mode(False), torch.enable_grad():
-            logits = self.logits if not self.frozen else self.logits.detach().requires_grad_(True)
-            score = target(logits)
-            if not score.requires_grad:
-                raise FoveateError(f"the target {target.name!r} is not a differentiable function of the logits")
-            (gradient,) = torch.autograd.grad(score.sum(), logits, create_graph=not self.frozen)
-        return gradient
-
-    def _call_of(self, feature: Feature, known: bool) -> L.Run | None:
-        """Which call of a layer saw the images; of other images of a run before it is asked only where there are several."""
-        if feature.module is None or (known and len(feature.calls) == 1):
-            return L.Run(-1, True)
-        return L.run_of(self.model, self.x, self._run.detached, feature.name, feature.module)
-
-    def _advice(self, tried: str) -> str:
-        return L.advice(self.model, self.x, self._run.detached, tried)
-
-    # -- linear heads ----------------------------------------------------------------------------------------------
-
-    def linear_head(self, layer: str | None = None) -> LinearHead | None:
-        """The head behind a layer where it is average pooling or flattening and one linear layer; None elsewhere.
-
-        It is recognised by what it computes: the input of the last linear layer is compared with the pooled and with
-        the flattened features of this run, and its output with the logits.
-        """
-        name = self._feature(layer).name
-        if name not in self._heads:
-            raw = self._feature(name).raw
-            self._heads[name] = recognise_any(self.activations(name), raw, self._linears, self.logits)
-        return self._heads[name]
-
-    def class_maps(self, layer: str | None = None, classes: Sequence[int] | None = None) -> Tensor:
-        """HiResCAM of every class, ``M [B,C,h,w]``: ``M_c = sum_k (d y_c / d A_k) * A_k``; differentiable when live.
-
-        Closed form for linear heads; elsewhere one backward pass a class, behind the layer only.
-
-        Args:
-            classes: only these, in this order.
-        """
-        activations = self.activations(layer)
-        head = self.linear_head(layer) if self._closed_form else None
-        columns = list(range(self.logits.shape[1])) if classes is None else list(classes)
-        if head is not None:
-            return (head if classes is None else head.of(columns)).maps(activations)
-        feature = self._feature(layer)
-        self._check_graph(feature)
-        options: dict[str, Any] = {"retain_graph": True, "create_graph": not self.frozen, "allow_unused": True}
-        maps = []
-        for column in columns:
-            with torch.inference_mode(False), torch.enable_grad():
-                (gradient,) = torch.autograd.grad(self.logits[:, column].sum(), feature.raw, **options)
-            self.passes.backward += len(self.x)
-            maps.append((self._grid(feature, gradient) * activations).sum(1))
-        return torch.stack(maps, 1)
 
     # -- running it again ------------------------------------------------------------------------------------------
 
@@ -401,20 +213,14 @@ class Capture:
     def tail_size(self, layer: str | None = None) -> int:
         """How many changed features of a layer run at once in :meth:`tail`; fewer where the whole model has to run."""
         feature = self._feature(layer)
-        self._make_tail(feature)
-        if feature.name in self._uncut:
+        if not self._tail_of(feature).cut:
             return self.chunk_size()
         return self._run.tail_size(self.activations(feature.name), self.size)
 
-    def _make_tail(self, feature: Feature) -> None:
+    def _tail_of(self, feature: Feature) -> Tail:
         if feature.name not in self._tails:
-            self._tails[feature.name], cut = tail_behind(self._run, feature, self.x.detach(), self.logits.detach())
-            if not cut:
-                self._uncut.add(feature.name)
-
-    def chunk_size(self, kind: Pass = "forward") -> int:
-        """How many changed images of this size run at once, ``forward``, ``backward`` or through the ``tail`` only."""
-        return self._run.chunk_size(self.size, kind)
+            self._tails[feature.name] = tail_after(self._run, feature, self.x.detach(), self.logits.detach())
+        return self._tails[feature.name]
 
     def tail(
         self, activations: Tensor, layer: str | None = None, target: T.Target | None = None, rows: Tensor | None = None
@@ -431,8 +237,7 @@ class Capture:
         rows = torch.arange(len(activations), device=activations.device) if rows is None else rows
         if len(activations) != len(rows) or (len(rows) and int(rows.max()) >= len(self.x)):
             raise FoveateError(f"{len(activations)} feature maps need as many rows, each below {len(self.x)}")
-        self._make_tail(feature)
-        run = self._tails[feature.name]
+        run = self._tail_of(feature).run
         self.passes.tail += len(activations)
         if activations.requires_grad:
             with torch.inference_mode(False), torch.enable_grad():
@@ -455,12 +260,11 @@ class Capture:
 
     # -- the run ---------------------------------------------------------------------------------------------------
 
-    def _feature(self, layer: str | None) -> Feature:
-        if layer is None:
-            layer = self.layer
-        if layer not in self._features:
-            raise LayerError(f"layer {layer!r} was not captured: this run has {', '.join(self._features)}")
-        return self._features[layer]
+    def _call_of(self, feature: Feature, known: bool) -> L.Run | None:
+        """Which call of a layer saw the images; of other images of a run before it is asked only where there are several."""
+        if feature.module is None or (known and len(feature.calls) == 1):
+            return L.Run(-1, True)
+        return L.run_of(self.model, self.x, self._run.detached, feature.name, feature.module)
 
     def _forward(self, modules: Sequence[nn.Module]) -> None:
         x = self.x
@@ -476,12 +280,11 @@ class Capture:
             stack.enter_context(eager(modules))
             if self._guide is not None:
                 stack.enter_context(self._guide.forward())
-            for feature in self._features.values():
-                if feature.module is not None:
-                    stack.enter_context(hooked(feature.module, feature.keep))
-            for module in modules:
-                if isinstance(module, nn.Linear):
-                    stack.enter_context(hooked(module, self._keep_linear))
+            hooks: list[tuple[nn.Module, Callable[..., Any]]] = [
+                (feature.module, feature.keep) for feature in self._features.values() if feature.module is not None
+            ]
+            hooks += [(module, self._keep_linear) for module in modules if isinstance(module, nn.Linear)]
+            stack.enter_context(hooked(self.model, hooks))
             output = self._run.laid_out(self._from_the_start, x)
         self.logits = at_least_float32(read_logits(output))
         self.passes.forward += len(x)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from foveate.errors import LayerError
 from foveate.runtime import layers as L
 from foveate.runtime.linear_head import at_least_float32
+from foveate.targets import Target
 
 
 @dataclass
@@ -44,7 +45,7 @@ class Feature:
     read_as: L.Layout | None = None
     calls: list[Tensor] = field(default_factory=list)
     number: int = -1  # of the call that is kept
-    gradients: dict[int, Tensor] = field(default_factory=dict)
+    gradients: dict[Target, Tensor] = field(default_factory=dict)
 
     @property
     def raw(self) -> Tensor:

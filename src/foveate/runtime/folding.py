@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from contextlib import ExitStack, suppress
+from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -53,13 +54,9 @@ def _seen(model: nn.Module, x: Tensor, norms: list[nn.BatchNorm2d]) -> tuple[Pai
         if conv is not None and given is not None and given._version == version:  # no in-place ReLU in between
             found.append((conv, module))
 
-    with ExitStack() as stack:
-        for norm in norms:
-            if norm.running_mean is not None:
-                stack.enter_context(hooked(norm, after_norm))
-        for module in modules_of(model):
-            if type(module) is nn.Conv2d and "weight" in module._parameters:
-                stack.enter_context(hooked(module, after_convolution))
+    hooks: list[tuple[nn.Module, Callable[..., None]]] = [(n, after_norm) for n in norms if n.running_mean is not None]
+    hooks += [(m, after_convolution) for m in modules_of(model) if type(m) is nn.Conv2d and "weight" in m._parameters]
+    with hooked(model, hooks):
         logits = read_logits(model(x))
     return [(conv, norm) for conv, norm in found if runs[conv] == runs[norm] == 1], logits
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from foveate.errors import FoveateError, LayerError
 from foveate.runtime.memo import Memo
-from foveate.runtime.model import Function, core, detached, eager, evaluating, modules_of, read_logits, swapped
+from foveate.runtime.model import Function, core, detached, eager, evaluating, hooked, modules_of, read_logits, swapped
 
 INPUT = "input"  # the name of the image itself where a layer is asked for
 MOST_PREFIX_TOKENS = 9
@@ -404,7 +404,6 @@ def _trace(
     events: list[_Event] = []
     roots: dict[int, int] = {}  # by the id of a view, which its event keeps
     runs: dict[str, int] = {}
-    handles = []
 
     def look(name: str) -> Callable[..., Any]:
         def hook(module: nn.Module, inputs: Any, output: Any) -> Any:
@@ -421,16 +420,10 @@ def _trace(
 
         return hook
 
-    try:
-        for name, module in inner.named_modules() if only is None else only.items():
-            if name:
-                handles.append(module.register_forward_hook(look(name)))
-        modules = modules_of(model)
-        with torch.enable_grad(), eager(modules), evaluating(model), swapped(list(detached(modules))):
-            logits = read_logits(forward(x.detach().clone().requires_grad_(True).clone()))
-    finally:
-        for handle in handles:
-            handle.remove()
+    hooks = [(module, look(name)) for name, module in (inner.named_modules() if only is None else only.items()) if name]
+    modules = modules_of(model)
+    with hooked(model, hooks), torch.enable_grad(), eager(modules), evaluating(model), swapped(list(detached(modules))):
+        logits = read_logits(forward(x.detach().clone().requires_grad_(True).clone()))
     return events, logits
 
 

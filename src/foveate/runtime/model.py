@@ -8,8 +8,8 @@ import inspect
 import threading
 import warnings
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
 from types import SimpleNamespace
 from typing import Any
 
@@ -358,13 +358,15 @@ def read_logits(output: Any) -> Tensor:
 
 
 @contextmanager
-def hooked(module: nn.Module, hook: Callable[..., Any]) -> Iterator[None]:
-    """A forward hook that is gone afterwards, whatever happens."""
-    handle = module.register_forward_hook(hook)
-    try:
+def hooked(model: nn.Module, hooks: Iterable[tuple[nn.Module, Callable[..., Any]]]) -> Iterator[None]:
+    """Forward hooks on modules of a model; gone afterwards, whatever happens.
+
+    The one place where hooks are put on a model: runs in other threads wait until they are gone, see :func:`lock_of`.
+    """
+    with lock_of(model), ExitStack() as stack:
+        for module, hook in hooks:
+            stack.callback(module.register_forward_hook(hook).remove)
         yield
-    finally:
-        handle.remove()
 
 
 def check_logits(logits: Tensor, count: int, output: Any = None, model: nn.Module | None = None) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from dataclasses import dataclass
 from itertools import count
 
 from torch import Tensor
@@ -18,11 +19,21 @@ from foveate.runtime.model import eager, hooked, modules_of, read_logits
 from foveate.runtime.runner import Runner
 
 
-def tail_behind(run: Runner, feature: Feature, x: Tensor, logits: Tensor) -> tuple[Callable[[Tensor, Tensor], Tensor], bool]:
-    """``(A [N,K,h,w], rows [N]) -> logits [N,C]`` from a layer on; ``rows`` says which image of ``x`` each belongs to.
+@dataclass(frozen=True)
+class Tail:
+    """The rest of a model after a layer.
 
-    And whether the rest could be cut off; otherwise the whole model runs each time.
+    Attributes:
+        run: ``(A [N,K,h,w], rows [N]) -> logits [N,C]``; ``rows`` says which image of the batch each belongs to.
+        cut: whether the rest could be cut off; otherwise the whole model runs each time.
     """
+
+    run: Callable[[Tensor, Tensor], Tensor]
+    cut: bool
+
+
+def tail_after(run: Runner, feature: Feature, x: Tensor, logits: Tensor) -> Tail:
+    """The tail of a model after a captured layer of images ``x``, for which it gave ``logits``."""
 
     def replaced(native: Tensor, rows: Tensor) -> Tensor:
         if feature.module is None:
@@ -32,7 +43,7 @@ def tail_behind(run: Runner, feature: Feature, x: Tensor, logits: Tensor) -> tup
         def swap(module: Module, inputs: object, output: object) -> object:
             return L.with_first(output, native.clone()) if next(calls) == feature.number else output
 
-        with hooked(feature.module, swap), eager(modules_of(run.model)):
+        with hooked(run.model, [(feature.module, swap)]), eager(modules_of(run.model)):
             return read_logits(run.detached(x[rows]))
 
     raw, layout = feature.raw.detach(), feature.layout
@@ -51,4 +62,4 @@ def tail_behind(run: Runner, feature: Feature, x: Tensor, logits: Tensor) -> tup
         with run.lock, run.as_caller():
             return at_least_float32(last(native, rows))
 
-    return rest, cut is not None
+    return Tail(rest, cut is not None)
