@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -12,6 +13,11 @@ from foveate import missing
 from foveate.precision import uncast
 
 Direction = Literal["up", "down"]
+# What a record may ask for. A method, of the model; a metric, of the data and of the model; a loss, of both.
+MethodNeed = Literal["gradient", "image_gradient", "linear_head", "relu", "attention", "stream"]
+MetricNeed = Literal["labels", "mask", "region", "layer"]
+LossNeed = Literal["mask", "region", "linear_head", "guided"]
+FILLED_IN = ("target", "explained", "columns")  # settings of a metric that are no choice: who measures fills them in
 # Groups of metrics, each with the question that its columns answer, in the order of a page.
 GROUPS = {
     "faithfulness": "Does the map show what the model needs?",
@@ -56,8 +62,7 @@ class Method:
             it misses that, relative to the score, ``[B]``; None where the theorem does not apply to the model at hand.
         complete_to: what it misses at most by, at the default settings.
         contrasts: it explains a class against another, the strongest other one where none is named.
-        needs: what the model must offer: of ``gradient`` (at the layer), ``image_gradient``, ``linear_head``, ``relu`` and
-            ``attention``.
+        needs: what the model must offer; ``gradient`` is that at the layer.
         whole: it looks at the image and not at a layer, so that ``layer`` has no say.
         control: it ignores the model: every table must contain such rows, to show what a metric lets pass.
         repeats: it runs the model, or a part of it, many times for one map: seconds and not milliseconds.
@@ -75,13 +80,19 @@ class Method:
     complete: Callable[..., Any] | None = None
     complete_to: float = 1e-10
     contrasts: bool = False
-    needs: tuple[str, ...] = ()
+    needs: tuple[MethodNeed, ...] = ()
     whole: bool = False
     control: bool = False
     repeats: bool = False
     inner: Method | None = None
     around: Callable[[Method], Method] | None = None
     aliases: tuple[str, ...] = ()
+
+    @property
+    def several(self) -> Literal["layers", "over"] | None:
+        """Its own setting that takes the paths of several layers; None where it looks at one."""
+        known = inspect.signature(self.function).parameters
+        return "over" if "over" in known else "layers" if "layers" in known else None
 
     def __call__(self, capture: Any, *args: Any, **settings: Any) -> torch.Tensor:
         """The raw map: ``(capture, layer, target, **own settings) -> S [B,h,w]``."""
@@ -183,7 +194,7 @@ class Metric:
     function: Callable[..., Any]
     paper: str
     columns: Mapping[str, Column]
-    needs: tuple[str, ...] = ()
+    needs: tuple[MetricNeed, ...] = ()
     pooled: Mapping[str, Callable[[Any], Any]] = field(default_factory=dict)
     of_model: bool = False
     costly: bool = False
@@ -203,6 +214,11 @@ class Metric:
         with uncast(capture.x.device.type):
             values = self.function(capture, clean, batch, **settings)
         return missing.marked(values, {} if self.name == "cost" else given, tuple(self.pooled))
+
+    @property
+    def filled_in(self) -> tuple[str, ...]:
+        """Those of :data:`FILLED_IN` that it takes."""
+        return tuple(name for name in FILLED_IN if name in inspect.signature(self.function).parameters)
 
     def column(self, name: str) -> str | None:
         """The column that a name stands for, short or long; None for the metric's own name, which stands for all of them."""
@@ -232,7 +248,7 @@ class Loss:
     title: str
     function: Callable[..., Any]
     paper: str
-    needs: tuple[str, ...] = ()
+    needs: tuple[LossNeed, ...] = ()
     replaces: bool = False
     share: bool = False
     aliases: tuple[str, ...] = ()

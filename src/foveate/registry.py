@@ -20,7 +20,20 @@ from typing import Any, Generic, Literal, TypeVar
 from foveate import peers
 from foveate.disk.text import parse_yaml, quoted
 from foveate.errors import FoveateError
-from foveate.records import GROUPS, Column, Direction, Explained, Loss, Method, Metric, Spent, plain
+from foveate.records import (
+    GROUPS,
+    Column,
+    Direction,
+    Explained,
+    Loss,
+    LossNeed,
+    Method,
+    MethodNeed,
+    Metric,
+    MetricNeed,
+    Spent,
+    plain,
+)
 
 __all__ = ["Column", "Direction", "Explained", "Loss", "Method", "Metric", "Register", "Spent", "loss", "method", "metric"]
 
@@ -228,7 +241,7 @@ def method(
     complete: Callable[..., Any] | None = None,
     complete_to: float = 1e-10,
     contrasts: bool = False,
-    needs: tuple[str, ...] = (),
+    needs: tuple[MethodNeed, ...] = (),
     whole: bool = False,
     control: bool = False,
     repeats: bool = False,
@@ -252,7 +265,7 @@ def metric(
     title: str,
     paper: str,
     columns: Mapping[str, Column | Direction],
-    needs: tuple[str, ...] = (),
+    needs: tuple[MetricNeed, ...] = (),
     pooled: Mapping[str, Callable[[Any], Any]] | None = None,
     of_model: bool = False,
     costly: bool = False,
@@ -287,7 +300,7 @@ def loss(
     *,
     title: str,
     paper: str,
-    needs: tuple[str, ...] = (),
+    needs: tuple[LossNeed, ...] = (),
     replaces: bool = False,
     share: bool = False,
     aliases: tuple[str, ...] = (),

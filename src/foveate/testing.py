@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -260,7 +259,7 @@ def measured(record: Metric, network: nn.Module, M: Tensor, batch: Batch, **sett
 
 def measured_on(capture: Capture, record: Metric, M: Tensor, batch: Batch, **settings: Any) -> dict[str, Tensor]:
     """The same on a capture that is there."""
-    if "explained" in inspect.signature(record.function).parameters:
+    if "explained" in record.filled_in:
         method, target = METHODS.get("hires_cam"), capture.target("label", labels=batch.y)
         raw = method(capture, None, target).detach()
         settings["explained"] = Explained(method, raw, target, {}, Spent(0.5, 3.0, 1.0, 1.0, 2.0))

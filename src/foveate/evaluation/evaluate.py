@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import time
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -437,13 +436,12 @@ class Plan:
         for metric, columns in scored:
             if metric.of_model:
                 continue
-            asked = inspect.signature(metric.function).parameters
-            if "explained" not in asked and set(columns) <= set(known.values):
+            if "explained" not in metric.filled_in and set(columns) <= set(known.values):
                 found.values |= {name: known.values[name] for name in known.values if name.removesuffix("_curve") in columns}
                 found.missing |= {name: why for name, why in known.missing.items() if name in columns}
                 continue
             offered = {"target": self.protocol.target, "explained": explained, "columns": columns}
-            filled = {name: value for name, value in offered.items() if name in asked}
+            filled = {name: offered[name] for name in metric.filled_in}
             own = self.protocol.metrics.get(metric.name, {})
             one = measured(metric, columns, capture, M, batch, {**filled, **own})
             found.values |= one.values

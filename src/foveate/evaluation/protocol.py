@@ -13,11 +13,11 @@ from torch import nn
 
 from foveate.errors import FoveateError
 from foveate.precision import Precision
+from foveate.records import FILLED_IN
 from foveate.registry import METRICS, Metric, check_settings
 from foveate.targets import Head
 
 Target = Literal["label", "pred", "second"]
-FILLED_IN = ("target", "explained", "columns")
 FORM = 1  # goes up when a metric changes what it computes: numbers of different forms are never compared in silence
 
 

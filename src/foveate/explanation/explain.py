@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -251,10 +250,9 @@ def _run(record: Method, explanation: Explanation, settings: Mapping[str, Any], 
     run = record
     if len(capture.layers) > 1:
         run = over_layers(record, fuse)
-        parameters = inspect.signature(run.function).parameters
-        if run is record and "over" in parameters and fuse != "mean":
+        if run is record and run.several == "over" and fuse != "mean":
             settings = {"how": fuse, **settings}
-        elif "layers" in parameters and "over" not in parameters:
+        elif run.several == "layers":
             settings = {"layers": capture.layers, **settings}
     start = time.perf_counter()
     layer = capture.layer if capture.layers else None

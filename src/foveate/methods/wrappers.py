@@ -140,7 +140,7 @@ def over_layers(method: Method, how: Fusion) -> Method:
 
 def knows_layers(method: Method) -> bool:
     """Whether a method takes several layers by itself, or is a fusion of them."""
-    return method.whole or not {"layers", "over"}.isdisjoint(inspect.signature(method.function).parameters)
+    return method.whole or method.several is not None
 
 
 def _mean_over(
