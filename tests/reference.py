@@ -869,9 +869,6 @@ def cam_loss(S: Tensor, form: str = "mass", sigma: float = 0.25) -> float:
         [math.exp(-(((i - (h - 1) / 2) / h) ** 2 + ((j - (w - 1) / 2) / w) ** 2) / (2 * sigma**2)) for j in range(w)]
         for i in range(h)
     ]
-    total = sum(map(sum, gauss))
-    unit = [[value / total for value in row] for row in gauss]
-    top = max(map(max, unit))
     cells = [(i, j) for i in range(h) for j in range(w)]
     value = {cell: float(S[cell]) for cell in cells}
     if form == "mass":
@@ -880,19 +877,6 @@ def cam_loss(S: Tensor, form: str = "mass", sigma: float = 0.25) -> float:
     if form in ("abs", "raw", "square"):
         phi = {"abs": abs, "raw": lambda v: v, "square": lambda v: v * v}[form]
         return sum((1 - gauss[i][j]) * phi(value[i, j]) for i, j in cells) / len(cells)
-    if form == "talk_2023":
-        product = [sum(value[i, k] * unit[k][j] for k in range(w)) for i, j in cells]
-        return (sum(product) / len(product)) ** 2
-    if form == "top_decile":
-        low, high = min(value.values()), max(value.values())
-        scaled = sorted(((v - low) / (high - low) for v in value.values()), reverse=True)
-        count = max(1, len(cells) // 10)
-        return math.log(1 + sum(scaled[:count]) / count)
-    if form == "squared_kernel":
-        return sum((value[i, j] * (unit[i][j] - top) ** 2) ** 2 for i, j in cells) / len(cells)
-    if form == "contrast_2024":
-        norms = [math.sqrt(sum(value[i, j] ** 2 for i in range(h))) for j in range(w)]
-        return sum(abs(value[i, j]) / max(norms[j], 1e-12) * (unit[i][j] - top) ** 2 for i, j in cells) / len(cells)
     raise ValueError(form)
 
 

@@ -8,7 +8,6 @@ from typing import Literal
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
@@ -19,7 +18,7 @@ from foveate.maps import relu
 from foveate.registry import METHODS, loss
 from foveate.runtime.capture import Capture
 
-Form = Literal["mass", "abs", "raw", "square", "talk_2023", "top_decile", "squared_kernel", "contrast_2024"]
+Form = Literal["mass", "abs", "raw", "square"]
 
 
 def gaussian(height: int, width: int, sigma: float = 0.25, centre: tuple[float, float] = (0.5, 0.5)) -> Tensor:
@@ -50,25 +49,18 @@ def inverted_gaussian(height: int, width: int, sigma: float = 0.25, centre: tupl
     return 1 - gaussian(height, width, sigma, centre)
 
 
-def _historical_gaussian(height: int, width: int, sigma: float, centre: tuple[float, float]) -> Tensor:
-    kernel = gaussian(height, width, sigma, centre)
-    return kernel / kernel.sum()
-
-
 @lru_cache(maxsize=32)
 def _kernel(
     height: int,
     width: int,
     sigma: float,
     centre: tuple[float, float],
-    historical: bool,
     device: torch.device,
     dtype: torch.dtype,
 ) -> Tensor:
     """A kernel where the maps are, kept: training asks for the same one at every step."""
-    make = _historical_gaussian if historical else inverted_gaussian
     with torch.inference_mode(False):
-        return make(height, width, sigma, centre).to(device, dtype)
+        return inverted_gaussian(height, width, sigma, centre).to(device, dtype)
 
 
 def _mass(saliency: Tensor, kernel: Tensor) -> Tensor:
@@ -79,48 +71,12 @@ def _mass(saliency: Tensor, kernel: Tensor) -> Tensor:
     return torch.where(usable, away / torch.where(usable, total, torch.ones_like(total)), torch.zeros_like(total))
 
 
-def _talk_2023(saliency: Tensor, kernel: Tensor) -> Tensor:
-    """A matrix product with the Gaussian itself, squared mean: January 2023, before the kernel was inverted.
-
-    The mean is of one map, not of the batch, so that every image has a loss of its own.
-    """
-    return (saliency @ kernel).mean((1, 2)) ** 2
-
-
-def _top_decile(saliency: Tensor, kernel: Tensor) -> Tensor:
-    """``log(1 + mean of the upper tenth of the min-max scaled map)``, no kernel: early January 2023.
-
-    The record speaks of a tenth of the rows; read here as cells.
-    """
-    flat = saliency.flatten(1)
-    low, high = flat.amin(1, keepdim=True), flat.amax(1, keepdim=True)
-    width = high - low
-    scaled = (flat - low) / torch.where(width > 0, width, torch.ones_like(width))
-    count = max(1, flat.shape[1] // 10)
-    return torch.log1p(scaled.topk(count, 1).values.mean(1))
-
-
-def _squared_kernel(saliency: Tensor, kernel: Tensor) -> Tensor:
-    """``mean (S (G - max G)^2)^2``: the PyTorch port of September 2023."""
-    return (saliency * (kernel - kernel.amax()) ** 2).square().mean((1, 2))
-
-
-def _contrast_2024(saliency: Tensor, kernel: Tensor) -> Tensor:
-    """``mean(normalise(|S|) (G - max G)^2)``, columns of unit length: July 2024, on the contrast of the two classes."""
-    return (F.normalize(saliency.abs(), dim=1) * (kernel - kernel.amax()) ** 2).mean((1, 2))
-
-
 _FORMS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "mass": _mass,
     "abs": lambda saliency, kernel: (saliency.abs() * kernel).mean((1, 2)),
     "raw": lambda saliency, kernel: (saliency * kernel).mean((1, 2)),
     "square": lambda saliency, kernel: (saliency**2 * kernel).mean((1, 2)),
-    "talk_2023": _talk_2023,
-    "top_decile": _top_decile,
-    "squared_kernel": _squared_kernel,
-    "contrast_2024": _contrast_2024,
 }
-_HISTORICAL = ("talk_2023", "top_decile", "squared_kernel", "contrast_2024")
 
 
 def cam_loss(
@@ -138,14 +94,11 @@ def cam_loss(
         centre: where the mass is free, as shares of the sides.
         form: ``mass`` (default): ``phi = relu(S) / sum relu(S)``, in [0, 1), does not depend on the map's scale; 0
             with no gradient for a map without positive part. ``abs``, ``raw``, ``square``: mean of ``K |S|``, ``K S``,
-            ``K S^2``; they shrink the map as well, and ``raw`` rewards a negative border. As history has them, with
-            a Gaussian of sum 1 (weights of up to 1e18 went with it): ``talk_2023``, ``top_decile``, ``squared_kernel``,
-            ``contrast_2024``.
+            ``K S^2``; they shrink the map as well, and ``raw`` rewards a negative border.
         kernel: prices of one's own instead of the Gaussian, ``[h,w]`` or one an image ``[B,h,w]``, 0 where mass is free.
 
     Raises:
-        FoveateError: an unknown form, sigma not above 0; ``talk_2023`` on a map that is not square; a kernel of another
-            size than the map.
+        FoveateError: an unknown form, sigma not above 0, a kernel of another size than the map.
 
     Source: Setpal, "Interpretability tools as feedback loops", 2023, and the history of its code. Published evidence
     is mixed: on Waterbirds its authors report a worst-group accuracy below plain training.
@@ -153,10 +106,8 @@ def cam_loss(
     if form not in _FORMS:
         raise FoveateError(f"form {form!r} is unknown: use {', '.join(map(repr, _FORMS))}")
     height, width = saliency.shape[-2:]
-    if form == "talk_2023" and height != width:
-        raise FoveateError(f"form 'talk_2023' is a matrix product and needs a square map, not {height}x{width}")
     if kernel is None:
-        kernel = _kernel(height, width, sigma, centre, form in _HISTORICAL, saliency.device, saliency.dtype)
+        kernel = _kernel(height, width, sigma, centre, saliency.device, saliency.dtype)
     elif kernel.shape[-2:] != (height, width):
         raise FoveateError(f"a kernel of shape {list(kernel.shape)} does not fit maps of {height}x{width}")
     return _FORMS[form](saliency, kernel.to(saliency.dtype))
