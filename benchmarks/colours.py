@@ -1,6 +1,6 @@
 """Which colours of a map can be told from photographs: colour maps over a folder of them, in CIE Lab.
 
-``python benchmarks/colours.py FOLDER [MAP...]`` prints one line a colour map:
+``python benchmarks/colours.py FOLDER [MAP...]`` prints one line per colour map:
 
 - *alike*: share of the photographs' pixels that look like some colour of the map's upper half (CIE76 below ``ALIKE``);
 - *full*: median distance of the overlay of full heat from the pixel that it covers;

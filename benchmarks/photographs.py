@@ -1,4 +1,4 @@
-"""A table of AD, AG, AI and seconds an image: every method and control on real photographs.
+"""A table of AD, AG, AI and seconds per image: every method and control on real photographs.
 
     python benchmarks/photographs.py DATA --network squeezenet [--methods a,b@setting=value] [--limit 200] [--out DIR]
 

@@ -2,7 +2,7 @@
 
     python benchmarks/second_order.py DATA --network squeezenet [--images 40] [--raced 8] [--unit network]
 
-DATA has ``imagenet/labels.csv`` and ``weights/``. The cost is in products with the Hessian and in seconds an image, beside an
+DATA has ``imagenet/labels.csv`` and ``weights/``. The cost is in products with the Hessian and in seconds per image, beside an
 iteration as the authors describe theirs: ten power steps from a random vector, then accelerated proximal gradient that halves
 its step from .03 anew in every iteration, over the sum of the batch; ten iterations, and as many as it takes to come as close
 to the best value as ours does. Both solve one problem, with our lambda_2 (theirs would follow from the ten power steps).

@@ -546,7 +546,7 @@ class TestExplain:
             (("a.png",), ("--method", "gradcamm"), "method 'gradcamm' is unknown: did you mean grad_cam"),
             (("a.png",), ("--weights", "none.pt"), "weights file 'none.pt' does not exist"),
             (("a.png",), ("--size", "2"), "size 2 is too small"),
-            (("a.png",), ("--mean", "x"), "--mean 'x' is not one number, or one a channel"),
+            (("a.png",), ("--mean", "x"), "--mean 'x' is not one number, or one per channel"),
             (("a.png",), ("--mean", "0.5"), "mean and std belong together"),
             (("a.png",), ("--classes", "none.txt"), "class file 'none.txt' cannot be read"),
             (("a.png",), ("--pretrained",), "your own factory"),
@@ -848,4 +848,4 @@ def test_a_class_file_that_is_asked_for_is_described(place: Path) -> None:
     result = call("evaluate", place / "data", "--model", f"{place / 'nets.py'}:single", "--out", place / "out")
     said = sentence(result)
     assert "has the classes cat, dog" in said
-    assert "--classes FILE" in said and "one class name a line, in the order of the model's outputs" in said
+    assert "--classes FILE" in said and "one class name per line, in the order of the model's outputs" in said

@@ -166,7 +166,7 @@ def test_a_damaged_study_of_confidence(tmp_path: Path, monkeypatch: pytest.Monke
     assert study().exit_code == 0
     DAMAGES[damage](tmp_path / name)
     done = study()
-    if name == "net.csv" and damage in ("empty", "half"):  # as a kill leaves it: what is lost is measured anew
+    if name == "net.csv" and damage in ("empty", "half"):  # as a kill leaves it: what is lost is measured again
         assert done.exit_code == 0, (done.output, done.exception)
         return
     assert done.exit_code == 2, (done.output, done.exception)

@@ -176,7 +176,7 @@ def test_the_model_runs_in_the_callers_autocast_whoever_runs_it(name: str) -> No
 
 
 class Pair(nn.Module):
-    """The same network twice: signed features with an in-place ReLU behind them, or one that is not in place, or functional."""
+    """The same network twice: signed features with an in-place ReLU after them, or one that is not in place, or functional."""
 
     def __init__(self, form: str) -> None:
         super().__init__()

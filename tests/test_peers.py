@@ -44,7 +44,7 @@ PEERS = [(name, theirs, kind) for name, theirs in THEIRS.items() for kind in ("g
 
 @pytest.mark.parametrize(("name", "theirs", "kind"), [*PEERS, ("grad_cam_pp", "GradCAMPlusPlus", "gap")])
 def test_pytorch_grad_cam_agrees(name: str, theirs: str, kind: str) -> None:
-    """Before ReLU and scaling. An in-place ReLU behind the layer overwrites what their hook keeps, so theirs runs without."""
+    """Before ReLU and scaling. An in-place ReLU after the layer overwrites what their hook keeps, so theirs runs without."""
     network, batch = networks()[kind].float(), example(seed=7)
     if kind == "inplace":
         network.relu.inplace = False

@@ -130,7 +130,7 @@ class TestBits:
         again = evaluate(place, "out", "--resume")
         assert again.exit_code == 0
         assert measured == [1]
-        assert "1 of 3 batches are measured anew: their files are damaged" in again.stderr
+        assert "1 of 3 batches are measured again: their files are damaged" in again.stderr
         assert "000001.parquet" in again.stderr
         pd.testing.assert_frame_equal(values(place / "out"), before)
 
@@ -163,7 +163,7 @@ class TestWithoutARecord:
         result = evaluate(place, "out", "--resume", net="other.py")
         assert result.exit_code == 0, result.stderr
         assert measured == [0, 1, 2]
-        assert "3 of 3 batches are measured anew: their files are of another run" in result.stderr
+        assert "3 of 3 batches are measured again: their files are of another run" in result.stderr
         pd.testing.assert_frame_equal(values(place / "out"), values(place / "fresh"))
         aside = place / "out" / "previous-1"
         assert {path.name: path.read_bytes() for path in (aside / "rows").iterdir()} == kept
@@ -234,7 +234,7 @@ class TestImages:
         result = evaluate(place, "out", "--resume")
         assert result.exit_code == 0
         assert measured == [0, 1, 2]
-        assert "3 of 3 batches are measured anew: images have changed since (the first: 0.png)" in result.stderr
+        assert "3 of 3 batches are measured again: images have changed since (the first: 0.png)" in result.stderr
         evaluate(place, "fresh")
         pd.testing.assert_frame_equal(values(place / "out"), values(place / "fresh"))
 
@@ -244,7 +244,7 @@ class TestImages:
         measured.clear()
         result = evaluate(place, "out", "--resume")
         assert measured == [1]
-        assert "1 of 3 batches are measured anew: images have changed since (the first: 4.png)" in result.stderr
+        assert "1 of 3 batches are measured again: images have changed since (the first: 4.png)" in result.stderr
         assert not (place / "out" / "previous-1").exists()
 
     def test_another_label_is_another_run(self, place: Path) -> None:

@@ -126,7 +126,7 @@ class TestGroups:
         assert both[-1] == Group("orca on water", 8, pytest.approx(5 / 8))
 
     def test_refusals(self) -> None:
-        with pytest.raises(FoveateError, match=r"one an image, and there are \[2, 2, 1\]"):
+        with pytest.raises(FoveateError, match=r"one per image, and there are \[2, 2, 1\]"):
             group_accuracy(torch.zeros(2), torch.zeros(2), ["grass"])
         with pytest.raises(FoveateError, match="no group"):
             worst([])

@@ -29,7 +29,7 @@ class Kept:
                 document = json.loads(self.place.read_text(encoding="utf-8"))
                 self.rows = {one["title"]: one for one in document["rows"]}
             except (ValueError, KeyError, TypeError):
-                sys.exit(f"{self.place} is damaged: move it away, and all rows are measured anew")
+                sys.exit(f"{self.place} is damaged: move it away, and all rows are measured again")
 
     def add(self, row: dict[str, Any]) -> None:
         """Put a row there; killed meanwhile, the file is as it was."""

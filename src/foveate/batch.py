@@ -24,8 +24,8 @@ class Batch:
         y: class indices, ``[B]`` (int64), or None where no labels are known.
         mask: foreground, ``[B,H,W]`` bool (True = the object), or None; for losses also the share of each pixel, in [0, 1].
         boxes: one ``[n,4]`` tensor an image (``x0, y0, x1, y1`` in pixels of ``x``), or None.
-        id: one name an image, stable between runs.
-        background: what stands behind the object, by any name, one an image, for accuracy by group; or None.
+        id: one name per image, stable between runs.
+        background: what stands behind the object, by any name, one per image, for accuracy by group; or None.
 
     A mask with NaN stays a float, and a box that cannot be (NaN, infinite, ``x1 < x0``) stays what it is: metrics have no
     value of such an image, and say so.

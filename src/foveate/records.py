@@ -207,7 +207,7 @@ class Metric:
         """The values: ``(capture, M [B,H,W], batch, **own settings) -> {column: [B]}``.
 
         In full precision under the caller's autocast, which the model keeps. An image whose map, mask or boxes hold NaN or
-        infinity, or on which the model gives such values, is not a number in every column, and never a 0.
+        infinity, or on which the model gives such values, is NaN in every column, and never 0.
         """
         given = self.without_value(M, batch, settings)
         clean = M if M is None else missing.without(M, given.get(missing.MAP))

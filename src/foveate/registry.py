@@ -142,7 +142,7 @@ class Register(Generic[Record]):
 def ungrouped(methods: str | Method | Sequence[str | Method]) -> tuple[list[str | Method], set[str]]:
     """Methods with ``all``, ``all-fast`` (of one pass, and controls) and ``controls`` written out, controls last.
 
-    The second value has the names that came in only with a group: where the model cannot have one, nobody asked for it.
+    The second value has the names that came in only with a group: where the model does not support one, nobody asked for it.
     """
     named: list[str | Method] = []
     asked: set[str] = set()

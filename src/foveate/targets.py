@@ -24,7 +24,7 @@ SINGLE = "one output is taken as the logit of a binary classifier: head='binary'
 
 
 def head_of(logits: Tensor, head: Head | None = None) -> Head:
-    """The kind of head behind ``logits [B,C]``: as named, else ``binary`` for one column and ``softmax`` for more.
+    """The kind of head that gives ``logits [B,C]``: as named, else ``binary`` for one column and ``softmax`` for more.
 
     A regression has one column too: its output, or minus it where that is negative, is then explained as a logit is.
 
@@ -132,7 +132,7 @@ def contrast(other: Tensor, head: Head = "softmax") -> Score:
     """Score ``y_c - y_other``: why class c and not the other; for a binary head this is its logit, the log-odds.
 
     Args:
-        other: the class asked against, one an image, ``[B]``.
+        other: the class asked against, one per image, ``[B]``.
     """
     if head == "binary":
         return logit(head)
@@ -223,7 +223,7 @@ def classes(
                 raise FoveateError(f"{what} 'label' was asked for, but the images have no labels: name a class instead")
             target = labels
         else:
-            raise FoveateError(f"{what} {target!r} is unknown: use 'pred', 'label', 'second', a class index or one an image")
+            raise FoveateError(f"{what} {target!r} is unknown: use 'pred', 'label', 'second', a class index or one per image")
     if isinstance(target, Tensor):
         indices = target.detach().to(logits.device)
         indices = indices.clone() if indices.is_inference() else indices  # what a graph keeps was not made in inference mode
@@ -239,7 +239,7 @@ def classes(
     if indices.ndim == 0:
         indices = indices.expand(size)
     if indices.shape != (size,):
-        raise FoveateError(f"{what} has shape {list(indices.shape)}, but there are {size} image(s): give one class an image")
+        raise FoveateError(f"{what} has shape {list(indices.shape)}, but there are {size} image(s): give one class per image")
     wrong = (indices < 0) | (indices >= count)
     if wrong.any():
         raise FoveateError(f"{what} {int(indices[wrong][0])} is out of range: the model has {count} classes, 0 to {count - 1}")
@@ -247,7 +247,7 @@ def classes(
 
 
 def strongest_other(logits: Tensor, y: Tensor, head: Head) -> Tensor:
-    """The class with the largest logit other than ``y``, one an image, ``[B]``.
+    """The class with the largest logit other than ``y``, one per image, ``[B]``.
 
     Raises:
         FoveateError: there is no other class.
@@ -272,7 +272,7 @@ def resolve(
 
     Args:
         target: as in :func:`classes`; or a callable of the logits ``[B,C]`` that returns ``[B]``; or a sequence of
-            callables, one an image, each of its image's logits ``[C]``; or a ready Target.
+            callables, one per image, each of its image's logits ``[C]``; or a ready Target.
         score: ``logit``, ``probability`` or ``loss``.
         against: the class of a contrast, in the forms of :func:`classes`, or ``"strongest"``: the likeliest class other
             than the target; None for no contrast.
@@ -331,7 +331,7 @@ def _from_callable(target: object, size: int) -> Score:
         return score
     functions = list(target)  # type: ignore[call-overload]
     if len(functions) != size:
-        raise FoveateError(f"{len(functions)} target callables were given for {size} image(s): give one an image")
+        raise FoveateError(f"{len(functions)} target callables were given for {size} image(s): give one per image")
 
     def per_image(chosen: list[Callable[[Tensor], Tensor]]) -> Score:
         def score(logits: Tensor, y: Tensor) -> Tensor:

@@ -267,7 +267,7 @@ def measured_on(capture: Capture, record: Metric, M: Tensor, batch: Batch, **set
 
 
 def check_metric(metric: str | Metric, **settings: Any) -> None:
-    """Hold a metric against the contract: its columns and ranges, one finite value an image, batches like singles, no traces.
+    """Hold a metric against the contract: its columns and ranges, one finite value per image, batches like singles, no traces.
 
     Raises:
         AssertionError: it says what is broken.

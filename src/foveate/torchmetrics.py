@@ -90,7 +90,7 @@ class SaliencyMetrics(Metric):
             setattr(self, f"count {name}", getattr(self, f"count {name}") + known.sum())
 
     def compute(self) -> dict[str, Tensor]:
-        """The mean of each method and column; not a number where no image counted."""
+        """The mean of each method and column; NaN where no image counted."""
         found = {}
         for method, column in self.keys:
             record = metric_of(column)

@@ -64,7 +64,7 @@ def confidence(
         classifier = chosen.open(encoding)
         source = open_data(data, classifier, False, limit, encoding)
         if has_several(source):
-            raise FoveateError(f"{data!r} gives an image several classes, or none: the study is of one class an image")
+            raise FoveateError(f"{data!r} gives an image several classes, or none: the study is of one class per image")
         folder = out_folder(out)
         named = ("model", "weights", "mean", "std", "pretrained", "size", "num_classes")
         call = {"data": data, "eta": eta, "unit": unit, **{one: getattr(chosen, one) for one in named}}

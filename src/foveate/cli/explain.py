@@ -106,7 +106,7 @@ def explain(
     pictures: Annotated[
         str,
         typer.Option(
-            help="all: overlays, four panels and sheets; overlay; sheet: one picture an image; or none. With commas also the "
+            help="all: overlays, four panels and sheets; overlay; sheet: one picture per image; or none. With commas also the "
             "formats: png, pdf, svg, as in 'sheet,pdf'.",
             rich_help_panel=RESULTS,
         ),
@@ -282,7 +282,7 @@ def _print_image(item: dict[str, Any]) -> None:
     if "picture" in item:
         console.print(f"all of them: [bold]{escape(item['picture'])}[/]", soft_wrap=True)
     console.print(
-        f"[dim]one run of the model and what else all methods share: {1000 * item['seconds_shared']:.0f} ms an image[/]"
+        f"[dim]one run of the model and what else all methods share: {1000 * item['seconds_shared']:.0f} ms per image[/]"
     )
 
 

@@ -37,7 +37,7 @@ class Pictures:
     """Images by path; only those of one batch are in memory.
 
     Attributes:
-        stems: one an image, none twice: files of the same name in different folders get a number.
+        stems: one per image, none twice: files of the same name in different folders get a number.
         labels: the class of each, or why there is none.
         labelled: whether an image without a label is a failure.
         crop: of :data:`foveate.data.images.CROPS`, or None for the model's own.

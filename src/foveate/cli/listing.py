@@ -101,7 +101,7 @@ MANY = {
     "finer_cam": "1 + 1",
     "guided_grad_cam": "1 + 2",
     "full_grad": "a few",
-    "ablation_cam": "1 + a tail a channel",
+    "ablation_cam": "1 + a tail per channel",
     "score_cam": "1 a channel",
     "occlusion": "1 a window",
     "caso": "tens",

@@ -182,7 +182,8 @@ class Chosen:
     ] = None
     size: Annotated[int | None, typer.Option(help="Input size, where it is not the model's own.", rich_help_panel=MODEL)] = None
     mean: Annotated[
-        str | None, typer.Option(help="Normalisation, one number, or one a channel: 0.485,0.456,0.406.", rich_help_panel=MODEL)
+        str | None,
+        typer.Option(help="Normalisation, one number, or one per channel: 0.485,0.456,0.406.", rich_help_panel=MODEL),
     ] = None
     std: Annotated[str | None, typer.Option(help="Likewise: 0.229,0.224,0.225.", rich_help_panel=MODEL)] = None
     device: Annotated[
@@ -190,7 +191,7 @@ class Chosen:
     ] = "auto"
     classes: Annotated[
         str | None,
-        typer.Option(help="File with one class name a line, in the order of the model's outputs.", rich_help_panel=MODEL),
+        typer.Option(help="File with one class name per line, in the order of the model's outputs.", rich_help_panel=MODEL),
     ] = None
     trust_code: TrustCode = False
 
@@ -312,7 +313,7 @@ def _numbers(option: str, text: str | None) -> list[float] | None:
     except ValueError:
         values = []
     if not values or not all(map(math.isfinite, values)):
-        raise FoveateError(f"--{option} {text!r} is not one number, or one a channel, such as 0.485,0.456,0.406")
+        raise FoveateError(f"--{option} {text!r} is not one number, or one per channel, such as 0.485,0.456,0.406")
     return values
 
 

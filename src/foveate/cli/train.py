@@ -30,7 +30,7 @@ from foveate.errors import FoveateError, printable
 
 
 def _epoch_bar(name: str) -> Any:
-    """A Lightning callback with one line a run: epochs done, time left, and the figures of the last epoch."""
+    """A Lightning callback with one line per run: epochs done, time left, and the figures of the last epoch."""
     from lightning.pytorch.callbacks import Callback
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 

@@ -48,7 +48,7 @@ class Folder(Dataset[Batch]):
     """Images on disk, read one at a time.
 
     Attributes:
-        entries: one an image, in a stable order.
+        entries: one per image, in a stable order.
         preprocess: from a file to what the network takes; boxes and masks follow.
         class_names: in index order, or None where only indices are known.
         clip_boxes: boxes end where the crop ends; False keeps them as they are.

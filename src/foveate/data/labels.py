@@ -44,12 +44,12 @@ def label_by_label(batch: Batch, head: str | None) -> Batch:
 
 
 def several_labels(what: str) -> str:
-    """That labels of several classes an image need a head for them."""
+    """That labels of several classes per image need a head for them."""
     return f"{what} give an image several classes, or none: head 'multilabel' (--head multilabel) measures it label by label"
 
 
 def images_of(ids: list[str]) -> int | None:
-    """How many images the rows of several labels are of; None of ordinary rows, one an image."""
+    """How many images the rows of several labels are of; None of ordinary rows, one per image."""
     if not ids or not all(BETWEEN in name for name in ids):
         return None
     count = len({name.rpartition(BETWEEN)[0] for name in ids})

@@ -38,8 +38,8 @@ class Scenes(Dataset[Batch]):
         images: ``[N,3,H,W]`` uint8.
         masks: ``[N,H,W]`` bool, True on the animal.
         labels: ``[N]`` int64: 0 leopard, 1 orca.
-        backgrounds: ``water`` or ``grass``, one an image.
-        ids: one name an image.
+        backgrounds: ``water`` or ``grass``, one per image.
+        ids: one name per image.
     """
 
     images: Tensor

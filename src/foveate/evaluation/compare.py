@@ -26,7 +26,7 @@ class Comparison:
     """Runs beside the first of them.
 
     Attributes:
-        names: one a run, its folder's.
+        names: one per run, its folder's.
         frame: index ``method, column``; for run k the columns ``mean k`` and, after the first, ``difference k``, ``low k``,
             ``high k`` of the difference to the first, paired by image; ``p k``, by flipping the signs of the differences and
             corrected for the methods of the column (Holm); ``n k`` images that both have.

@@ -83,7 +83,7 @@ def study(
     tick: Callable[[int], None] | None = None,
     failures: list[tuple[str, str]] | None = None,
 ) -> pd.DataFrame:
-    """One row an image, in ``file`` as they come; images that have a row there already are not run again.
+    """One row per image, in ``file`` as they come; images that have a row there already are not run again.
 
     An image that cannot be read, or on which the model gives NaN, has no row, and is in ``failures`` with the reason.
 
@@ -143,7 +143,7 @@ def study(
         rows["ratio"] = rows["largest"] / rows["second"].where(rows["second"] > 0)
         rows = rows[~rows["id"].isin(done)]
         known_rows = pd.concat([known_rows, rows], ignore_index=True) if len(known_rows) else rows
-        with files.replacing(file) as waiting:  # some 150 bytes an image: nothing beside its eigenvalues
+        with files.replacing(file) as waiting:  # some 150 bytes per image: nothing beside its eigenvalues
             known_rows.to_csv(waiting, index=False)
         done |= set(batch.id)
         if tick is not None:

@@ -224,7 +224,7 @@ def _one(name: Any, given: Any, of: Of) -> Elsewhere:
         array = array[:, 0]
     if array is None or array.ndim != 3 or 0 in array.shape:
         shape = "" if array is None else f" of shape {list(array.shape)}"
-        raise FoveateError(f"maps are an array [N,h,w], one map an image, or a folder, and not {type(given).__name__}{shape}")
+        raise FoveateError(f"maps are an array [N,h,w], one map per image, or a folder, and not {type(given).__name__}{shape}")
     return Elsewhere(_called("maps" if name is None else name), array, of)
 
 

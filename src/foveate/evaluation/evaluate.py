@@ -78,7 +78,7 @@ def evaluate(
     baseline: str | None = None,
     **options: Unpack[Measuring],
 ) -> pd.DataFrame:
-    """The table of methods and metrics on data: one line a method and column, as :meth:`Results.table` says.
+    """The table of methods and metrics on data: one line per method and column, as :meth:`Results.table` says.
 
     ``attrs`` has the ``findings`` (sentences), the ``protocol`` and the ``degenerate`` maps of each method.
 
@@ -123,7 +123,7 @@ def measure(
 
     Methods share the forward and backward pass of a batch, metrics the masked one, and equal maps are scored once. An image
     that cannot be read, holds NaN, or on which the model gives NaN is left out and named in ``failures``; where only a map or
-    a masked image is to blame, the values are not a number, and counted with their reason in ``missing``.
+    a masked image is to blame, the values are NaN, and counted with their reason in ``missing``.
 
     Args:
         data: a folder by its path, or what else ``foveate evaluate`` takes by name; a batch, several, a data set, a DataLoader

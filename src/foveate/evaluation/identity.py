@@ -25,7 +25,7 @@ def fingerprint(model: nn.Module, listed: Sequence[str], plan: Plan, arguments: 
     """What must be the same for a run to go on: the call, the protocol, the list of images and the model's weights.
 
     What the images *are* is not in it: that stands with the results of each batch, so that a batch whose images changed is
-    measured anew, and no other.
+    measured again, and no other.
 
     Args:
         listed: what is said of each image, as :func:`listing` gives it.

@@ -31,10 +31,10 @@ class Prevalence:
             is above one half).
         mean, spread: ``{class: [h,w]}``: mean and standard deviation of the maps, each scaled to a mass of 1; of the main
             method only.
-        background: the share of each map outside of the object, ``[N]``; not a number where that is not known.
+        background: the share of each map outside of the object, ``[N]``; NaN where that is not known.
         seen: the images that have a map at all, ``[N]`` bool; the others count nowhere here.
         distance: of each image's map from the mean of its class's other images, ``[N]`` in [0, 1]: half the absolute
-            difference of two maps of mass 1; not a number for a class of one, or a map of zeros.
+            difference of two maps of mass 1; NaN for a class of one, or a map of zeros.
     """
 
     method: str
@@ -109,7 +109,7 @@ def _unit(maps: np.ndarray) -> np.ndarray:
 
 
 class _Seen:
-    """What is gathered of one method: a few numbers an image, and for pictures the sums of each class."""
+    """What is gathered of one method: a few numbers per image, and for pictures the sums of each class."""
 
     def __init__(self, pictures: bool) -> None:
         self.pictures = pictures

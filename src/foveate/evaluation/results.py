@@ -21,7 +21,7 @@ MODEL = "(model)"  # the row of what is said about the model and not about a map
 MAP = "map"  # the curve that holds small maps
 MAP_SIDE = 28
 MARK, BLANK = b"foveate.blake2b=", b"0" * 32  # in the footer: the digest of the file, with zeros where it stands itself
-REMEDY = "foveate evaluate ... --resume measures its batch anew"
+REMEDY = "foveate evaluate ... --resume measures its batch again"
 Key = tuple[str, str]
 Missing = dict[str, dict[str, dict[str, int]]]
 
@@ -31,8 +31,8 @@ class Results:
     """Values of some images, aligned: row i of every array belongs to image i.
 
     Attributes:
-        ids: one name an image.
-        values: by ``(method, column)``: ``[N]`` values, not a number where undefined, or ``[N,k]`` curves.
+        ids: one name per image.
+        values: by ``(method, column)``: ``[N]`` values, NaN where undefined, or ``[N,k]`` curves.
         labels, predicted: class of each image; -1 where no label is known.
         confidence: probability of the predicted class, ``[N]``.
         degenerate: how many maps of each method were constant.
@@ -103,7 +103,7 @@ def with_accuracy(results: Results) -> Results:
 
 
 def joined(parts: Iterable[Results]) -> Results:
-    """One from several, in their order; a column that some lack is not a number there.
+    """One from several, in their order; a column that some lack is NaN there.
 
     Parts are taken one at a time, and arrays joined a column at a time: no second copy of everything exists.
     """

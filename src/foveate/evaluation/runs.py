@@ -73,7 +73,7 @@ class Workers:
         """Within, an error of one process ends all of them, and the first process says it.
 
         Raises:
-            FoveateError: what went wrong, in the first process; the others end without a word.
+            FoveateError: what went wrong, in the first process; the other processes exit silently.
         """
         error: FoveateError | None = None
         try:
@@ -136,11 +136,11 @@ def prepare(
 ) -> list[str]:
     """Make the folder ready: empty for a new run, checked for one that goes on.
 
-    Nothing is deleted but results of this very run that are measured anew; what else stands in the way of new files is moved
+    Nothing is deleted but results of this very run that are measured again; what else stands in the way of new files is moved
     to ``previous-N``, and what foveate does not write is let be.
 
     Returns:
-        What was kept aside or has to be measured anew, in sentences.
+        What was kept aside or has to be measured again, in sentences.
 
     Raises:
         FoveateError: a run is there and neither ``resume`` nor ``overwrite`` was asked for, it was another run, or the files
@@ -175,7 +175,7 @@ def prepare(
             aside.append(path)
             said.append(why)
         elif why or again:
-            files.delete(path)  # of this very run, and about to be measured anew
+            files.delete(path)  # of this very run, and about to be measured again
             changed += [why] if why else []
     if trouble or (again and record["identity"] != identity):
         aside += own
@@ -186,13 +186,13 @@ def prepare(
     sentences = []
     if trouble and resume and (there or kept):
         moved = f", and what was written of it is kept in {kept}" if kept else ""
-        sentences = [f"{RECORD} of {folder} {trouble}: results that fit this call are taken, others are measured anew{moved}"]
+        sentences = [f"{RECORD} of {folder} {trouble}: results that fit this call are taken, others are measured again{moved}"]
     for reasons, where in ((said, f"; kept in {kept}"), (changed if resume else [], "")):
         counts = Counter(reason.split(NAMED)[0] for reason in reasons)
         for reason, count in counts.items():
             first = next(r for r in reasons if r.split(NAMED)[0] == reason)
             first = f" (the first: {first.split(NAMED)[1]})" if NAMED in first else ""
-            sentences.append(f"{count} of {len(images)} batches are measured anew: {reason}{first}{where}")
+            sentences.append(f"{count} of {len(images)} batches are measured again: {reason}{first}{where}")
     return sentences
 
 
@@ -204,7 +204,7 @@ MENDED = "an image that could not be read can be read now"
 
 
 def _misfit(path: Path, run: str, images: Images) -> tuple[Origin | None, str]:
-    """What a file of results is about, None where it is not of this run; and why its batch is measured anew, if it is."""
+    """What a file of results is about, None where it is not of this run; and why its batch is measured again, if it is."""
     try:
         origin, ids, failures = origin_of(path)
     except FoveateError:
@@ -341,7 +341,7 @@ def run(
     strict: bool = False,
     tick: Callable[[int], object] = lambda images: None,
 ) -> None:
-    """Measure what is not measured yet, a file a batch: batch k belongs to worker ``k mod count``.
+    """Measure what is not measured yet, a file per batch: batch k belongs to worker ``k mod count``.
 
     Batches are the same whatever the number of workers, and so is every value. Images that cannot be read, and those on which
     the model gives NaN, are left out and named in the batch's failures.
@@ -385,7 +385,7 @@ def chunks(folder: Path) -> list[Path]:
         gone = next((path for path in wanted if path not in paths), None)
         extra = next((path for path in paths if path not in wanted), None)
         what = f"{gone} is missing" if gone else f"{extra} is not of this run"
-        raise FoveateError(f"{what}: foveate evaluate ... --resume measures it anew")
+        raise FoveateError(f"{what}: foveate evaluate ... --resume measures it again")
     return paths
 
 

@@ -32,7 +32,7 @@ class Seen:
         x: the images as the model saw them, ``[B,K,H,W]`` in [0, 1].
         logits: ``[B,C]``.
         head: ``softmax``, ``binary`` or ``multilabel``.
-        names: one an image.
+        names: one per image.
         photographs: of each image its file, or the picture that was given; None for a tensor.
         preprocess: from the photographs to ``x``; None where there are none.
         model: how the model was asked for, or its class.
@@ -87,8 +87,8 @@ class Explanation:
         seconds: time of each method, beyond what all share: the run, its gradients, growing maps to the images' size.
         degenerate: for each method which of its maps say nothing, ``[B]`` bool.
         facts: for each method what else it knows of its maps, such as the sparsity that CASO reached: ``{name: [B]}``.
-        remarks: for each method the same for people, one sentence an image, or none.
-        left_out: methods that came with a group and that this model cannot have, with the reason.
+        remarks: for each method the same for people, one sentence per image, or none.
+        left_out: methods of a group that this model does not support, with the reason.
     """
 
     maps: dict[str, Tensor]

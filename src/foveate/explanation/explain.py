@@ -61,7 +61,7 @@ def explain(
         layer: ``"auto"``, a dotted path or a module; several for maps of several layers.
         fuse: how maps of several layers become one: ``mean``, ``max``, ``product`` or ``tanh_max``. Methods that know
             several layers themselves (Opti-CAM) take them all.
-        target: None for the predicted class; an int, one an image, ``"label"``, ``"second"``, or a callable of logits.
+        target: None for the predicted class; an int, one per image, ``"label"``, ``"second"``, or a callable of logits.
         against: the other class: why the target, and not that one.
         score: ``logit``, ``probability`` or ``loss``.
         labels: true classes ``[B]``, for ``target="label"``.
@@ -70,7 +70,7 @@ def explain(
         output: of a model with several outputs, the one that is explained: a name, an index, or a dotted path such as
             ``heads.breed``; the one called logits, or the first, where it is None.
         precision: of changed images, in methods that run the model again and again: ``fp32`` or ``bf16``.
-        refused: where given, a method that this model cannot have goes there with the reason, and the others go on.
+        refused: where given, a method that this model does not support goes there with the reason, and the others go on.
         settings: own settings of methods, by name: ``{"fake_cam": {"resolution": "pixel"}}``.
         normalised: ``x`` was normalised with the model's own mean and std, which is undone.
 

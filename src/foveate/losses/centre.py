@@ -95,7 +95,7 @@ def cam_loss(
         form: ``mass`` (default): ``phi = relu(S) / sum relu(S)``, in [0, 1), does not depend on the map's scale; 0
             with no gradient for a map without positive part. ``abs``, ``raw``, ``square``: mean of ``K |S|``, ``K S``,
             ``K S^2``; they shrink the map as well, and ``raw`` rewards a negative border.
-        kernel: prices of one's own instead of the Gaussian, ``[h,w]`` or one an image ``[B,h,w]``, 0 where mass is free.
+        kernel: custom prices instead of the Gaussian, ``[h,w]`` or one per image ``[B,h,w]``, 0 where mass is free.
 
     Raises:
         FoveateError: an unknown form, sigma not above 0, a kernel of another size than the map.
@@ -145,7 +145,7 @@ def cam_loss_of(
     a network can escape this loss by making the maps of all classes negative (on the scenes two of three did).
 
     Args:
-        kernel: a picture of one's own instead of the Gaussian: white where mass is free, black where it costs 1.
+        kernel: a custom picture instead of the Gaussian: white where mass is free, black where it costs 1.
 
     Raises:
         FoveateError: the method's map has no gradient in the parameters; labels are missing; the picture cannot be read.

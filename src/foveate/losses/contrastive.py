@@ -77,7 +77,7 @@ def ablated_binary_cross_entropy(
 
     Args:
         M: ``[B,C,h,w]``; y: ``[B,C]``; bias: ``[C]``.
-        mask: ``[B,h,w]``, or one a class, ``[B,C,h,w]``, in [0, 1].
+        mask: ``[B,h,w]``, or one per class, ``[B,C,h,w]``, in [0, 1].
     """
     mask = as_share(mask).to(M.dtype)
     h = mask if mask.ndim == 4 else mask[:, None]
@@ -157,7 +157,7 @@ def sliced_wasserstein(
 
 
 def required_head(capture: Capture, name: str) -> LinearHead:
-    """The linear head behind the layer, or a sentence for the loss of a name.
+    """The linear head after the layer, or a sentence for the loss of a name.
 
     Raises:
         FoveateError: there is none.
@@ -192,7 +192,7 @@ def _labels(capture: Capture, batch: Batch, name: str) -> Tensor:
     if batch.y is None:
         raise FoveateError(f"{name} needs labels, and the batch has none")
     if batch.y.ndim != 1:
-        raise FoveateError(f"{name} needs one class an image, and the labels have shape {list(batch.y.shape)}")
+        raise FoveateError(f"{name} needs one class per image, and the labels have shape {list(batch.y.shape)}")
     return batch.y.to(capture.logits.device)
 
 

@@ -61,7 +61,7 @@ def interpretable_gradients(gradient: Tensor, guided: Tensor, *, error: Error = 
     if gradient.dtype == torch.float64:
         a, b = gradient.flatten(1), guided.detach().flatten(1)
     usable = (a.detach().norm(dim=1) > SMALLEST) & (b.norm(dim=1) > SMALLEST)
-    # Replaced before the norm is taken: the gradient of a norm at 0 is NaN, also behind a where.
+    # Replaced before the norm is taken: the gradient of a norm at 0 is NaN, also after a where.
     a = torch.where(usable[:, None], a, torch.ones_like(a))
     b = torch.where(usable[:, None], b, torch.ones_like(b))
     return torch.where(usable, _ERRORS[error](a, b), torch.zeros_like(a[:, 0]))

@@ -1,7 +1,7 @@
 """The CAM family: maps ``S = sum_k w_k A_k`` of the features and gradients of one layer, from one run of the model.
 
 A variant is the function ``(A, G) -> w`` of its paper, with ``A`` the features and ``G = d score / d A``, both
-``[B,K,h,w]``, and ``w`` of shape ``[B,K,1,1]`` (one weight a channel) or ``[B,K,h,w]`` (one a position). Maps are raw:
+``[B,K,h,w]``, and ``w`` of shape ``[B,K,1,1]`` (one weight per channel) or ``[B,K,h,w]`` (one per position). Maps are raw:
 the ReLU of the papers' ``h`` is applied by :func:`foveate.maps.prepare`, so that evidence against a class is not lost.
 """
 
@@ -159,7 +159,7 @@ def cam(capture: Capture, layer: str | None, target: Target) -> Tensor:
     head = capture.linear_head(layer)
     if head is None or not head.pooled:
         raise FoveateError(
-            f"cam needs a head of global average pooling and one linear layer behind layer {layer or capture.layer!r}, "
+            f"cam needs a head of global average pooling and one linear layer after layer {layer or capture.layer!r}, "
             "and this model has another: use 'grad_cam' or 'hires_cam', which are the same there and defined everywhere"
         )
     activations = capture.activations(layer)
@@ -211,7 +211,7 @@ def contrast_of(capture: Capture, target: Target, against: object = None) -> Tar
 def contrastive_maps(capture: Capture, layer: str | None, target: Target) -> Tensor:
     """All pairs at once: ``K [B,C,h,w]`` with ``K_c = M_t - M_c``; row t is 0. Differentiable when live.
 
-    Closed form for average pooling or flattening and one linear layer; one backward pass a class elsewhere, behind the
+    Closed form for average pooling or flattening and one linear layer; one backward pass per class elsewhere, after the
     layer only. With a bias-free linear head, ``cross-entropy = log sum_c exp(-sum_ij K_cij)``.
     """
     if capture.head == "binary":

@@ -131,7 +131,7 @@ def full_gradients(capture: Capture, target: Target, rows: Tensor | None = None)
             if not isinstance(output, Tensor) or not output.requires_grad:
                 return None
             outputs.append((bias(output.detach()), output))
-            return output.clone()  # an in-place ReLU behind it must not overwrite it
+            return output.clone()  # an in-place ReLU after it must not overwrite it
 
         return hook
 
@@ -151,7 +151,7 @@ def full_gradients(capture: Capture, target: Target, rows: Tensor | None = None)
         for (b, output), gradient in zip(outputs, gradients[1:], strict=True):
             if gradient is None:
                 continue
-            if b.ndim == 1:  # one value a channel
+            if b.ndim == 1:  # one value per channel
                 b = b.view((1, -1, 1, 1) if output.ndim == 4 else (1,) * (output.ndim - 1) + (-1,))
             if output.ndim == 4 and output.shape[-1] * output.shape[-2] > 1:
                 biases.append(gradient * b)
@@ -165,7 +165,7 @@ def full_gradients(capture: Capture, target: Target, rows: Tensor | None = None)
 
 
 def _bias_of(module: nn.Module) -> Callable[[Tensor], Tensor] | None:
-    """What a module adds to a linear map of its input, from its output: a value a channel, or a position.
+    """What a module adds to a linear map of its input, from its output: a value per channel, or a position.
 
     A ReLU6 is the constant 6 where it clips, which is a bias there.
     """

@@ -21,7 +21,7 @@ Quadrature = Literal["midpoint", "gauss_legendre", "right"]
 
 
 def over_colour(values: Tensor, colour: Colour) -> Tensor:
-    """One value a pixel: ``max_c |v_c|``, ``sum_c |v_c|`` or ``sum_c v_c`` (signed); ``[B,C,H,W]`` to ``[B,H,W]``.
+    """One value per pixel: ``max_c |v_c|``, ``sum_c |v_c|`` or ``sum_c v_c`` (signed); ``[B,C,H,W]`` to ``[B,H,W]``.
 
     Raises:
         FoveateError: an unknown word.

@@ -51,7 +51,7 @@ def meaningful_perturbation(
     """``S = 1 - m*``, ``m* = argmin_m area ||1 - m||_1 + variation TV_exponent(m) + p_c(x * up(m) + b (1 - up(m)))``.
 
     The smallest smooth region without which the class is gone; ``[B,H,W]`` in [0, 1]. Adam on masks at ``1 / stride``
-    of the resolution, upsampled and blurred; one forward and backward pass a step for the whole batch, whose images do
+    of the resolution, upsampled and blurred; one forward and backward pass per step for the whole batch, whose images do
     not depend on each other.
 
     Args:

@@ -28,7 +28,7 @@ def score_cam(
     weighting: Weighting = "channel_softmax",
     constant: Literal["zero", "skip"] = "zero",
 ) -> Tensor:
-    """``S = sum_k w_k A_k``, with ``w_k`` from the score of ``x * n(up(A_k))``: one forward pass a channel, no gradients.
+    """``S = sum_k w_k A_k``, with ``w_k`` from the score of ``x * n(up(A_k))``: one forward pass per channel, no gradients.
 
     Three definitions are in circulation, and their numbers differ:
 
@@ -61,7 +61,7 @@ def score_cam(
         scores[row, column] = score(maps.apply_mask(x[row], masks), row)
     if weighting == "channel_softmax":
         left_out = flat if constant == "skip" else torch.zeros_like(flat)
-        left_out = left_out & ~flat.all(1, keepdim=True)  # a softmax over nothing is not a number
+        left_out = left_out & ~flat.all(1, keepdim=True)  # a softmax over nothing is NaN
         weights = scores.masked_fill(left_out, float("-inf")).softmax(1)
     else:
         weights = scores - black[:, None] if weighting == "increase" else scores
@@ -81,7 +81,7 @@ def ablation_cam(
 ) -> Tensor:
     """``S = sum_k w_k A_k``, ``w_k = (s - s_k) / |s|``, with ``s_k`` the score when channel k is 0 at the layer.
 
-    Only what comes after the layer runs again; behind a linear head ``s_k`` has a closed form and nothing runs at all.
+    Only what comes after the layer runs again; with a linear head ``s_k`` has a closed form and nothing runs at all.
 
     Deviation: the paper divides by the score itself, whose sign, not only its size, would turn the whole map over.
 

@@ -67,14 +67,14 @@ def insertion_deletion(
     ties: Literal["raster", "random"] = "raster",
     seed: int = 0,
 ) -> dict[str, Tensor]:
-    """Area under the probability of the class, in percent, one value an image; curves ``I_curve``, ``D_curve`` ``[B,n+1]``.
+    """Area under the probability of the class, in percent, one value per image; curves ``I_curve``, ``D_curve`` ``[B,n+1]``.
 
     Insertion starts from the blurred image and shows the most salient pixels first; Deletion starts from the image and
     hides them first. ``ceil(HW / steps)`` pixels change at a time, ``n`` times; ``area = sum_i (p_i + p_{i+1}) / 2n``, with
     equal spacing (the last step may be smaller, as in the authors' code). Only the order of the pixels counts.
 
     The ends are shared: the whole image is known, the blurred and the empty image run once for all methods. That leaves
-    ``2 (n - 1)`` forward passes an image, and ``n - 1`` where one of the two is wanted.
+    ``2 (n - 1)`` forward passes per image, and ``n - 1`` where one of the two is wanted.
 
     Args:
         target: whose probability: ``label``, ``pred`` (RISE's own) or ``second``.

@@ -31,10 +31,10 @@ from foveate.runtime.capture import Capture
     group="cost",
 )
 def cost(capture: Capture, M: Tensor, batch: Batch, *, explained: Explained | None = None) -> dict[str, Tensor]:
-    """``T``: seconds; ``forwards``, ``backwards``: passes (also those of the part behind a layer); ``memory``: MB at the peak.
+    """``T``: seconds; ``forwards``, ``backwards``: passes (also those of the part after a layer); ``memory``: MB at the peak.
 
     Of one image, on a fresh run of the model which is counted too; memory is of the whole batch, beyond what was taken
-    before. Measured on the first batches only, where it is not a number elsewhere; the table has the median over batches.
+    before. Measured on the first batches only, and is NaN elsewhere; the table has the median over batches.
     """
     spent = None if explained is None else explained.spent
     nan = float("nan")

@@ -45,9 +45,9 @@ LEAST_AREA = 0.05
     group="localization",
 )
 def mass_inside(capture: Capture, M: Tensor, batch: Batch) -> dict[str, Tensor]:
-    """Share of the map's mass inside the object's mask, in [0, 1], one value an image.
+    """Share of the map's mass inside the object's mask, in [0, 1], one value per image.
 
-    0 for a map without mass, and not a number for an image without a mask.
+    0 for a map without mass, and NaN for an image without a mask.
 
     Note:
         ``M`` is scaled to [0, 1], which lifts a map whose smallest value is above 0 to where that value is 0.
@@ -169,7 +169,7 @@ def localization(
     clip: bool = True,
     largest_share: float = 1.0,
 ) -> dict[str, Tensor]:
-    """Seven columns from boxes (or masks, with the tight box around them): percent, but SM; one value an image.
+    """Seven columns from boxes (or masks, with the tight box around them): percent, but SM; one value per image.
 
     The predicted box ``P`` is that of the largest 4-connected component of ``M > mean(M)``; ``G`` are the image's boxes.
 
@@ -182,7 +182,7 @@ def localization(
       the ``first`` in raster order. ``EP``: energy pointing game: the share of the map's mass in the boxes' union.
     - ``SM``: ``log max(a, .05) - log p``, ``a`` the area of ``P``, ``p`` the label's probability on ``P`` cut out and enlarged.
 
-    An image without a box (all of it cropped away) is not a number in every column; without labels OM and SM are.
+    An image without a box (all of it cropped away) is NaN in every column; without labels OM and SM are.
 
     Args:
         region: ``boxes``, ``mask``, or ``auto``: boxes where there are some.

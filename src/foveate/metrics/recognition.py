@@ -89,7 +89,7 @@ def average_increase(log_p: Tensor, log_o: Tensor) -> Tensor:
 def recognition(
     capture: Capture, M: Tensor, batch: Batch, *, target: str = "label", baseline: float = 0.0
 ) -> dict[str, Tensor]:
-    """AD, AG and AI of maps ``M [B,H,W]`` in [0, 1], percent, one value an image; one forward pass for all three.
+    """AD, AG and AI of maps ``M [B,H,W]`` in [0, 1], percent, one value per image; one forward pass for all three.
 
     ``p`` and ``o`` are probabilities of the class on ``x`` and on ``x * M``: masked in pixel space, black outside,
     computed in float64 from log-probabilities. The images run again, in the way of the masked ones, only where some ``o``

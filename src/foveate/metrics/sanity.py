@@ -43,7 +43,7 @@ _captures: weakref.WeakKeyDictionary[Capture, dict[object, list[Capture | None]]
     group="sanity",
 )
 def completeness_error(capture: Capture, M: Tensor, batch: Batch, *, explained: Explained | None = None) -> dict[str, Tensor]:
-    """How far the sum of the map misses what a theorem says it adds up to, relative to the score, one value an image.
+    """How far the sum of the map misses what a theorem says it adds up to, relative to the score, one value per image.
 
     Not a number where no theorem applies: to the method, or to this model's head.
     """
@@ -97,7 +97,7 @@ def class_sensitivity(capture: Capture, M: Tensor, batch: Batch, *, explained: E
             "Randomisation",
             "",
             (-1, 1),
-            "mean over stages of Spearman's correlation with the map of a network whose parameters were drawn anew",
+            "mean over stages of Spearman's correlation with the map of a network whose parameters were redrawn",
             "Does the map stay as it is when the network forgets what it learnt?",
             "0: the maps of the random networks are other maps.",
             "0.9: nearly the same map without anything learnt, as of an edge detector.",
@@ -131,18 +131,18 @@ def randomisation(
     absolute: bool = False,
     seed: int = 0,
 ) -> dict[str, Tensor]:
-    """Similarity of the map with that of networks whose parameters were drawn anew, mean over stages, one value an image.
+    """Similarity of the map with that of networks whose parameters were redrawn, mean over stages, one value per image.
 
     ``randomisation`` is Spearman's rank correlation of raw maps, ``randomisation_ssim`` the structural similarity of maps in
     [0, 1]; curves ``randomisation_curve`` and ``randomisation_ssim_curve`` ``[B,stages]`` have each stage, from the head
     alone to the whole network. A map that stays similar does not depend on what the network learnt.
 
     The target stays what it was; the model is copied, never changed. Maps that turn constant have no rank correlation: they
-    are not a number in the curve, and left out of the mean.
+    are NaN in the curve, and left out of the mean.
 
     Args:
         mode: ``cascade``: each stage keeps the stages before it random; ``independent``: one stage at a time.
-        stages: the head alone, and the other layers with parameters in ``stages - 1`` equal parts; 0 for one a layer.
+        stages: the head alone, and the other layers with parameters in ``stages - 1`` equal parts; 0 for one per layer.
         init, reset_buffers: see :func:`foveate.models.randomize.randomized`.
         absolute: compare absolute values, the other form of Adebayo et al.
     """
@@ -167,7 +167,7 @@ def randomisation(
 def _forgetful(capture: Capture, how: tuple[Mode, int, Init, int, bool], from_image: bool) -> Iterator[Capture | None]:
     """Captures of the randomised networks: kept for the other methods of this batch, so that each runs once for all of them.
 
-    Networks too large for that are made anew each time, and so are those whose graph begins at the image, which is larger.
+    Networks too large for that are rebuilt each time, and so are those whose graph begins at the image, which is larger.
     """
     kept = _captures.setdefault(capture, {})
     if how in kept and not from_image:

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from foveate.errors import FoveateError
-from foveate.runtime.cut import cut_behind
+from foveate.runtime.cut import cut_after
 from foveate.runtime.layers import find, first_tensor
 from foveate.runtime.model import hooked, read_logits
 
@@ -86,7 +86,7 @@ class CAStream(nn.Module):
         size: of the image that is run once to learn the channels of each stage.
 
     Raises:
-        FoveateError: a stage has no grid of channels first; what comes behind the last is not pooling and a classifier.
+        FoveateError: a stage has no grid of channels first; what comes after the last is not pooling and a classifier.
 
     Source: Torres et al., CA-Stream, 2024, eq. 6 to 9, dimensions and initialisation from its code. Deviations: attention
     logits are kept in float32; biases start at 0; batch norms do not drift, and all of the stream is trained, where the
@@ -123,7 +123,7 @@ class CAStream(nn.Module):
             def hook(module: nn.Module, inputs: Any, output: Any) -> None:
                 tensor = first_tensor(output)
                 assert tensor is not None  # a stage of a convolutional network gives a tensor
-                found[name] = tensor.clone()  # an in-place ReLU behind the stage must not overwrite it
+                found[name] = tensor.clone()  # an in-place ReLU after the stage must not overwrite it
 
             return hook
 
@@ -222,10 +222,10 @@ def head_of(backbone: nn.Module, last: str, features: Tensor, logits: Tensor) ->
     """How to run the backbone's pooling and classifier on ``[B,d,h,w]``, for :func:`run_head`.
 
     It gives the logits of this run, and on random features the same as on their means: at 1 x 1 cells pooling then
-    changes nothing, and what is behind it is run as the backbone runs it.
+    changes nothing, and what follows is run as the backbone runs it.
 
     Raises:
-        FoveateError: what comes behind the last stage is not pooling and a classifier.
+        FoveateError: what comes after the last stage is not pooling and a classifier.
     """
     kinds = ["forward_head"] if hasattr(backbone, "forward_head") else []
     kinds += ["classifier"] if hasattr(backbone, "avgpool") and hasattr(backbone, "classifier") else []
@@ -244,7 +244,7 @@ def head_of(backbone: nn.Module, last: str, features: Tensor, logits: Tensor) ->
         if _same(again, logits) and _same(whole, pooled):
             return kind
     raise FoveateError(
-        f"what comes behind {last!r} in a {type(backbone).__name__} is not average pooling and a classifier: name stages from "
+        f"what comes after {last!r} in a {type(backbone).__name__} is not average pooling and a classifier: name stages from "
         "early to late, the last of them what is pooled"
     )
 
@@ -263,9 +263,9 @@ def run_head(backbone: nn.Module, kind: str, x: Tensor) -> Tensor:
         return read_logits(backbone.classifier(backbone.avgpool(x)))  # type: ignore[operator]
     if name == "linear":
         return read_logits(backbone.get_submodule(place)(x.mean((2, 3))))
-    cut = cut_behind(backbone, place)
+    cut = cut_after(backbone, place)
     if cut is None or cut.front is not None:
-        raise FoveateError(f"a {type(backbone).__name__} cannot be cut behind {place!r}")
+        raise FoveateError(f"a {type(backbone).__name__} cannot be cut after {place!r}")
     return read_logits(cut.back(x))
 
 

@@ -22,7 +22,7 @@ class Classifier(Normalized):
     Attributes:
         name: how it was asked for.
         preprocess: from an image file to what it takes.
-        class_names: one name a class, or None.
+        class_names: one name per class, or None.
         wordnet_ids: other names of the classes, where they came with the names (``n01440764 tench``); ImageNet's own
             names need them not.
         notes: what was assumed while it was loaded, one sentence each.
@@ -47,7 +47,7 @@ class Classifier(Normalized):
 
     @property
     def class_names(self) -> list[str] | None:
-        """One name a class, in index order; ids of WordNet in front of them are taken off, and kept beside them."""
+        """One name per class, in index order; ids of WordNet in front of them are taken off, and kept beside them."""
         return self._class_names
 
     @class_names.setter

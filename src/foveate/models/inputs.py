@@ -33,7 +33,7 @@ class Taken:
 
     Attributes:
         x: ``[B,K,H,W]``.
-        names: one an image.
+        names: one per image.
         photographs: of each image the photograph that it was made of: a file, which is read again where it is needed, or
             the picture itself; None for a tensor.
         y: labels, where they came along in a :class:`foveate.Batch`.
@@ -436,7 +436,7 @@ def renumbered(data: Any, model: nn.Module, where: str) -> Any:
         if not linear or linear[-1] != len(names):
             raise FoveateError(
                 f"{where} has the classes {', '.join(names[:6])}, and the model's class names are not known: give "
-                "--classes FILE, with one class name a line, in the order of the model's outputs (class_names in Python)"
+                "--classes FILE, with one class name per line, in the order of the model's outputs (class_names in Python)"
             )
         return data
     try:

@@ -28,7 +28,7 @@ def stages_of(model: nn.Module, stages: int = 5) -> list[list[str]]:
     if not names:
         raise FoveateError(f"{type(model).__name__} has no parameters that could be randomised")
     if stages < 0:
-        raise FoveateError(f"stages {stages} is not a number of stages: use 1 or more, or 0 for one a layer")
+        raise FoveateError(f"stages {stages} is not a number of stages: use 1 or more, or 0 for one per layer")
     if stages == 0 or stages >= len(names):
         return [[name] for name in names]
     if stages == 1:

@@ -11,7 +11,7 @@ from foveate.errors import FoveateError
 
 
 class SmallCNN(nn.Module):
-    """Three stages of convolution, batch norm and max-pooling behind a stem, then average pooling and one linear layer.
+    """Three stages of convolution, batch norm and max-pooling after a stem, then average pooling and one linear layer.
 
     ``Conv 16 -> [Conv c, BN, max-pool 2] for c in (16, 64, 32) -> ReLU -> global average pooling -> linear``: at
     192 pixels the last features are 32 x 24 x 24. Input of any size from 8 pixels, in [0, 1] behind its normalisation.

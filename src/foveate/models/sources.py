@@ -1,4 +1,4 @@
-"""Sources: models of timm, torchvision, foveate and files of one's own, as they are built, with what they say of themselves."""
+"""Sources: models of timm, torchvision, foveate and your own files, as they are built, with what they say of themselves."""
 
 from __future__ import annotations
 

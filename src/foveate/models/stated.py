@@ -17,7 +17,7 @@ from foveate.runtime.model import IMAGENET_MEAN, IMAGENET_STD, core, unwrap
 
 
 def spread(values: Sequence[float], channels: int) -> tuple[float, ...]:
-    """One value a channel: those given, or the mean of them for all where there are not so many."""
+    """One value per channel: those given, or the mean of them for all where there are not so many."""
     return tuple(values) if len(values) == channels else (sum(values) / len(values),) * channels
 
 

@@ -17,7 +17,7 @@ def contrastive_architecture(model: Model, *, last_stride: int = 1, bias: bool =
     """A copy of a ResNet or ConvNeXt of timm or torchvision with the talk's changes: finer maps, a head without a bias.
 
     ``last_stride=1``: the last stage does not halve the grid, so that a map has 14x14 cells at 224 pixels instead of 7x7.
-    ``bias=False``: evidence in the map is all evidence there is. In a ConvNeXt the norm behind pooling moves in front
+    ``bias=False``: evidence in the map is all evidence there is. In a ConvNeXt the norm after pooling moves in front
     of it, position by position, because only then the head is linear in the features; its weights are kept.
 
     The talk also removes the last batch norm and ReLU, so that the features it hooks are those that are pooled. That is

@@ -20,7 +20,7 @@ MARKERS = ("o", "^", "s", "D")
 
 
 def draw(rows: Mapping[str, pd.DataFrame], trends: Mapping[str, Trend], path: Path) -> None:
-    """Three panels against confidence, a colour and a marker a network; written as ``path`` says by its ending.
+    """Three panels against confidence, a colour and a marker per network; written as ``path`` says by its ending.
 
     ``1 - cosine`` of CASO and CAFO with a target sparsity, the same without a penalty, and the ratio of the two largest
     eigenvalues with what the theorem says of uniform residual mass, ``C q``, as a line. Spearman's correlations are between

@@ -219,7 +219,7 @@ def _content(
 
 
 def _groups(frame: pd.DataFrame, names: Sequence[str], shown: Sequence[str]) -> list[dict[str, Any]]:
-    """A table for each question: its columns, and a line a method."""
+    """A table for each question: its columns, and a line per method."""
     found: dict[str, list[str]] = {}
     for column in shown:
         record = metric_of(column)

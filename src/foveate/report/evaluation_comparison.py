@@ -19,7 +19,7 @@ Cell = tuple[str, str, int]
 
 
 def lines(comparison: Comparison) -> dict[str, list[tuple[str, list[Cell]]]]:
-    """For each column the methods with a cell a run: mean, change with its interval, and 1 better, -1 worse, 0 neither.
+    """For each column the methods with a cell per run: mean, change with its interval, and 1 better, -1 worse, 0 neither.
 
     Better and worse: by the paired differences, corrected for the methods of the column.
     """

@@ -142,7 +142,7 @@ class About:
     channels: int = 3
 
     def lines(self) -> list[str]:
-        """One sentence or list of facts a line, those that are known."""
+        """One sentence or list of facts per line, those that are known."""
         facts = [printable(self.file), printable(self.model), f"layer {self.layer}" if self.layer else ""]
         said = "" if self.right is None else ", and the model says so" if self.right else ", and the model says another"
         lines = ["   ·   ".join(fact for fact in facts if fact), f"label: {printable(self.label)}{said}" if self.label else ""]

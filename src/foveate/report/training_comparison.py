@@ -43,7 +43,7 @@ def cell(line: Any, column: str) -> Cell:
 
 
 def table(trainings: Trainings, columns: Sequence[str] | None = None) -> list[tuple[str, list[Cell | None]]]:
-    """A line a recipe, a cell a column."""
+    """A line per recipe, a cell per column."""
     frame, columns = trainings.frame, trainings.columns if columns is None else columns
     return [
         (name, [cell(frame.loc[(name, c)], c) if (name, c) in frame.index else None for c in columns])

@@ -1,4 +1,4 @@
-"""Cut: a model split behind a layer with torch.fx, so that only what comes after it runs again."""
+"""Cut: a model split after a layer with torch.fx, so that only what comes after it runs again."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from foveate.runtime.model import core, read_logits
 
 @dataclass(frozen=True)
 class Cut:
-    """A model cut behind a layer: ``back`` from the layer's output to the logits, ``front`` for what else it reads."""
+    """A model cut after a layer: ``back`` from the layer's output to the logits, ``front`` for what else it reads."""
 
     back: fx.GraphModule
     front: fx.GraphModule | None
@@ -24,8 +24,8 @@ class Cut:
 _cuts = Memo()
 
 
-def cut_behind(model: nn.Module, name: str) -> Cut | None:
-    """The model cut behind a layer with ``torch.fx``; None where it cannot be traced, or the layer runs twice."""
+def cut_after(model: nn.Module, name: str) -> Cut | None:
+    """The model cut after a layer with ``torch.fx``; None where it cannot be traced, or the layer runs twice."""
     known: dict[str, Cut | None] = _cuts.of(model)
     if name not in known:
         try:
@@ -95,7 +95,7 @@ def make_tail(
         rows: which image of ``x`` each of the N belongs to, for what a tail reads from in front of the layer.
     """
     inner, prefix = core(model)
-    cut = cut_behind(model, prefix + layer if layer in dict(inner.named_modules()) else layer)
+    cut = cut_after(model, prefix + layer if layer in dict(inner.named_modules()) else layer)
     if cut is None:
         return None
     with torch.no_grad():

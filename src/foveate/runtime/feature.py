@@ -17,7 +17,7 @@ from foveate.targets import Target
 
 @dataclass
 class Passes:
-    """Images that went through the model: forward, backward, and through the tail behind a layer only.
+    """Images that went through the model: forward, backward, and through the tail after a layer only.
 
     ``spoilt`` is how many changed images it gave NaN or infinity on.
     """
@@ -72,7 +72,7 @@ class Feature:
             raw = raw.detach().requires_grad_(True)  # nothing before it is differentiated
         self.kept = raw
         self.calls.append(raw)
-        return L.with_first(output, raw.clone())  # an in-place ReLU behind the layer must not overwrite it
+        return L.with_first(output, raw.clone())  # an in-place ReLU after the layer must not overwrite it
 
     def settle(
         self,
@@ -105,7 +105,7 @@ class Feature:
         self.calls.clear()
         if len(self.kept) != len(x):
             raise LayerError(
-                f"layer {self.name!r} gives {len(self.kept)} rows for {len(x)} image(s), one a window perhaps: {advice()}"
+                f"layer {self.name!r} gives {len(self.kept)} rows for {len(x)} image(s), one per window perhaps: {advice()}"
             )
         if last and not run.alone:
             warnings.warn(

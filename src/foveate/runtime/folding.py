@@ -1,4 +1,4 @@
-"""Folding: convolutions that do the work of the batch norms behind them, for changed images that run by the hundred."""
+"""Folding: convolutions that do the work of the batch norms after them, for changed images that run by the hundred."""
 
 from __future__ import annotations
 

@@ -178,7 +178,7 @@ class Gradients:
         return gradient
 
     def linear_head(self, layer: str | None = None) -> LinearHead | None:
-        """The head behind a layer where it is average pooling or flattening and one linear layer; None elsewhere.
+        """The head after a layer where it is average pooling or flattening and one linear layer; None elsewhere.
 
         It is recognised by what it computes: the input of the last linear layer is compared with the pooled and with
         the flattened features of this run, and its output with the logits.
@@ -192,7 +192,7 @@ class Gradients:
     def class_maps(self, layer: str | None = None, classes: Sequence[int] | None = None) -> Tensor:
         """HiResCAM of every class, ``M [B,C,h,w]``: ``M_c = sum_k (d y_c / d A_k) * A_k``; differentiable when live.
 
-        Closed form for linear heads; elsewhere one backward pass a class, behind the layer only.
+        Closed form for linear heads; elsewhere one backward pass per class, after the layer only.
 
         Args:
             classes: only these, in this order.

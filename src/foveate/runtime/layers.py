@@ -237,7 +237,7 @@ def find(model: nn.Module, x: Tensor, forward: Callable[[Tensor], Any] | None = 
 
     One image runs forward and backward once with a look at every layer. Of all layers before the classifier, the last
     grid is taken that depends on the image and that what the classifier reads depends on; pooling layers are passed over
-    (a map behind a max-pool is full of holes), and the outermost module is named: ``layer4``, not ``layer4.2.relu``,
+    (a map after a max-pool is full of holes), and the outermost module is named: ``layer4``, not ``layer4.2.relu``,
     which runs three times. A layer with a grid is the classifier only where its channels are the classes: everything of
     the logits goes through it, and each logit depends on a channel of its own (SqueezeNet); a head may have no parameters
     at all, or be missing. In a transformer that classifies from its class token, the patches of the last block's output
@@ -253,7 +253,7 @@ def find(model: nn.Module, x: Tensor, forward: Callable[[Tensor], Any] | None = 
         return known[key]
     events, logits = _trace(model, x[:1], forward or model)
     name = type(core(model)[0]).__name__
-    nodes, counted = behind(logits), Counter(event.name for event in events)
+    nodes, counted = upstream(logits), Counter(event.name for event in events)
     if not _sees_image(nodes):
         raise _NoGradient(
             f"no layer of this {name} has a gradient: it runs under torch.no_grad, is quantised, or detaches what it "
@@ -311,7 +311,7 @@ def _before_classifier(inner: nn.Module, events: list[_Event], logits: Tensor) -
     if not owners:
         return events, logits
     last = events[owners[-1]]
-    alone = not _sees_image(behind(logits, last.output))
+    alone = not _sees_image(upstream(logits, last.output))
     if last.layout is None or last.layout.height * last.layout.width == 1:
         source = last.given
         reads = alone and source is not None and source.requires_grad and source.ndim == 2
@@ -344,7 +344,7 @@ def _is_classes(event: _Event, logits: Tensor) -> bool:
     return True
 
 
-def behind(tensor: Tensor, but: Tensor | None = None) -> set[Any]:
+def upstream(tensor: Tensor, but: Tensor | None = None) -> set[Any]:
     """The nodes of the graph that a gradient of ``tensor`` reaches, on ways that do not lead through ``but``.
 
     An operation without a derivative, of a quantised layer say, ends a way: the gradient is lost there in silence.
@@ -362,7 +362,7 @@ def behind(tensor: Tensor, but: Tensor | None = None) -> set[Any]:
 
 def reaches(output: Tensor, source: Tensor) -> bool:
     """Whether a gradient of ``output`` reaches ``source``."""
-    return any(node is source.grad_fn or getattr(node, "variable", None) is source for node in behind(output))
+    return any(node is source.grad_fn or getattr(node, "variable", None) is source for node in upstream(output))
 
 
 def _sees_image(nodes: set[Any]) -> bool:
@@ -383,7 +383,7 @@ def run_of(model: nn.Module, x: Tensor, forward: Callable[[Tensor], Any], name: 
             return Run(-1, False)
         seeing = [event for event in events if event.output.requires_grad]
         if len(events) > 1 and len(seeing) > 1 and logits.requires_grad:
-            nodes = behind(logits)
+            nodes = upstream(logits)
             seeing = [event for event in seeing if event.output.grad_fn in nodes] or seeing
         if not events:  # it does not run for this image, which is said elsewhere
             return Run(-1, True)

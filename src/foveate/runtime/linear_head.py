@@ -21,7 +21,7 @@ class LinearHead:
     """A head that is linear in the features: global average pooling or flattening, then one linear layer.
 
     Attributes:
-        matrix: of the linear layer, ``[C,K]`` behind average pooling, ``[C,K h w]`` behind flattening.
+        matrix: of the linear layer, ``[C,K]`` after average pooling, ``[C,K h w]`` after flattening.
         bias: ``[C]``.
         size: ``h, w`` of the features.
         pooled: whether it is average pooling.
@@ -135,7 +135,7 @@ def recognise(
 def recognise_any(
     activations: Tensor, raw: Tensor, linears: list[tuple[Tensor, Tensor | None, Tensor]], logits: Tensor
 ) -> LinearHead | None:
-    """The last of the linear layers ``(weight, bias, features)`` of a run that is the head behind a layer; None for none."""
+    """The last of the linear layers ``(weight, bias, features)`` of a run that is the head after a layer; None for none."""
     for weight, bias, features in reversed(linears):
         head = recognise(activations, raw, weight, bias, features, logits)
         if head is not None:

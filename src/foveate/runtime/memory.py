@@ -45,7 +45,7 @@ def kept() -> bool:
 def peak(device: torch.device) -> Iterator[Callable[[], float]]:
     """Within, a function that says how many MB were taken at the most beyond what was taken before.
 
-    Of the GPU's memory, or of the process on Linux; not a number where the system does not tell.
+    Of the GPU's memory, or of the process on Linux; NaN where the system does not tell.
     """
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)

@@ -370,7 +370,7 @@ def hooked(model: nn.Module, hooks: Iterable[tuple[nn.Module, Callable[..., Any]
 
 
 def check_logits(logits: Tensor, count: int, output: Any = None, model: nn.Module | None = None) -> None:
-    """One row of finite numbers an image; a warning where they look like probabilities.
+    """One row of finite numbers per image; a warning where they look like probabilities.
 
     Another one, once for a model, where the ``output`` that they are from has several that may be logits.
 

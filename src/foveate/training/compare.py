@@ -33,7 +33,7 @@ class Trainings:
     Attributes:
         runs: the runs of each line, in the order given.
         frame: index ``recipe, column``: ``mean``, ``low``, ``high`` (95 %, Student's t over runs, within the range that a
-            column can have; not a number for one run),
+            column can have; NaN for one run),
             ``n`` runs, and ``difference``, ``difference_low``, ``difference_high`` to the first line, paired by seed and fold,
             with ``p`` of Student's t, corrected for the recipes that are compared (Holm).
         notes: what a reader should know.

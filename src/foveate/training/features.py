@@ -22,7 +22,7 @@ NAMING = re.compile(r"[0-9a-f]{24}\.safetensors")
 
 
 class FeatureCache:
-    """Features of images by their pixels, one file an image, in float32.
+    """Features of images by their pixels, one file per image, in float32.
 
     What another model made is never read: its features lie in a folder of their own, named by a digest of its weights, and
     are deleted to make room. Nothing else in ``folder`` is touched: see :func:`foveate.disk.files.delete_marked`.

@@ -38,7 +38,7 @@ class Frame:
         maps: ``[N,h,w]`` uint8, of what the model says of each image, 255 where it is largest.
         predicted: class of each image, ``[N]``.
         probability: of the label, ``[N]``.
-        inside: share of each map on its mask, ``[N]``; not a number where there is no mask.
+        inside: share of each map on its mask, ``[N]``; NaN where there is no mask.
     """
 
     epoch: int
@@ -201,7 +201,7 @@ def lightning_callback(film: Film, path: str | Path | None = None, model: Callab
     Where the trainer has a logger of TensorBoard or Weights & Biases, each epoch's picture goes there as ``film``.
 
     Args:
-        path: ``.npz`` file that is written anew each time.
+        path: ``.npz`` file that is rewritten each time.
         model: from the LightningModule to the classifier of images in [0, 1]; the module itself where it is None.
     """
     ready()
@@ -230,7 +230,7 @@ def hugging_face_callback(
     """A callback for ``transformers.Trainer`` that shoots a film after every epoch.
 
     Args:
-        path: ``.npz`` file that is written anew each time.
+        path: ``.npz`` file that is rewritten each time.
         wrap: from the trainer's model to a classifier of images in [0, 1], such as
             ``lambda model: foveate.normalized(model, mean, std)``.
 

@@ -35,7 +35,7 @@ def group_accuracy(
 
     Args:
         predicted, labels: classes, ``[N]``.
-        backgrounds: one an image: what a shortcut could be, by any name; classes alone make the groups where it is None.
+        backgrounds: one per image: what a shortcut could be, by any name; classes alone make the groups where it is None.
 
     Raises:
         FoveateError: not one label and background an image.
@@ -44,7 +44,7 @@ def group_accuracy(
     """
     if len(predicted) != len(labels) or (backgrounds is not None and len(backgrounds) != len(labels)):
         counts = [len(predicted), len(labels), *([] if backgrounds is None else [len(backgrounds)])]
-        raise FoveateError(f"predictions, labels and backgrounds must be one an image, and there are {counts}")
+        raise FoveateError(f"predictions, labels and backgrounds must be one per image, and there are {counts}")
     places = [""] * len(labels) if backgrounds is None else list(backgrounds)
     right = (predicted == labels).tolist()
     found: dict[tuple[int, str], list[bool]] = {}
@@ -78,7 +78,7 @@ def merged(parts: Sequence[Sequence[Group]]) -> list[Group]:
 
 
 def decided(logits: Tensor, head: Head) -> Tensor:
-    """What a classifier says: one class an image, ``[N]``, or of a multi-label head every class, ``[N,C]`` of 0 and 1.
+    """What a classifier says: one class per image, ``[N]``, or of a multi-label head every class, ``[N,C]`` of 0 and 1.
 
     -1, which is never right, where the logits hold NaN or infinity.
     """
@@ -88,5 +88,5 @@ def decided(logits: Tensor, head: Head) -> Tensor:
 
 
 def correct(predicted: Tensor, labels: Tensor) -> Tensor:
-    """Which images are classified right, ``[N]`` bool; with several classes an image, those where all are right."""
+    """Which images are classified right, ``[N]`` bool; with several classes per image, those where all are right."""
     return predicted == labels if labels.ndim == 1 else torch.as_tensor((predicted == labels).all(1))

@@ -115,7 +115,7 @@ def augmenter(augment: Augment) -> Callable[[Batch], Batch] | None:
 
 
 class Augmented(Dataset[Batch]):
-    """Images changed anew at every draw, by a change that depends on the seed and the draw alone, in whichever process."""
+    """Images changed again at every draw, by a change that depends on the seed and the draw alone, in whichever process."""
 
     def __init__(self, whole: Any, change: Callable[[Batch], Batch], seed: int) -> None:
         self.whole, self.change, self.seed = whole, change, seed

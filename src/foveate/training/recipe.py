@@ -75,7 +75,7 @@ UNCHANGED = Augment(rotation=0.0, color_jitter=0.0, crop_padding=0, resized_crop
 
 
 class Data(_Strict):
-    """Data of one's own, each as ``foveate evaluate`` takes it: a folder, ``pets:FOLDER``, ``torchvision:CIFAR100:FOLDER``."""
+    """Custom data, each as ``foveate evaluate`` takes it: a folder, ``pets:FOLDER``, ``torchvision:CIFAR100:FOLDER``."""
 
     train: str
     val: str | None = Field(None, description="hold_out of train where it is not named")
@@ -141,7 +141,7 @@ class Recipe(_Strict):
     weight_decay: float = Field(5e-4, ge=0)
     gradient_clip: float | None = Field(None, gt=0, description="largest norm of the gradient of all parameters")
     warmup: float = Field(0.2, ge=0, lt=1, description="share of the steps")
-    decay: Literal["cosine", "steps", "none"] = Field("cosine", description="of the learning rate behind the warm-up")
+    decay: Literal["cosine", "steps", "none"] = Field("cosine", description="of the learning rate after the warm-up")
     milestones: list[float] = Field([0.3, 0.6, 0.8], description="shares of the run, for decay: steps")
     factor: float = Field(0.2, gt=0, lt=1, description="at each milestone")
     early_stop: int | None = Field(None, ge=1, description="epochs without a better validation accuracy")

@@ -34,7 +34,7 @@ class Trained:
         folder: where it is.
         record: ``run.json``: the outcome, seconds, versions.
         recipe: as it was run, with every default.
-        history: one line an epoch.
+        history: one line per epoch.
         film: where the model looked after each epoch, or None.
     """
 
@@ -158,7 +158,7 @@ def read(folder: str | Path) -> Trained:
 
 
 def _history(path: Path) -> list[dict[str, float]]:
-    """One line an epoch; each a number for every column."""
+    """One line per epoch; each a number for every column."""
     lines = []
     reader = csv.DictReader(io.StringIO(read_text(path), newline=""), strict=True)
     try:

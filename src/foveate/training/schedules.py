@@ -68,7 +68,7 @@ SCHEDULES: dict[str, Schedule] = {
 
 
 def phases(parts: Sequence[tuple[float, Weights]]) -> Schedule:
-    """Weights of one's own: ``(share of the epochs at which a part ends, its weights)``, the last at 1."""
+    """Custom weights: ``(share of the epochs at which a part ends, its weights)``, the last at 1."""
 
     def schedule(progress: float, value: float = 0.0) -> Weights:
         return next((weights for end, weights in parts if progress < end), parts[-1][1])

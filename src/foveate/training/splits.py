@@ -67,7 +67,7 @@ def open_splits(recipe: Recipe, preprocess: Preprocess) -> dict[str, Dataset[Bat
     for where in (train, *found.values()):
         if has_several(where):
             raise FoveateError(
-                f"{str(where.root)!r} gives an image several classes, or none: training takes one class an image"
+                f"{str(where.root)!r} gives an image several classes, or none: training takes one class per image"
             )
     labels = labels_of(train)
     rest = list(range(len(train)))

@@ -49,7 +49,7 @@ class Run:
     """What a training run leaves: the model, its recipe, its data and its curves.
 
     Attributes:
-        history: one line an epoch.
+        history: one line per epoch.
         seconds: of training alone.
         out: folder with ``model.safetensors``, ``recipe.yaml``, ``history.csv``, ``run.json`` and ``film.npz``, or None.
         film: where the model looked after each epoch.

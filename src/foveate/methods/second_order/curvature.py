@@ -92,7 +92,7 @@ class Curvature:
 
     Of several copies of each image both are means over the copies, of the one label. Vectors are flat, ``[n,d]`` with
     ``d = 3 H W``; ``unit [1,3,1,1]`` says in what they are measured (1 in the image's own [0, 1], the standard deviation
-    of the normalisation in what the network sees behind it).
+    of the normalisation in what the network sees after it).
 
     Args:
         rows: which images of the batch, ``[n]``.
@@ -120,7 +120,7 @@ class Curvature:
     def _mean(self, what: Callable[[_Pass, slice], Tensor]) -> Tensor:
         """A result of every copy, ``[N,C,H,W]``, in the unit; its mean over the copies of each image, ``[n,d]``.
 
-        One graph is kept where all copies fit into one chunk, and made anew for every use where they do not.
+        One graph is kept where all copies fit into one chunk, and rebuilt for every use where they do not.
         """
         step = self.capture.chunk_size("backward")
         step = max(1, step // 2) if self.twice else step  # a graph of two passes holds twice as much
@@ -159,7 +159,7 @@ class Curvature:
             piece = slice(start, start + step)
             part = self._held or _Pass(self.capture, self.target, self.images[piece], self.rows[piece], False)
             root = _Root(self.target.rows(self.rows[piece]), part.logits, self.capture.head, share)
-            # Written in place: of a thousand classes they are hundreds of megabytes an image.
+            # Written in place: of a thousand classes they are hundreds of megabytes per image.
             pulled = self.gradient.new_empty(len(part.logits), root.width, self.gradient.shape[1])  # [N,r,d]
             for j in range(root.width):
                 pulled[:, j] = (part.pull(root.column(j)) * self.unit).flatten(1)
