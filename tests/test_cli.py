@@ -132,10 +132,25 @@ class TestExplain:
             "orca",
             "grad_cam",
             "hires_cam",
-            "completeness error",
+            "error: of completeness",
             "at layer features (32x32)",
         ):
             assert word in result.stdout
+
+    def test_the_widest_table_fits_80_columns(self, capsys: pytest.CaptureFixture[str]) -> None:
+        from rich.console import Console
+
+        from foveate.cli.explain import _print_answer
+
+        values = {"against": 1, "against_name": "African grey parrot", "p_before": 0.997, "p_after": 0.123, "share_before": 0.9}
+        values |= {"share_after": 0.8, "completeness_error": 2e-7, "seconds": 12.3456, "degenerate": False, "remark": None}
+        answer = {"question": "pred", "target": 2, "target_name": "owl", "against": None, "against_name": None}
+        names = ("extremal_perturbation", "integrated_gradients")
+        _print_answer(Console(width=80, highlight=False), {**answer, "maps": dict.fromkeys(names, values)}, {"layer": None})
+        said = capsys.readouterr().out
+        assert "…" not in said and max(map(len, said.splitlines())) <= 80
+        for word in (*names, "0.997 → 0.123", "0.900 → 0.800", "2.0e-07", "12345.6"):
+            assert word in said
 
     @pytest.mark.parametrize("asked", [("--method", "grad_cam, hires_cam,"), ("--method", "grad_cam", "--method", "hires_cam")])
     def test_several_methods_with_commas_or_repeated(self, place: Path, asked: tuple[str, ...]) -> None:

@@ -291,16 +291,16 @@ def _print_answer(console: Console, answer: dict[str, Any], item: dict[str, Any]
 
     where = f", at layer {escape(item['layer'])} ({escape(item['grid'])})" if item["layer"] else ""
     console.print(f"[bold]{escape(why(answer))}[/]{where}")
-    table = Table(box=None, padding=(0, 1), header_style="dim")
+    table = Table(box=None, padding=(0, 1), collapse_padding=True, header_style="dim")
     table.add_column("method", no_wrap=True)
     found = answer["maps"].values()
     # A method's own contrast; what was asked stands above.
     own = any(values["against"] not in (None, answer["against"]) for values in found)
     promised = any(values["completeness_error"] is not None for values in found)
     if own:
-        table.add_column("and not", no_wrap=True, max_width=16)
+        table.add_column("and not", min_width=7, max_width=16)
     shared = any(values["share_before"] is not None for values in found)
-    columns = {"p before → after": (True, 13), "share before → after": (shared, 13), "completeness error": (promised, 7)}
+    columns = {"p before → after": (True, 13), "share before → after": (shared, 13), "error": (promised, 7)}
     for column, (wanted, least) in columns.items():
         if wanted:
             table.add_column(column, justify="right", min_width=least)
@@ -317,6 +317,10 @@ def _print_answer(console: Console, answer: dict[str, Any], item: dict[str, Any]
     console.print(table)
     if shared:
         console.print("[dim]share: p of the class by p of the two that are told apart[/]", soft_wrap=True)
+    if promised:
+        console.print(
+            "[dim]error: of completeness, by which the map misses what it must add up to, relative[/]", soft_wrap=True
+        )
     for name, values in answer["maps"].items():
         if values["degenerate"]:
             advice = ", nothing here speaks for the class: try another target, layer or method" if not is_control(name) else ""
