@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from foveate.cli.drawing import Drawing, Drawn, Studio, named_class
 from foveate.cli.images import Picture
-from foveate.cli.questions import Asked, Missing, Question, ask, wrong
+from foveate.cli.questions import Asked, Question, Unanswered, ask, wrong
 from foveate.errors import FoveateError, printable
 
 if TYPE_CHECKING:
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 def explain_batch(
-    classifier: Classifier, read: Sequence[Picture], question: Question, folder: Path, missing: Missing, studio: Studio
+    classifier: Classifier, read: Sequence[Picture], question: Question, folder: Path, missing: Unanswered, studio: Studio
 ) -> Iterator[dict[str, Any]]:
     """The entries of a batch in the document, each after its pictures went to the studio.
 

@@ -46,7 +46,7 @@ from foveate.cli.options import (
     sentences,
     several,
 )
-from foveate.cli.questions import AT_ONCE, Missing, Question
+from foveate.cli.questions import AT_ONCE, Question, Unanswered
 from foveate.errors import FoveateError, printable
 
 if TYPE_CHECKING:
@@ -186,7 +186,7 @@ def explain(
             studio.page = ExplainedPage()
         named = Pictures.named(images, classifier, question.needs_labels, encoding, crop)
         document: list[dict[str, Any]] = []
-        missing = Missing()
+        missing = Unanswered()
         stopped: BaseException | None = None
         quiet = as_json or len(named) == 1 or sys.stdout.isatty()  # there, images that are done show how far it is
         try:
@@ -239,7 +239,7 @@ def explain(
 
 
 def _explained(
-    classifier: Classifier, named: Pictures, question: Question, folder: Path, missing: Missing, studio: Studio
+    classifier: Classifier, named: Pictures, question: Question, folder: Path, missing: Unanswered, studio: Studio
 ) -> Iterator[dict[str, Any] | None]:
     """The entry of each image as it is done, None for those that are passed over."""
     start, size = 0, 1  # the first image is shown once it is done, not once the first sixteen are

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from foveate.models.classifier import Classifier
 
 AT_ONCE = 16  # images, or crops of one, that share one run of the model, at most
-Score = Callable[[Iterable["Tensor"]], "Tensor"]
+Scorer = Callable[[Iterable["Tensor"]], "Tensor"]
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class Question:
 
 
 @dataclass
-class Missing:
+class Unanswered:
     """Methods that have no answer, with the reason: those that were asked for, and those that came with a group."""
 
     refused: dict[str, str] = field(default_factory=dict)
@@ -83,7 +83,7 @@ class Asked:
 
     answers: dict[str, Explanation]
     logits: Tensor
-    score: Score
+    score: Scorer
     grid: str
 
 

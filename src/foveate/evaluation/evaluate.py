@@ -23,7 +23,7 @@ from foveate.evaluation.elsewhere import Elsewhere, Of, alone, elsewhere, togeth
 from foveate.evaluation.measured import Measured, again, choose, measured
 from foveate.evaluation.protocol import Measuring, Protocol, preset
 from foveate.evaluation.results import MAP, MAP_SIDE, MODEL, Results, add_missing, joined
-from foveate.explanation.explain import Model, chosen_methods
+from foveate.explanation.explain import Methods, Model, chosen_methods
 from foveate.methods.cam import contrast_of
 from foveate.models.inputs import data_of
 from foveate.precision import Precision
@@ -38,7 +38,6 @@ from foveate.targets import Head, check_single, is_right, log_probability
 if TYPE_CHECKING:
     import pandas as pd
 
-Methods = str | Method | Sequence[str | Method]
 COSTED_BATCHES = 3
 NOT_FINITE = "the model gives NaN or infinity"
 SAME = 1e-6  # maps in [0, 1] that differ by less are one map: a 4000th of what an 8-bit picture can show

@@ -17,7 +17,7 @@ from foveate.records import FILLED_IN
 from foveate.registry import METRICS, Metric, check_settings
 from foveate.targets import Head
 
-Target = Literal["label", "pred", "second"]
+TargetWord = Literal["label", "pred", "second"]
 FORM = 1  # goes up when a metric changes what it computes: numbers of different forms are never compared in silence
 
 
@@ -34,7 +34,7 @@ class Protocol:
     """
 
     name: str = "foveate"
-    target: Target = "label"
+    target: TargetWord = "label"
     scaling: Literal["after", "first"] = "after"
     methods: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     metrics: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)

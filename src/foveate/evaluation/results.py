@@ -23,7 +23,7 @@ MAP_SIDE = 28
 MARK, BLANK = b"foveate.blake2b=", b"0" * 32  # in the footer: the digest of the file, with zeros where it stands itself
 REMEDY = "foveate evaluate ... --resume measures its batch again"
 Key = tuple[str, str]
-Missing = dict[str, dict[str, dict[str, int]]]
+MissingCounts = dict[str, dict[str, dict[str, int]]]
 
 
 @dataclass
@@ -54,7 +54,7 @@ class Results:
     left_out: dict[str, str] = field(default_factory=dict)
     same: dict[str, str] = field(default_factory=dict)
     protocol: dict[str, Any] = field(default_factory=dict)
-    missing: Missing = field(default_factory=dict)
+    missing: MissingCounts = field(default_factory=dict)
     contents: list[str] = field(default_factory=list)
     judged: Any = field(default=None, repr=False, compare=False)  # kept by foveate.evaluation.statistics
 
@@ -145,7 +145,7 @@ def _stretched(curves: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
     return np.stack([np.interp(new, old, curve) for curve in curves]).astype(curves.dtype)
 
 
-def add_missing(whole: Missing, part: Missing) -> None:
+def add_missing(whole: MissingCounts, part: MissingCounts) -> None:
     """Add the counts of ``part`` to those of ``whole``."""
     for method, columns in part.items():
         for column, reasons in columns.items():

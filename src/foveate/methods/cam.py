@@ -18,12 +18,12 @@ from foveate.registry import method
 from foveate.runtime.capture import Capture
 from foveate.targets import Target
 
-Weights = Callable[[Tensor, Tensor], Tensor]
+Weighting = Callable[[Tensor, Tensor], Tensor]
 MapFunction = Callable[[Capture, str | None, Target], Tensor]
 EPSILON = 1e-6
 
 
-def weighted(weights: Weights) -> MapFunction:
+def weighted(weights: Weighting) -> MapFunction:
     """The method ``S = sum_k w_k A_k`` of a weight function ``(A, G) -> w``, which stays in reach as ``.weights``."""
 
     @wraps(weights)

@@ -128,6 +128,3 @@ class Classifier(Normalized):
 
 def _plain(name: str) -> str:
     return name.lower().strip().replace("_", " ")
-
-
-Built = tuple[nn.Module, Preprocess, Sequence[str] | None]

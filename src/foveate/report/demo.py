@@ -22,7 +22,7 @@ from foveate.explanation.explain import Explanation, explain
 from foveate.overlay import overlay
 from foveate.registry import METHODS
 from foveate.report import pictures, tables
-from foveate.report.page import Look, render
+from foveate.report.page import ShownImage, render
 from foveate.training import train
 from foveate.training.recipe import Recipe, read_recipe
 from foveate.training.saved import is_trained, name_of
@@ -39,7 +39,7 @@ PICTURES = sum(sum(counts.values()) for counts in scenes.COUNTS.values())
 
 
 @dataclass(frozen=True)
-class Measured:
+class DemoRun:
     """One trained model and what was measured on it."""
 
     run: train.Run
@@ -99,7 +99,7 @@ def _demo(
     say("drawing the scenes")
     size = recipes["plain"].size or 96
     data: dict[str, scenes.Scenes] = {split: scenes.make(split, seed, size, tick) for split in scenes.SPLITS}
-    measured: dict[str, Measured] = {}
+    measured: dict[str, DemoRun] = {}
     for key, recipe in recipes.items():
         say(f"training {RUNS[key][1].lower()}")
         run = train.train(recipe, out / key, data=data, callbacks=callbacks(key), overwrite=True)
@@ -122,7 +122,7 @@ def _demo(
     return document
 
 
-def measure(run: train.Run) -> Measured:
+def measure(run: train.Run) -> DemoRun:
     """Accuracy on every split, maps of validation and swapped test, and the table of methods and controls."""
     test, val = run.data["test"], run.data["val"]
     assert isinstance(test, scenes.Scenes) and isinstance(val, scenes.Scenes)
@@ -132,7 +132,7 @@ def measure(run: train.Run) -> Measured:
     through = on_test.capture.score(maps.apply_mask(test.batch().x, on_test[METHOD])).argmax(1)
     counts = torch.bincount(through, minlength=len(scenes.CLASSES))
     masked = (float(counts.max()) / len(test), scenes.CLASSES[int(counts.argmax())])
-    return Measured(
+    return DemoRun(
         run=run,
         accuracy=accuracy,
         table=table,
@@ -144,11 +144,11 @@ def measure(run: train.Run) -> Measured:
     )
 
 
-def _look(explanation: Explanation, batch: Batch, inside: Tensor, index: int) -> Look:
+def _look(explanation: Explanation, batch: Batch, inside: Tensor, index: int) -> ShownImage:
     capture = explanation.capture
     said = int(capture.pred[index])
     assert batch.y is not None
-    return Look(
+    return ShownImage(
         image=pictures.data_uri(pictures.enlarge(batch.x[index], 2)),
         overlay=pictures.data_uri(pictures.enlarge(overlay(batch.x[index], explanation[METHOD][index]), 2)),
         said=scenes.CLASSES[said],
@@ -158,7 +158,7 @@ def _look(explanation: Explanation, batch: Batch, inside: Tensor, index: int) ->
     )
 
 
-def _page(out: Path, seed: int, data: dict[str, scenes.Scenes], measured: dict[str, Measured]) -> Path:
+def _page(out: Path, seed: int, data: dict[str, scenes.Scenes], measured: dict[str, DemoRun]) -> Path:
     plain, cam = measured["plain"], measured["cam_loss"]
     test, val = data["test"], data["val"]
     content = {
@@ -210,7 +210,7 @@ def _page(out: Path, seed: int, data: dict[str, scenes.Scenes], measured: dict[s
     return render("demo.html.j2", out / "report.html", content)
 
 
-def _headline(plain: Measured, cam: Measured) -> str:
+def _headline(plain: DemoRun, cam: DemoRun) -> str:
     if cam.accuracy["test"] - plain.accuracy["test"] > 0.05:
         return "Both score the same in validation. One of them looks at the animal."
     if cam.accuracy["test"] < plain.accuracy["test"]:
@@ -274,7 +274,7 @@ def _lines(table: pd.DataFrame) -> list[dict[str, Any]]:
     return lines
 
 
-def _findings(measured: dict[str, Measured]) -> list[str]:
+def _findings(measured: dict[str, DemoRun]) -> list[str]:
     """What the table shows that a reader might pass over, in plain sentences."""
     sentences = []
     for key, one in measured.items():

@@ -16,7 +16,7 @@ TEMPLATES = Path(__file__).parent / "templates"
 
 
 @dataclass(frozen=True)
-class Look:
+class ShownImage:
     """One image as a model sees it: pictures as data URIs, what was said, and whether that was right."""
 
     image: str

@@ -260,10 +260,10 @@ class Capture(Gradients):
 
     # -- the run ---------------------------------------------------------------------------------------------------
 
-    def _call_of(self, feature: Feature, known: bool) -> L.Run | None:
+    def _call_of(self, feature: Feature, known: bool) -> L.Call | None:
         """Which call of a layer saw the images; of other images of a run before it is asked only where there are several."""
         if feature.module is None or (known and len(feature.calls) == 1):
-            return L.Run(-1, True)
+            return L.Call(-1, True)
         return L.run_of(self.model, self.x, self._run.detached, feature.name, feature.module)
 
     def _forward(self, modules: Sequence[nn.Module]) -> None:

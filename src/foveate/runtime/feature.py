@@ -79,7 +79,7 @@ class Feature:
         x: Tensor,
         layout: L.Layout | None,
         model: nn.Module,
-        looked_at: Callable[[], L.Run | None],
+        looked_at: Callable[[], L.Call | None],
         advice: Callable[[], str],
     ) -> None:
         """Check that the layer ran for all images, take the call that saw them, and settle how its output is a grid.

@@ -213,7 +213,7 @@ class _NoGradient(LayerError):
 
 
 @dataclass(frozen=True)
-class Run:
+class Call:
     """Which call of a layer to look at: its number, and whether another one would do as well."""
 
     number: int
@@ -281,7 +281,7 @@ def find(model: nn.Module, x: Tensor, forward: Callable[[Tensor], Any] | None = 
             depth = min(other.name.count(".") for other in same)
             chosen = known[key] = [other.name for other in same if other.name.count(".") == depth][-1]
             if counted[chosen] == 1:
-                _runs.of(model)[chosen] = Run(0, True)
+                _runs.of(model)[chosen] = Call(0, True)
             return chosen
     unread = any(event.layout is None and event.output.ndim in (3, 4) for event in events)
     raise LayerError(
@@ -369,26 +369,26 @@ def _sees_image(nodes: set[Any]) -> bool:
     return any(hasattr(node, "variable") for node in nodes)  # no other leaf of such a run has a gradient
 
 
-def run_of(model: nn.Module, x: Tensor, forward: Callable[[Tensor], Any], name: str, module: nn.Module) -> Run | None:
+def run_of(model: nn.Module, x: Tensor, forward: Callable[[Tensor], Any], name: str, module: nn.Module) -> Call | None:
     """Which call of a layer to look at: the last one that depends on the image and that the logits depend on, if any do.
 
     None where none of its calls depends on the image: it looks at another picture, or at a table of prototypes. One image
     runs forward once, and backward where the layer runs several times; it is kept for as long as the model lives.
     """
-    known: dict[str, Run | None] = _runs.of(model)
+    known: dict[str, Call | None] = _runs.of(model)
     if name not in known:
         try:
             events, logits = _trace(model, x[:1], forward, {name: module})
         except FoveateError:  # it takes no single image, and has run for these
-            return Run(-1, False)
+            return Call(-1, False)
         seeing = [event for event in events if event.output.requires_grad]
         if len(events) > 1 and len(seeing) > 1 and logits.requires_grad:
             nodes = upstream(logits)
             seeing = [event for event in seeing if event.output.grad_fn in nodes] or seeing
         if not events:  # it does not run for this image, which is said elsewhere
-            return Run(-1, True)
+            return Call(-1, True)
         blind = not logits.requires_grad and not seeing  # under no_grad nobody can tell
-        known[name] = Run(-1, len(events) == 1) if blind else Run(seeing[-1].number, len(seeing) == 1) if seeing else None
+        known[name] = Call(-1, len(events) == 1) if blind else Call(seeing[-1].number, len(seeing) == 1) if seeing else None
     return known[name]
 
 

@@ -107,7 +107,7 @@ class Measure(_Strict):
     images: int = Field(200, ge=0, description="at most so many of each split; 0 for none")
 
 
-class Film(_Strict):
+class FilmSettings(_Strict):
     """The film strip: maps of a few validation images after every epoch."""
 
     images: int = Field(6, ge=0, description="0 for no film")
@@ -153,7 +153,7 @@ class Recipe(_Strict):
     freeze_batch_norm: bool = Field(False, description="running statistics and affine weights of batch norms stay as they are")
     layer: str = "auto"
     measure: Measure = Measure(images=200)
-    film: Film = Film(images=6)
+    film: FilmSettings = FilmSettings(images=6)
     seed: int = Field(0, ge=0, le=LARGEST_SEED)
 
     @field_validator("data", mode="before")
@@ -321,7 +321,7 @@ def _sentence(error: ValidationError) -> str:
         "losses": LossTerm,
         "augment": Augment,
         "measure": Measure,
-        "film": Film,
+        "film": FilmSettings,
     }
     if len(place) > 1 and place[0] in inside:
         model = inside[place[0]]

@@ -19,7 +19,7 @@ STEPS = 2000  # of proximal gradient, at most
 
 
 @dataclass(frozen=True)
-class Found:
+class Maximum:
     """What was found for one image.
 
     Attributes:
@@ -74,13 +74,13 @@ class LowRank:
         """``H v``, ``[d]``."""
         return (self.values.to(v) * (self.vectors @ v)) @ self.vectors
 
-    def solve(self, g: Tensor, threshold: Tensor, start: Found | None) -> Found:
+    def solve(self, g: Tensor, threshold: Tensor, start: Maximum | None) -> Maximum:
         """D for a given lambda_1."""
         if float(threshold) == 0:
             along = (self.vectors @ g).double() * (self.values / (self.shift - self.values))  # Woodbury's identity
             delta = (g + along.to(g) @ self.vectors) / self.shift
             inside = self.values * (self.vectors @ delta).double()
-            return Found(delta, inside, threshold, self.error(delta, g + inside.to(g) @ self.vectors, threshold), 1)
+            return Maximum(delta, inside, threshold, self.error(delta, g + inside.to(g) @ self.vectors, threshold), 1)
         inside, steps = self._newton(g, threshold, torch.zeros_like(self.values) if start is None else start.inside)
         return self._proximal(g, threshold, soft(g + inside.to(g) @ self.vectors, threshold) / self.shift, steps)
 
@@ -109,7 +109,7 @@ class LowRank:
             inside, missed, delta = inside + length * move, trial, change
         return inside, steps
 
-    def _proximal(self, g: Tensor, threshold: Tensor, start: Tensor, steps: int) -> Found:
+    def _proximal(self, g: Tensor, threshold: Tensor, start: Tensor, steps: int) -> Maximum:
         here = ahead = start
         error = float("inf")
         for _ in range(STEPS):
@@ -118,9 +118,9 @@ class LowRank:
             steps += 1
             if not error > max(self.tolerance / 2, 8 * torch.finfo(g.dtype).eps * self.steep / self.flat):
                 break
-        return Found(here, self.values * (self.vectors @ here).double(), threshold, error, steps)
+        return Maximum(here, self.values * (self.vectors @ here).double(), threshold, error, steps)
 
-    def by_eta(self, g: Tensor, eta: float, start: Found | None) -> Found:
+    def by_eta(self, g: Tensor, eta: float, start: Maximum | None) -> Maximum:
         """lambda_1 for a share ``eta`` of zeros, within .0001: a bracket that is halved, from a good guess, warm.
 
         At the solution ``D = soft(g + H D, lambda_1) / shift``, so that the quantile of ``|g + H D|`` is a guess.
@@ -143,7 +143,7 @@ class LowRank:
             if high < float("inf") and high - low <= 4 * torch.finfo(g.dtype).eps * high:
                 break  # the share jumps here: equal values
         assert found is not None
-        return Found(found.delta, found.inside, found.threshold, found.error, steps)
+        return Maximum(found.delta, found.inside, found.threshold, found.error, steps)
 
     def step(self, delta: Tensor, pushed: Tensor, threshold: Tensor) -> tuple[Tensor, float]:
         """One proximal step of length ``1 / L'`` with ``pushed = g + H D``, and the bound on ``|D - best| / |D|``.
@@ -168,7 +168,7 @@ def maximise(
     eta: float,
     tolerance: float,
     exact: Callable[[Tensor], Tensor] | None,
-) -> list[Found]:
+) -> list[Maximum]:
     """``argmax g^T D + D^T H D / 2 - lambda_1 |D|_1 - shift / 2 |D|_2^2`` of each image.
 
     Args:
@@ -186,7 +186,7 @@ def maximise(
         for i, (values, vectors) in enumerate(zip(spectrum.values, spectrum.vectors, strict=True))
     ]
 
-    def inner(i: int, pushed: Tensor, start: Found | None) -> Found:
+    def inner(i: int, pushed: Tensor, start: Maximum | None) -> Maximum:
         if lambda1 is None:
             return problems[i].by_eta(pushed, eta, start)
         return problems[i].solve(pushed, pushed.new_tensor(lambda1), start)
@@ -198,11 +198,11 @@ def maximise(
 def _corrected(
     problems: list[LowRank],
     g: Tensor,
-    found: list[Found],
-    inner: Callable[[int, Tensor, Found], Found],
+    found: list[Maximum],
+    inner: Callable[[int, Tensor, Maximum], Maximum],
     exact: Callable[[Tensor], Tensor],
     tolerance: float,
-) -> list[Found]:
+) -> list[Maximum]:
     """Solutions of the whole problem from those of the low rank: what that misses of H D acts like a part of the gradient."""
     found, open_ = list(found), set(range(len(found)))
     for _ in range(ROUNDS):
