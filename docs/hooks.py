@@ -1,4 +1,4 @@
-"""For mkdocs: tables from foveate's registry, wherever a page has a line such as <!-- table: methods -->."""
+"""For mkdocs: tables from foveate's registry, wherever a page has <!-- table: methods --> or the like."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ ROLE = re.compile(r":\w+:`~?([^`]+)`")
 
 def on_page_markdown(markdown: str, **_: Any) -> str:
     """The text of a page with its tables filled in."""
-    return MARK.sub(lambda mark: TABLES[mark[1]](), markdown)
+    return MARK.sub(lambda mark: TABLES[mark[1]](), markdown).replace("<!-- gallery -->", gallery())
 
 
 def rows(head: Iterable[str], lines: Iterable[Iterable[str]]) -> str:
@@ -67,4 +67,40 @@ def columns() -> str:
     return rows(("column", "title", "better", "question", "value of one image"), lines)
 
 
+def gallery() -> str:
+    """A picture of each method, by kind, below the photographs."""
+    kinds: dict[str, list[str]] = {}
+    for name, record in METHODS.all().items():
+        room = record.function.__module__.rpartition(".")[2]
+        kind = "Controls" if record.control else KINDS.get(room, "Others")
+        kinds.setdefault(kind, []).append(figure(name, record.title, record.paper))
+    parts = [grid([figure("photograph", "The pictures", "")])]
+    parts += [f"## {kind}\n\n{grid(kinds[kind])}" for kind in (*dict.fromkeys(KINDS.values()), "Others", "Controls") if kind in kinds]
+    return "\n\n".join(parts)
+
+
+def grid(figures: list[str]) -> str:
+    return '<div class="gallery" markdown>\n' + "\n".join(figures) + "\n</div>"
+
+
+def figure(name: str, title: str, paper: str) -> str:
+    below = f"<strong>{title}</strong><br><code>{name}</code><br>{paper}" if paper else f"<strong>{title}</strong>"
+    picture = f'<img src="gallery/{name}.jpg" alt="{title} on an orca on grass and a leopard on water" loading="lazy">'
+    return f"<figure>{picture}<figcaption>{below}</figcaption></figure>"
+
+
+KINDS = {
+    "cam": "Class activation maps",
+    "finer": "Class activation maps",
+    "score": "Class activation maps",
+    "eigen": "Class activation maps",
+    "opti": "Found by optimisation",
+    "mask": "Found by optimisation",
+    "perturbation": "Black box",
+    "gradient": "Gradients at the image",
+    "fullgrad": "Gradients at the image",
+    "caso": "Second order",
+    "rollout": "Attention",
+    "stream": "Attention",
+}
 TABLES = {"methods": methods, "metrics": metrics, "losses": losses, "columns": columns}
