@@ -1,4 +1,4 @@
-# make demo: the main job. make test: lint, types, quick tests. make pages: every page, and screenshots. make bench: beside the peers, DATA=folder for real weights.
+# make demo: the main job. make test: lint, types, quick tests. make docs: the site. make pages: every page, and screenshots. make bench: beside the peers, DATA=folder for real weights.
 # Each sets up its own virtual environment.
 PYTHON ?= python3
 VENV := .venv
@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 WORKERS ?= 2
 TORCH := $(shell sed -n 's/^torch==//p' constraints.txt)
 
-.PHONY: demo pages test test-all bench lint format clean
+.PHONY: demo docs pages test test-all bench lint format clean
 
 # Torch comes first and alone: resolved together with the rest, pip may choose a newer build with gigabytes of CUDA.
 $(VENV)/done: pyproject.toml constraints.txt
@@ -27,6 +27,14 @@ demo: $(VENV)/done
 # Every page from small runs, with a contact sheet of screenshots, for the eyes of whoever changes a page.
 pages: $(VENV)/dev
 	$(BIN)/python tests/every_page.py pages
+
+$(VENV)/docs: $(VENV)/done
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[docs]"
+	touch $@
+
+# The site, warnings as errors, into site/. Open site/index.html, or serve it with: .venv/bin/mkdocs serve
+docs: $(VENV)/docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
 
 lint: $(VENV)/dev
 	$(BIN)/ruff check .
@@ -55,4 +63,4 @@ format: $(VENV)/dev
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) $(BENCH) demo pages build *.egg-info src/*.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) $(BENCH) demo pages site build *.egg-info src/*.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
