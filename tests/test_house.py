@@ -17,8 +17,8 @@ from foveate.runtime import memory
 SOURCE = Path(foveate.__file__).parent
 # A room imports from lines above its own, and never from another room of its line.
 FLOORS: list[set[str]] = [
-    {"_version", "_lazy", "_torchvision", "errors", "peers", "shown"},
-    {"batch", "disk", "precision"},
+    {"_version", "_lazy", "errors", "peers", "shown"},
+    {"_torchvision", "batch", "disk", "precision"},
     {"targets", "maps", "missing"},
     {"records", "runtime"},
     {"registry", "data", "guided"},

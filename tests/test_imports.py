@@ -35,7 +35,7 @@ def test_the_reason_is_the_real_one(error: ImportError, said: str, monkeypatch: 
 
 
 def test_an_error_without_a_message_has_its_kind() -> None:
-    assert str(not_imported("this", "that", "that", ImportError())).endswith("cannot be imported: ImportError")
+    assert str(not_imported("this", "that", ImportError())).endswith("cannot be imported: ImportError")
 
 
 SCRIPT = """

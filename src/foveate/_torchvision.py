@@ -15,6 +15,8 @@ from types import ModuleType
 
 import torch
 
+from foveate.errors import required
+
 _SCHEMAS = (
     "nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
     "qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
@@ -22,10 +24,13 @@ _SCHEMAS = (
 _declared: list[torch.library.Library] = []  # a library that is collected takes its schemas with it
 
 
-def torchvision() -> ModuleType:
-    """The module torchvision, imported on first use; also what timm needs before it is imported."""
+def mend() -> None:
+    """Make torchvision importable for the libraries that import it; nothing where it is not installed."""
     try:
-        import torchvision as module
+        import torchvision
+    except ModuleNotFoundError as error:
+        if error.name != "torchvision":
+            raise
     except RuntimeError as error:
         if "torchvision::" not in str(error) or _declared:
             raise
@@ -35,13 +40,30 @@ def torchvision() -> ModuleType:
         for schema in _SCHEMAS:
             library.define(schema)
         _declared.append(library)
-        import torchvision as module
+        import torchvision  # noqa: F401
+
+
+def torchvision(what: str = "this model") -> ModuleType:
+    """The module torchvision, imported on first use.
+
+    Raises:
+        FoveateError: ``what`` needs it, and it is not installed.
+    """
+    mend()
+    required(what, "torchvision")
+    import torchvision as module
+
     return module
 
 
-def timm() -> ModuleType:
-    """The module timm, imported on first use."""
-    torchvision()
+def timm(what: str = "this model") -> ModuleType:
+    """The module timm, imported on first use.
+
+    Raises:
+        FoveateError: ``what`` needs it, and it is not installed.
+    """
+    mend()
+    required(what, "timm")
     import timm as module
 
     return module

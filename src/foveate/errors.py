@@ -2,7 +2,22 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Sequence
+
+# The optional libraries that foveate imports, by the extra of pyproject.toml that installs them.
+EXTRAS = {
+    "cli": ("typer", "rich"),
+    "evaluate": ("pandas", "pyarrow", "scipy"),
+    "train": ("lightning", "torchmetrics"),
+    "models": ("timm", "torchvision"),
+    "report": ("matplotlib", "jinja2"),
+    "captum": ("captum",),
+    "grad-cam": ("pytorch_grad_cam",),
+    "hugging-face": ("transformers", "accelerate"),
+    "tensorboard": ("tensorboard",),
+}
+_EXTRA_OF = {package: extra for extra, packages in EXTRAS.items() for package in packages}
 
 
 def printable(name: object) -> str:
@@ -71,13 +86,24 @@ class MapsWarning(UserWarning):
     """Maps from elsewhere and the images do not quite go together: an image has no map, or a map no image."""
 
 
-def not_imported(what: str, package: str, install: str, error: ImportError) -> FoveateError:
-    """Why ``what`` cannot have its ``package``: it is not installed, or what it imports itself is not there or is broken.
-
-    Args:
-        install: what is given to ``pip install``.
-    """
-    if isinstance(error, ModuleNotFoundError) and error.name is not None and error.name.split(".")[0] == package:
-        return FoveateError(f"{what} needs {package}, which is not installed: pip install {install}")
+def not_imported(what: str, package: str, error: ImportError) -> FoveateError:
+    """Why ``what`` cannot have its ``package``: it is not installed, or what it imports itself is missing or broken."""
+    missing = error.name.split(".")[0] if isinstance(error, ModuleNotFoundError) and error.name else None
+    if missing is not None and (missing == package or missing in _EXTRA_OF):
+        install = f"'foveate[{_EXTRA_OF[missing]}]'" if missing in _EXTRA_OF else missing
+        return FoveateError(f"{what} needs {missing}, which is not installed: pip install {install}")
     lines = str(error).strip().splitlines() or [type(error).__name__]
     return FoveateError(f"{what} needs {package}, which is installed and cannot be imported: {lines[0]}")
+
+
+def required(what: str, *packages: str) -> None:
+    """Import the optional ``packages`` that ``what`` needs.
+
+    Raises:
+        FoveateError: one cannot be imported; the message names it and the extra that installs it.
+    """
+    for package in packages:
+        try:
+            importlib.import_module(package)
+        except ImportError as error:
+            raise not_imported(what, package, error) from None

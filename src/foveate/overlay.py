@@ -16,7 +16,7 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 
 from foveate.data.images import as_rgb, cropped_away
-from foveate.errors import FoveateError
+from foveate.errors import FoveateError, required
 from foveate.maps import relu, scale, upsample
 
 HEAT = "foveate"
@@ -35,6 +35,7 @@ def colours(name: str) -> Any:
     Raises:
         FoveateError: there is none of that name.
     """
+    required("a map in colours", "matplotlib")
     from matplotlib import colormaps
     from matplotlib.colors import LinearSegmentedColormap
 

@@ -8,16 +8,17 @@ from typing import Unpack
 import torch
 from torch import Tensor, nn
 
-from foveate._torchvision import torchvision
+from foveate._torchvision import mend
 from foveate.batch import Batch
-from foveate.errors import FoveateError
+from foveate.errors import FoveateError, required
 from foveate.evaluation.evaluate import Plan
 from foveate.evaluation.protocol import Planned
 from foveate.evaluation.results import MAP, MODEL
 from foveate.evaluation.statistics import metric_of
 from foveate.registry import METRICS
 
-torchvision()  # torchmetrics imports it, and beside PyTorch's CPU build that fails where it was not mended before
+mend()  # torchmetrics imports torchvision
+required("foveate.torchmetrics", "torchmetrics")
 from torchmetrics import Metric  # noqa: E402
 
 

@@ -12,7 +12,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from foveate.cli.options import FAILURES, Debug, Json, err, print_note, sentences
-from foveate.errors import FoveateError, printable
+from foveate.errors import FoveateError, printable, required
 
 WIDTH = 5  # columns beside each other in a terminal
 
@@ -32,6 +32,7 @@ def compare(
 ) -> None:
     """Two or more runs side by side: of evaluate, paired by image; of train, a line a recipe, paired by seed and fold."""
     with sentences(debug):
+        required("compare", "pandas", "pyarrow", "scipy", "matplotlib", "jinja2")
         from foveate.training.saved import is_trained
 
         if any(map(is_trained, run)):

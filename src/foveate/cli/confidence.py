@@ -29,7 +29,7 @@ from foveate.cli.options import (
     sentences,
 )
 from foveate.disk import files
-from foveate.errors import FoveateError, printable
+from foveate.errors import FoveateError, printable, required
 
 
 @choosing
@@ -51,6 +51,7 @@ def confidence(
 ) -> None:
     """CASO against CAFO by confidence: run it once for each network with the same --out, and they share one figure."""
     with sentences(debug), ExitStack() as stack:
+        required("confidence", "pandas", "scipy", "matplotlib", "jinja2")
         from foveate.data.labels import has_several
         from foveate.evaluation import confidence_study as studies
         from foveate.evaluation.identity import contents, listing, short, weights_of

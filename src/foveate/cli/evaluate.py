@@ -40,7 +40,7 @@ from foveate.cli.options import (
     refuse_empty,
     sentences,
 )
-from foveate.errors import FoveateError, printable
+from foveate.errors import FoveateError, printable, required
 
 CELL, NAME = 17, 28  # characters of the terminal that a column and the names take
 
@@ -129,6 +129,7 @@ def evaluate(
 ) -> None:
     """A table of methods and metrics on a data set, with 95 % intervals, and a page to look at."""
     with sentences(debug), ExitStack() as stack:
+        required("evaluate", "pandas", "pyarrow", "scipy", "matplotlib", "jinja2")
         from foveate.data.labels import has_several, several_labels
         from foveate.disk.files import locked
         from foveate.evaluation import runs, statistics

@@ -47,7 +47,7 @@ from foveate.cli.options import (
     several,
 )
 from foveate.cli.questions import AT_ONCE, Question, Unanswered
-from foveate.errors import FoveateError, printable
+from foveate.errors import FoveateError, printable, required
 
 if TYPE_CHECKING:
     from foveate.models.classifier import Classifier
@@ -147,6 +147,7 @@ def explain(
 ) -> None:
     """Maps of why a model says what it says of images: pictures, probabilities, and whether a map can be trusted."""
     with sentences(debug):
+        required("explain", "matplotlib", "jinja2")
         from foveate.data.images import CROPS
         from foveate.disk.written import check_own
         from foveate.precision import check_precision

@@ -189,9 +189,9 @@ def _listing(kind: str) -> list[dict[str, Any]]:
         from foveate._torchvision import timm, torchvision
         from foveate.models.sources import OWN
 
-        vision = torchvision().models
+        vision = torchvision("list models").models
         names = [f"foveate:{name}" for name in OWN]
         names += [f"torchvision:{name}" for name in vision.list_models(module=vision)]
-        names += [f"timm:{name}" for name in timm().list_models()]
+        names += [f"timm:{name}" for name in timm("list models").list_models()]
         return [{"name": name, "paper": ""} for name in names]
     raise FoveateError(f"there is no list of {kind!r}: use methods, metrics, losses, models or recipes")

@@ -26,7 +26,7 @@ from foveate.cli.options import (
     sentences,
     set_value,
 )
-from foveate.errors import FoveateError, printable
+from foveate.errors import FoveateError, printable, required
 
 
 def _epoch_bar(name: str) -> Any:
@@ -87,6 +87,10 @@ def train(
     with sentences(debug):
         import os
 
+        from foveate.training.lightning import ready
+
+        ready()
+        required("train", "matplotlib", "jinja2")
         from foveate.report import training
         from foveate.training.checkpoints import finished
         from foveate.training.outcome import OUTCOME
@@ -156,6 +160,10 @@ def demo(
     with sentences(debug):
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
+        from foveate.training.lightning import ready
+
+        ready("demo")
+        required("demo", "pandas", "scipy", "matplotlib", "jinja2")
         from foveate.report.demo import PICTURES, RUNS
         from foveate.report.demo import demo as run
 

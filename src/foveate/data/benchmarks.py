@@ -191,7 +191,7 @@ def open_torchvision(where: str, preprocess: Preprocess, train: bool = False) ->
 
     name, _, root = where.partition(":")
     root = root or "data"
-    kinds = torchvision().datasets
+    kinds = torchvision(f"the data {where!r}").datasets
     if name not in kinds.__all__:
         known = ", ".join(n for n in ("CIFAR10", "CIFAR100", "Flowers102", "Food101", "ImageNet", "OxfordIIITPet", "STL10"))
         raise FoveateError(f"torchvision has no data set {name!r}: it has {known}, and others")

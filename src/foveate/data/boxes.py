@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from foveate.batch import Batch
-from foveate.errors import FoveateError
+from foveate.errors import FoveateError, required
 from foveate.missing import impossible, not_finite
 
 Region = Literal["auto", "boxes", "mask"]
@@ -118,6 +118,7 @@ def largest_component(binary: np.ndarray, diagonal: bool = False) -> tuple[float
 
     Of two of equal size the first in raster order. ``diagonal`` connects pixels at their corners too.
     """
+    required("the box of a map", "scipy")
     from scipy import ndimage
 
     seen = _extent(binary)

@@ -14,14 +14,14 @@ LINE = re.compile(rf"({WORDNET_ID.pattern})\s+(\S.*)")
 
 def imagenet_names() -> list[str]:
     """The 1000 class names of ILSVRC-2012, in index order, as torchvision ships them."""
-    names: list[str] = torchvision().models.ResNet18_Weights.DEFAULT.meta["categories"]
+    names: list[str] = torchvision("the list of ImageNet's classes").models.ResNet18_Weights.DEFAULT.meta["categories"]
     return names
 
 
 @cache
 def wordnet_ids() -> tuple[str, ...]:
     """The ids of the same 1000 classes, in the same order."""
-    return tuple(timm().data.ImageNetInfo("imagenet-1k").label_names())
+    return tuple(timm("the list of ImageNet's ids").data.ImageNetInfo("imagenet-1k").label_names())
 
 
 def without_ids(names: Sequence[str]) -> tuple[list[str], list[str | None]]:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from foveate.errors import FoveateError
+from foveate.errors import FoveateError, required
 from foveate.evaluation import runs
 from foveate.evaluation.intervals import Paired, correct, pseudo_values
 from foveate.evaluation.results import Key, Results
@@ -118,6 +118,7 @@ def compare(folders: Sequence[str | Path], *, seed: int = 0) -> Comparison:
     Raises:
         FoveateError: fewer than two runs, one that is not finished, or runs that have nothing in common.
     """
+    required("compare", "pandas")
     import pandas as pd
 
     paths = [Path(folder) for folder in folders]

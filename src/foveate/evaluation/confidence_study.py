@@ -7,19 +7,21 @@ import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import pandas as pd
 from torch import nn
 from torch.utils.data import Dataset
 
 from foveate.disk import files
 from foveate.disk.text import read_json, read_text
-from foveate.errors import FoveateError, NotFiniteError
+from foveate.errors import FoveateError, NotFiniteError, required
 from foveate.evaluation.evaluate import NOT_FINITE, batches, readable
 from foveate.methods.second_order.solve import SAME, Unit, path
 from foveate.runtime.capture import Capture
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 TIE = 1e-9  # of 1 - cosine: below it is the rounding of float32 images
 ENOUGH = 20  # images, for a sentence about a trend
@@ -97,6 +99,9 @@ def study(
     Raises:
         FoveateError: ``file`` is there and is not such a table; the network has no softmax head.
     """
+    required("confidence", "pandas")
+    import pandas as pd
+
     known_rows = read_rows(file)
     done = set(known_rows["id"])
     failures = [] if failures is None else failures
@@ -159,6 +164,9 @@ def read_rows(file: Path) -> pd.DataFrame:
     Raises:
         FoveateError: it is another table, or damaged.
     """
+    required("confidence", "pandas")
+    import pandas as pd
+
     try:
         text = read_text(file) if file.exists() else ""
         head = ",".join(COLUMNS) + "\n"
@@ -190,6 +198,7 @@ def trend(rows: pd.DataFrame) -> Trend:
 
 def _spearman(x: np.ndarray, y: np.ndarray, samples: int = 1000) -> tuple[float, float, float]:
     """Spearman's correlation with a 95 % bootstrap interval; NaN with fewer than 3 images."""
+    required("a trend", "scipy")
     from scipy.stats import rankdata
 
     good = np.isfinite(x) & np.isfinite(y)

@@ -18,7 +18,7 @@ from torch.utils.data import Dataset
 from foveate import maps, missing
 from foveate.batch import Batch
 from foveate.data.labels import has_several, label_by_label, several_labels
-from foveate.errors import DegenerateMapWarning, FoveateError, ImageError, LayerError, NotFiniteError
+from foveate.errors import DegenerateMapWarning, FoveateError, ImageError, LayerError, NotFiniteError, required
 from foveate.evaluation.elsewhere import Elsewhere, Of, alone, elsewhere, together
 from foveate.evaluation.measured import Measured, again, choose, measured
 from foveate.evaluation.protocol import Measuring, Protocol, preset
@@ -87,6 +87,7 @@ def evaluate(
     """
     from foveate.evaluation.findings import findings
 
+    required("evaluate", "pandas", "scipy")
     results = measure(model, data, methods, metrics, **options)
     frame = results.table(baseline)
     frame = drawn("dataframe").Table(frame).__finalize__(frame)

@@ -12,6 +12,8 @@ from typing import Any
 
 import numpy as np
 
+from foveate.errors import required
+
 LEVEL = 0.05  # what is missed: 95 % intervals
 FEW = 10  # values that differ from the rest: with fewer, resampling does not know what was not seen
 NEAR = 0.01  # of the largest deviation from the median: what is nearer does not differ from the rest
@@ -50,6 +52,7 @@ def intervals(
 
     Source: Clopper and Pearson, Biometrika 1934; Efron and Tibshirani, An introduction to the bootstrap, 1993, 12.5.
     """
+    required("an interval", "scipy")
     from scipy import special, stats
 
     known = np.isfinite(values)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from foveate.errors import FoveateError
+from foveate.errors import FoveateError, required
 from foveate.evaluation.intervals import interval
 from foveate.evaluation.results import MAP, Results
 from foveate.registry import title_of
@@ -138,6 +138,7 @@ class _Seen:
             kept[2] += len(rows)
 
     def result(self, method: str) -> Prevalence:
+        required("prevalence", "pandas")
         import pandas as pd
 
         centres, labels = np.concatenate(self.centres), np.concatenate(self.labels)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from foveate.disk import files
-from foveate.errors import FoveateError, printable
+from foveate.errors import FoveateError, printable, required
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -68,6 +68,7 @@ class Results:
 
     def frame(self) -> pd.DataFrame:
         """One row a value: ``id, method, column, value``; curves are left out."""
+        required("a table of every value", "pandas")
         import pandas as pd
 
         flat = {key: values for key, values in self.values.items() if values.ndim == 1}
@@ -174,6 +175,7 @@ def write(part: Results, path: Path, origin: Origin | None = None) -> None:
     Its footer has the digest of all its bytes (with zeros in the digest's own place), so that no bit can change unseen,
     be it of a value, of the metadata or of padding; parquet's own checksums know the pages alone, and are there for others.
     """
+    required("a run on disk", "pyarrow")
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -240,6 +242,7 @@ def origin_of(path: Path) -> tuple[Origin, list[str], list[tuple[str, str]]]:
     Raises:
         FoveateError: another program's file, or a damaged one.
     """
+    required("a run on disk", "pyarrow")
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -257,6 +260,7 @@ def read(path: Path, maps: bool = True, run: str | None = None) -> Results:
     Raises:
         FoveateError: another program's file, a damaged one, or one of another run.
     """
+    required("a run on disk", "pyarrow")
     import pyarrow as pa
     import pyarrow.parquet as pq
 

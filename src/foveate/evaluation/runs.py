@@ -17,10 +17,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from foveate._torchvision import torchvision
+from foveate._torchvision import mend
 from foveate.batch import Batch
 from foveate.disk import files
-from foveate.errors import FoveateError
+from foveate.errors import FoveateError, required
 from foveate.evaluation.evaluate import COSTED_BATCHES, NOT_FINITE, Plan, batches, readable
 from foveate.evaluation.identity import contents, digest_of, listing, short
 from foveate.evaluation.results import Origin, Results, joined, origin_of, read_all, write
@@ -45,7 +45,8 @@ class Workers:
         world = int(os.environ.get("WORLD_SIZE", "1")) if "TORCHELASTIC_RUN_ID" in os.environ else 1
         if devices == 1 and world == 1:
             return
-        torchvision()  # lightning imports it, and beside PyTorch's CPU build that fails where it was not mended before
+        mend()  # lightning imports torchvision
+        required(f"--devices {devices}" if world == 1 else "a run of several processes", "lightning")
         from lightning.fabric import Fabric
 
         for name in ("lightning.fabric", "lightning.pytorch"):  # who is registered where is of no interest here

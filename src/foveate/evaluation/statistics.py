@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from foveate.errors import FoveateError
+from foveate.errors import FoveateError, required
 from foveate.evaluation.intervals import LEVEL, Paired, intervals, pseudo_values
 from foveate.evaluation.results import MODEL, Key, Results
 from foveate.registry import METHODS, METRICS, Metric, is_control
@@ -136,6 +136,7 @@ def table(results: Results, baseline: str | None = None, *, samples: int = 2000,
     Raises:
         FoveateError: the baseline is not in the table.
     """
+    required("evaluate", "pandas")
     import pandas as pd
 
     baseline = baseline_of(results.methods, baseline)
@@ -171,6 +172,7 @@ def disagreement(frame: pd.DataFrame) -> pd.DataFrame:
 
     1: both order the methods alike. Costs and columns of the model are left out, and so is one on which all methods agree.
     """
+    required("evaluate", "pandas")
     import pandas as pd
 
     usable = {}

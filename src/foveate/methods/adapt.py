@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from foveate._torchvision import torchvision
+from foveate._torchvision import mend
 from foveate.errors import FoveateError, not_imported
 from foveate.methods.gradient import Colour, over_colour
 from foveate.precision import casting
@@ -30,7 +30,6 @@ from foveate.targets import Target
 
 Segments = Callable[[Tensor], Tensor]
 FOLDERS = {"captum": "captum.attr", "pytorch_grad_cam": "pytorch_grad_cam"}
-EXTRAS = {"captum": "captum", "pytorch_grad_cam": "grad-cam"}
 # What is given to them here: no setting.
 OURS = {"self", "inputs", "target", "targets", "input_tensor", "additional_forward_args", "feature_mask", "args", "kwargs"}
 
@@ -310,11 +309,11 @@ def by_name(name: str) -> Method | None:
     library, _, kind = name.partition(".")
     if library not in FOLDERS or not kind:
         return None
-    torchvision()  # before theirs is imported
+    mend()  # theirs imports torchvision
     try:
         module = importlib.import_module(FOLDERS[library])
     except ImportError as error:
-        raise not_imported(repr(name), library, f"'foveate[{EXTRAS[library]}]'", error) from None
+        raise not_imported(repr(name), library, error) from None
     if not inspect.isclass(getattr(module, kind, None)):
         raise FoveateError(f"{FOLDERS[library]} has no class {kind!r}")
     return adapt(getattr(module, kind), name)

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from foveate.batch import Batch
-from foveate.errors import FoveateError
+from foveate.errors import FoveateError, required
 from foveate.registry import Column, metric
 from foveate.runtime.capture import Capture
 from foveate.runtime.model import Normalized
@@ -134,6 +134,7 @@ def rise_kernel(side: int, sigma: float = 5.0) -> Tensor:
     """
     if side < 1 or side % 2 == 0:
         raise FoveateError(f"kernel {side} has no centre: use an odd number")
+    required("a blurred image", "scipy")
     from scipy.ndimage import gaussian_filter
 
     impulse = np.zeros((side, side))

@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import nn
 
-from foveate._torchvision import only_tensors, timm, torchvision
+from foveate._torchvision import mend, only_tensors, timm, torchvision
 from foveate.data.imagenet import imagenet_names
 from foveate.data.images import Preprocess, floor_resize
 from foveate.errors import FoveateError
@@ -29,7 +29,7 @@ def _unknown(source: str, name: str, known: Sequence[str]) -> FoveateError:
 
 
 def _from_timm(name: str, pretrained: bool, num_classes: int | None) -> Built:
-    library = timm()
+    library = timm(f"the model {f'timm:{name}'!r}")
     base = name.split(".")[0]
     if not library.is_model(base):
         raise _unknown("timm", name, library.list_models())
@@ -51,7 +51,7 @@ def _from_timm(name: str, pretrained: bool, num_classes: int | None) -> Built:
 
 
 def _from_torchvision(name: str, pretrained: bool, num_classes: int | None) -> Built:
-    models = torchvision().models
+    models = torchvision(f"the model {f'torchvision:{name}'!r}").models
     known = models.list_models(module=models)
     if name not in known:
         raise _unknown("torchvision", name, known)
@@ -132,7 +132,7 @@ def from_file(path: Path, name: str) -> Built:
     sys.modules[module_spec.name] = module
     try:
         if "torchvision" in path.read_text(encoding="utf-8") or "timm" in path.read_text(encoding="utf-8"):
-            torchvision()  # beside a PyTorch build that it was not made for, a plain import would fail
+            mend()  # beside a PyTorch build that it was not made for, a plain import would fail
         module_spec.loader.exec_module(module)
     except Exception as error:  # the user's own code may raise anything
         raise FoveateError(f"{path} could not be imported: {type(error).__name__}: {error}") from error

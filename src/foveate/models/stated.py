@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import warnings
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -102,7 +103,10 @@ def stated_names(model: nn.Module) -> list[str] | None:
     if isinstance(labels, Mapping) and labels:
         return [str(labels[key]) for key in sorted(labels, key=int)]
     linear = [module for module in model.modules() if isinstance(module, nn.Linear)]
-    return imagenet_names() if linear and linear[-1].out_features == 1000 else None
+    if linear and linear[-1].out_features == 1000:
+        with suppress(FoveateError):  # without torchvision they have no names
+            return imagenet_names()
+    return None
 
 
 def preprocess_of(model: nn.Module) -> Preprocess:

@@ -5,15 +5,18 @@ from __future__ import annotations
 import base64
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import pandas as pd
 
 from foveate.disk.files import replacing
+from foveate.errors import required
 from foveate.evaluation.confidence_study import TIE, Trend
 from foveate.report.page import render
 from foveate.report.pictures import ACCENT, INK, MUTED, WRONG
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 COLOURS = (ACCENT, WRONG, "#7048e8", "#5c940d")
 MARKERS = ("o", "^", "s", "D")
@@ -26,6 +29,7 @@ def draw(rows: Mapping[str, pd.DataFrame], trends: Mapping[str, Trend], path: Pa
     eigenvalues with what the theorem says of uniform residual mass, ``C q``, as a line. Spearman's correlations are between
     confidence and cosine.
     """
+    required("a figure", "matplotlib")
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(12.6, 4.3), dpi=110, layout="constrained")

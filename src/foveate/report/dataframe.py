@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
-import pandas as pd
-
+from foveate.errors import required
 from foveate.evaluation.results import MODEL
 from foveate.registry import is_control, title_of
 from foveate.report import tables
 from foveate.report.page import filled
+
+required("a table", "pandas")
+import pandas as pd  # noqa: E402
 
 
 class Table(pd.DataFrame):  # type: ignore[misc]

@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import pandas as pd
 import torch
 import yaml
 from torch import Tensor
@@ -26,6 +25,9 @@ from foveate.report.page import ShownImage, render
 from foveate.training import train
 from foveate.training.recipe import Recipe, read_recipe
 from foveate.training.saved import is_trained, name_of
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 METHOD = "contrastive_cam"
 METHOD_NAMES = (METHOD, "grad_cam", "layer_cam", "fake_cam", "random", "centre")

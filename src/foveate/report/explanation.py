@@ -12,13 +12,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from matplotlib.cm import ScalarMappable
-from matplotlib.colors import Normalize
-from matplotlib.figure import Figure
 from PIL import Image, features
 
 from foveate.data.images import to_image
-from foveate.errors import ImageError
+from foveate.errors import ImageError, required
 from foveate.explanation.answers import Explanation
 from foveate.maps import upsample
 from foveate.overlay import HEAT, colours, heat, on_photograph, overlay
@@ -27,6 +24,11 @@ from foveate.report import pictures, sheets
 from foveate.report.film import epochs_shown
 from foveate.report.page import filled
 from foveate.training.film import Film
+
+required("a figure", "matplotlib")
+from matplotlib.cm import ScalarMappable  # noqa: E402
+from matplotlib.colors import Normalize  # noqa: E402
+from matplotlib.figure import Figure  # noqa: E402
 
 SIDE, LEAST_SIDE = 192, 128  # pixels of a picture in a notebook, and where there are many
 FEW, MOST = 30, 64  # pictures up to which they are of that size, and that are shown at all

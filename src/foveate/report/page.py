@@ -7,10 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import jinja2
-
 from foveate._version import __version__
 from foveate.disk.files import write_text
+from foveate.errors import required
 
 TEMPLATES = Path(__file__).parent / "templates"
 
@@ -29,6 +28,9 @@ class ShownImage:
 
 def filled(template: str, content: Mapping[str, Any]) -> str:
     """A template of this folder with its content; what is text stays text, whatever is in it."""
+    required("a page", "jinja2")
+    import jinja2
+
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(TEMPLATES), autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True
     )

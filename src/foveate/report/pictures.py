@@ -15,6 +15,7 @@ from PIL import Image
 from torch import Tensor
 
 from foveate.data.images import to_image
+from foveate.errors import required
 from foveate.maps import scale, upsample
 from foveate.overlay import heat
 
@@ -80,6 +81,7 @@ class Curves:
 
 def curves(runs: Mapping[str, Sequence[Mapping[str, float]]], panels: Sequence[tuple[str, str]]) -> Curves:
     """Training curves of several runs: a panel for each ``(figure, title)`` that any run has, in the colours of the page."""
+    required("a figure", "matplotlib")
     import matplotlib
     from matplotlib.figure import Figure
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from foveate.data.images import colours_of, cropped_away, to_image
 from foveate.disk.written import MARK, PNG, saving, write_picture
-from foveate.errors import FoveateError, printable
+from foveate.errors import FoveateError, printable, required
 from foveate.overlay import HEAT, OPACITY, Shade, colours, on_photograph
 from foveate.report.pictures import (
     INK,
@@ -185,6 +185,7 @@ class Panel:
 
 def captioned(path: Path, ground: Ground, shade: Shade, title: str, facts: Sequence[str], look: Look = PLAIN) -> None:
     """Write the overlay of one map, in each format: the photograph's own pixels, and below them what they show."""
+    required("a figure", "matplotlib")
     from matplotlib.figure import Figure
 
     picture = ground.under(shade, look)
@@ -220,6 +221,7 @@ def captioned(path: Path, ground: Ground, shade: Shade, title: str, facts: Seque
 
 
 def _drawn(figure: Figure) -> Image.Image:
+    required("a figure", "matplotlib")
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
     canvas = FigureCanvasAgg(figure)
@@ -231,6 +233,7 @@ def _drawn(figure: Figure) -> Image.Image:
 
 def _bar(figure: Figure, axes: Any, shade: Shade, look: Look, size: float, upright: bool = False) -> None:
     """A colour bar with the map's own values at its ends."""
+    required("a figure", "matplotlib")
     from matplotlib.cm import ScalarMappable
 
     known = shade.low is not None and shade.high is not None and shade.high > shade.low
@@ -282,6 +285,7 @@ def side_by_side(
         before: what the panel measures, on the image as it is.
         limit: the largest value of the colours; the map's own where it is None.
     """
+    required("a figure", "matplotlib")
     from matplotlib.figure import Figure
 
     width, height = ground.image.size
@@ -357,6 +361,7 @@ def sheet(
         rows: for each answer its question, the probability of its class (or what else its panels measure), and for each
             method its panel.
     """
+    required("a figure", "matplotlib")
     from matplotlib.figure import Figure
 
     names = list(dict.fromkeys(name for _, _, panels in rows for name in panels))

@@ -10,9 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from scipy import stats
 
-from foveate.errors import FoveateError
+from foveate.errors import FoveateError, required
 from foveate.evaluation.intervals import correct
 from foveate.training.recipe import Recipe
 from foveate.training.saved import Trained, read
@@ -58,7 +57,9 @@ def compare(folders: Sequence[str | Path]) -> Trainings:
     Raises:
         FoveateError: a folder without a finished run, or the same run twice.
     """
+    required("compare", "pandas", "scipy")
     import pandas as pd
+    from scipy import stats
 
     lines: dict[str, list[Trained]] = {}
     kinds: dict[str, str] = {}
@@ -126,6 +127,9 @@ def interval(values: Sequence[float]) -> tuple[float, float, float]:
     mean = float(known.mean())
     if len(known) < 2 or np.ptp(known) <= 1e-12 * abs(mean):
         return mean, float("nan"), float("nan")
+    required("an interval", "scipy")
+    from scipy import stats
+
     half = float(stats.t.ppf(0.975, len(known) - 1) * known.std(ddof=1) / np.sqrt(len(known)))
     return mean, mean - half, mean + half
 

@@ -240,7 +240,7 @@ def hugging_face_callback(
     try:
         from transformers import TrainerCallback
     except ImportError as error:
-        raise not_imported("a callback for its Trainer", "transformers", "transformers accelerate", error) from None
+        raise not_imported("a callback for its Trainer", "transformers", error) from None
 
     class FilmStrip(TrainerCallback):  # type: ignore[misc]
         def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

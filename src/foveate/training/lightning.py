@@ -10,13 +10,18 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from foveate._torchvision import torchvision
-from foveate.errors import FoveateError, not_imported
+from foveate._torchvision import mend
+from foveate.errors import FoveateError, not_imported, required
 
 
-def ready() -> None:
-    """Make ``import lightning`` possible beside PyTorch's CPU build: it imports torchvision, which fails there by itself."""
-    torchvision()
+def ready(what: str = "train") -> None:
+    """Make ``import lightning`` possible beside PyTorch's CPU build: it imports torchvision, which fails there by itself.
+
+    Raises:
+        FoveateError: Lightning is not installed.
+    """
+    mend()
+    required(what, "lightning", "torchmetrics")
 
 
 def made_loggers(names: Sequence[str], folder: Path | None) -> list[Any]:
@@ -41,12 +46,12 @@ def made_loggers(names: Sequence[str], folder: Path | None) -> list[Any]:
                     raise broken
             except ModuleNotFoundError as error:
                 error = _without("tensorboard") or error  # Lightning's own has no name
-                raise not_imported("the logger 'tensorboard'", "tensorboard", "tensorboard", error) from None
+                raise not_imported("the logger 'tensorboard'", "tensorboard", error) from None
         elif name == "wandb":
             try:
                 made.append(loggers.WandbLogger(name=folder.name, save_dir=folder / "logs", project="foveate"))
             except ModuleNotFoundError as error:
-                raise not_imported("the logger 'wandb'", "wandb", "wandb", _without("wandb") or error) from None
+                raise not_imported("the logger 'wandb'", "wandb", _without("wandb") or error) from None
         else:
             raise FoveateError(f"logger {name!r} is unknown: use 'csv', 'tensorboard' or 'wandb'")
     return made

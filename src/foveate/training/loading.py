@@ -72,7 +72,9 @@ def processes() -> tuple[int, int]:
 
 def augmenter(augment: Augment) -> Callable[[Batch], Batch] | None:
     """The changes of a recipe as a function of a batch, each image and its mask changed on its own; None for no change."""
-    torchvision()
+    if not (augment.flip or augment.rotation or augment.color_jitter or augment.crop_padding or augment.resized_crop < 1):
+        return None
+    torchvision("augment")
     from torchvision import tv_tensors
     from torchvision.transforms import v2
 
@@ -84,8 +86,6 @@ def augmenter(augment: Augment) -> Callable[[Batch], Batch] | None:
         steps.append(v2.RandomRotation(augment.rotation, v2.InterpolationMode.BILINEAR, fill=fill))
     if augment.color_jitter:
         steps.append(v2.ColorJitter(*[augment.color_jitter] * 3))
-    if not steps and not augment.crop_padding and augment.resized_crop == 1:
-        return None
     changes: dict[tuple[int, int], Any] = {}
 
     def change(size: tuple[int, int]) -> Any:
