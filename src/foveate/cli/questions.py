@@ -176,32 +176,32 @@ def _ask_in_crops(classifier: Classifier, picture: Picture, crops: Crops, questi
     import torch
 
     from foveate.data.crops import mean_logits
-    from foveate.explanation.explain import explain
-    from foveate.registry import METHODS, ungrouped
+    from foveate.explanation.explain import Asking
     from foveate.targets import resolve, strongest_other
 
-    logits, head = _mean_logits(classifier, picture, question.head)
+    options = (question.methods, question.layer, question.fuse, question.head, None, question.precision, question.settings)
+    parts = [Asking.of(classifier, part, *options) for part in crops.cut(picture.x).split(AT_ONCE)]
+    captures, head = [part.capture for part in parts], parts[0].capture.head
+    logits = mean_logits(torch.cat([capture.logits.detach() for capture in captures]), head)
     labels = None if picture.label is None else torch.tensor([picture.label])
-    parts, answers, answered = crops.cut(picture.x).split(AT_ONCE), dict[str, "Explanation"](), set[str]()
-    captures: list[Any] = []
+    answers, answered = dict[str, "Explanation"](), set[str]()
     for key, target, against in _resolved(question, logits, labels, head):
         aim = resolve(target, logits, against=against, labels=labels, head=head)
-        settings = {METHODS.get(name).name: dict(values) for name, values in question.settings.items()}
-        for name in ungrouped(question.methods)[0]:
-            if (record := METHODS.get(name)).contrasts and aim.other is None:
-                settings.setdefault(record.name, {}).setdefault("against", int(strongest_other(logits, aim.y, head)))
-        own: dict[str, str] = {}
-        options = {**_options(question, own), "settings": settings}
-        asked: dict[str, Any] = {"target": int(aim.y), "against": None if aim.other is None else int(aim.other)}
-        found = [explain(classifier, part, question.methods, **asked, **options) for part in parts]
-        captures = captures or [answer.capture for answer in found]
-        joined = _joined(found, crops, picture, replace(aim, name=found[0].target.name))
-        if against is not None and len(question.targets) > 1:  # these may pass over contrasts
-            joined.left_out.update({name: reason for name, reason in own.items() if name in answered})
-            own = {name: reason for name, reason in own.items() if name not in answered}
-        refused.update({f"{name} for {key}" if key else name: reason for name, reason in own.items()})
-        answered |= joined.maps.keys()
-        answers[key] = joined
+        other, settings = None if aim.other is None else int(aim.other), dict[str, dict[str, Any]]()
+        if other is None:  # one class for all crops, also for methods that choose one
+            for record in (record for record in parts[0].records if record.contrasts):
+                chosen = parts[0].own.get(record.name, {}).get("against")
+                if chosen is None or chosen == "strongest":
+                    settings[record.name] = {"against": int(strongest_other(logits, aim.y, head))}
+        optional = answered if against is not None and len(question.targets) > 1 else ()  # these may pass over contrasts
+        found = [
+            part.answer(
+                part.capture.target(int(aim.y), against=other), key, settings=settings, optional=optional, refused=refused
+            )
+            for part in parts
+        ]
+        answers[key] = _joined(found, crops, picture, replace(aim, name=found[0].target.name))
+        answered |= answers[key].maps.keys()
 
     def score(images: Iterable[Tensor]) -> Tensor:
         """The means over the crops of each image, ``[N,C]``."""
@@ -254,7 +254,8 @@ def _joined(found: Sequence[Explanation], crops: Crops, picture: Picture, aim: A
         joined.seconds[name] = sum(answer.seconds[name] for answer in found)
         joined.degenerate[name] = maps.is_constant(maps.relu(raw[name]))
         facts = [answer.facts[name] for answer in found]
-        joined.facts[name] = {key: torch.cat([own[key] for own in facts]).float().mean()[None] for key in facts[0]}
+        same = [key for key in facts[0] if all(key in own for own in facts)]
+        joined.facts[name] = {key: torch.cat([own[key] for own in facts]).float().mean()[None] for key in same}
         remarks = list(dict.fromkeys(remark for answer in found for remark in answer.remarks[name]))
         joined.remarks[name] = ["; ".join(remarks)] if remarks else []
     for answer in found:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -83,16 +84,12 @@ def explain(
         >>> why["grad_cam"].shape, why.overlay("centre").size
         (torch.Size([1, 96, 96]), (160, 120))
     """
-    check_fusion(fuse)
-    records, own, optional = chosen_methods(methods, settings)
-    given = taken(model, x, normalised=normalised)
-    known = given.y if labels is None else labels
-    capture = _captured(records, one_output(model, output), given.x, layer, head, precision)
+    asked = Asking.of(model, x, methods, layer, fuse, head, output, precision, settings, normalised)
+    capture, known = asked.capture, asked.labels if labels is None else labels
     resolved = capture.target(target, score=score, against=against, labels=known)
     if resolved.name != "callable":
         note_single(capture.logits, head)
-    seen = _seen(capture, given, own, fuse, precision)
-    return _answer(capture, seen, records, resolved, own, optional, fuse, refused)
+    return asked.answer(resolved, refused=refused)
 
 
 def explain_each(
@@ -137,26 +134,94 @@ def explain_each(
     names = [_name(target) for target in targets]
     if len(set(names)) < len(names):
         raise FoveateError(f"targets {', '.join(names)} hold one of them twice: give each once")
-    check_fusion(fuse)
-    records, own, optional = chosen_methods(methods, settings)
-    given = taken(model, x, normalised=normalised)
-    known = given.y if labels is None else labels
-    capture = _captured(records, one_output(model, output), given.x, layer, head, precision)
+    asked = Asking.of(model, x, methods, layer, fuse, head, output, precision, settings, normalised)
+    capture, known = asked.capture, asked.labels if labels is None else labels
     note_single(capture.logits, head)
-    seen = _seen(capture, given, own, fuse, precision)
     answers = Answers()
     for name, target in zip(names, targets, strict=True):
-        aim = capture.target(target, labels=known)
-        answers[name] = _answer(capture, seen, records, aim, own, optional, fuse, refused, name)
+        answers[name] = asked.answer(capture.target(target, labels=known), name, refused=refused)
     answered = {name for answer in answers.values() for name in answer.maps}  # these may pass over contrasts
     first = answers[names[0]].target.y
     for name in names[1:] if contrasts else ():
         other = answers[name].target.y
         other = torch.where(other == first, strongest_other(capture.logits, first, capture.head), other)
-        contrast = capture.target(first, against=other)
         key = f"{names[0]}-{name}"
-        answers[key] = _answer(capture, seen, records, contrast, own, optional | answered, fuse, refused, key)
+        answers[key] = asked.answer(capture.target(first, against=other), key, optional=answered, refused=refused)
     return answers
+
+
+@dataclass(frozen=True)
+class Asking:
+    """One run of a model on images, of which several things can be asked.
+
+    Attributes:
+        own: settings of methods, by name.
+        optional: methods that came only with a group: one that the model does not support is left out.
+        labels: that came along with the images.
+    """
+
+    capture: Capture
+    seen: Seen
+    records: Sequence[Method]
+    own: Mapping[str, Mapping[str, Any]]
+    optional: set[str]
+    fuse: Fusion
+    labels: Tensor | None
+
+    @classmethod
+    def of(
+        cls,
+        model: Model,
+        x: Any,
+        methods: Methods,
+        layer: Layers,
+        fuse: Fusion,
+        head: Head | None,
+        output: str | int | None,
+        precision: Precision,
+        settings: Settings | None,
+        normalised: bool = False,
+    ) -> Asking:
+        """Run the model; arguments are those of :func:`explain`."""
+        check_fusion(fuse)
+        records, own, optional = chosen_methods(methods, settings)
+        given = taken(model, x, normalised=normalised)
+        capture = _captured(records, one_output(model, output), given.x, layer, head, precision)
+        return cls(capture, _seen(capture, given, own, fuse, precision), records, own, optional, fuse, given.y)
+
+    def answer(
+        self,
+        target: Target,
+        question: str = "",
+        *,
+        settings: Settings | None = None,
+        optional: Iterable[str] = (),
+        refused: dict[str, str] | None = None,
+    ) -> Explanation:
+        """Maps of each method for one target.
+
+        Args:
+            question: what it is called in ``refused``.
+            settings: of methods for this question, over their own.
+            optional: methods beside those of groups that may be left out.
+        """
+        capture, passed_over = self.capture, self.optional | set(optional)
+        explanation = Explanation({}, {}, target, ", ".join(capture.layers), self.seen, run=capture)
+        if any("gradient" in record.needs and not record.contrasts for record in self.records):
+            capture.grad(None, target)  # shared by all of them, so that it counts for none of them
+        for record in self.records:
+            own = {**self.own.get(record.name, {}), **(settings or {}).get(record.name, {})}
+            try:
+                _run(record, explanation, own, self.fuse)
+            except FoveateError as error:
+                if record.name in passed_over:
+                    explanation.left_out[record.name] = str(error)
+                    continue
+                if refused is None or isinstance(error, LayerError):
+                    raise
+                refused[f"{record.name} for {question}" if question else record.name] = str(error)
+        explanation.maps.update(maps.prepare_all(explanation.raw, capture.size))
+        return explanation
 
 
 def _seen(capture: Capture, given: Taken, own: Settings, fuse: Fusion, precision: Precision) -> Seen:
@@ -211,34 +276,6 @@ def chosen_methods(methods: Methods, settings: Settings | None) -> tuple[list[Me
             )
         own[record.name] = check_settings(record, values)
     return records, own, optional
-
-
-def _answer(
-    capture: Capture,
-    seen: Seen,
-    records: Sequence[Method],
-    target: Target,
-    own: Mapping[str, Mapping[str, Any]],
-    optional: set[str],
-    fuse: Fusion,
-    refused: dict[str, str] | None,
-    question: str = "",
-) -> Explanation:
-    explanation = Explanation({}, {}, target, ", ".join(capture.layers), seen, run=capture)
-    if any("gradient" in record.needs and not record.contrasts for record in records):
-        capture.grad(None, target)  # shared by all of them, so that it counts for none of them
-    for record in records:
-        try:
-            _run(record, explanation, own.get(record.name, {}), fuse)
-        except FoveateError as error:
-            if record.name in optional:
-                explanation.left_out[record.name] = str(error)
-                continue
-            if refused is None or isinstance(error, LayerError):
-                raise
-            refused[f"{record.name} for {question}" if question else record.name] = str(error)
-    explanation.maps.update(maps.prepare_all(explanation.raw, capture.size))
-    return explanation
 
 
 def _run(record: Method, explanation: Explanation, settings: Mapping[str, Any], fuse: Fusion) -> None:
