@@ -137,6 +137,32 @@ class TestExplain:
         ):
             assert word in result.stdout
 
+    def test_a_row_of_a_sheet_has_one_measure(self, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Of a contrast the share, for controls too; of one class p, also for a method that makes a contrast of it."""
+        from foveate.report import sheets
+
+        rows: list[tuple[str, set[str]]] = []
+        monkeypatch.setattr(
+            sheets,
+            "sheet",
+            lambda _, __, given, **___: rows.extend((w, {p.measure for p in ps.values()}) for w, _, ps in given),
+        )
+        asked = ("--method", "grad_cam,contrastive_cam,fake_cam", "--target", "pred,second", "--pictures", "sheet")
+        assert explain(place, *asked).exit_code == 0
+        assert [measures for _, measures in rows] == [{"p"}, {"p"}, {"share"}], rows
+        page = (place / "out" / "index.html").read_text(encoding="utf-8")
+        assert "Share: p of the class" in page
+        explain(place, "--method", "grad_cam")
+        assert "Share: p of the class" not in (place / "out" / "index.html").read_text(encoding="utf-8")
+
+    def test_pictures_of_an_earlier_call_are_named(self, place: Path) -> None:
+        first = explain(place, "--methods", "grad_cam,cam", images=("a.png", "b.png"))
+        assert first.exit_code == 0 and "earlier call" not in first.stderr
+        again = explain(place, "--method", "grad_cam", images=("a.png",))
+        made = len(list((place / "out").glob("a.grad_cam*.png")))
+        stay = len(list((place / "out").glob("*.png"))) - made
+        assert f"{stay} picture(s) of an earlier call stay in" in again.stderr
+
     def test_the_widest_table_fits_80_columns(self, capsys: pytest.CaptureFixture[str]) -> None:
         from rich.console import Console
 
@@ -562,7 +588,7 @@ class TestExplain:
             (("a.png",), ("--weights", "none.pt"), "weights file 'none.pt' does not exist"),
             (("a.png",), ("--size", "2"), "size 2 is too small"),
             (("a.png",), ("--mean", "x"), "--mean 'x' is not one number, or one per channel"),
-            (("a.png",), ("--mean", "0.5"), "mean and std belong together"),
+            (("a.png",), ("--mean", "0.5"), "mean and std (--mean, --std) belong together"),
             (("a.png",), ("--classes", "none.txt"), "class file 'none.txt' cannot be read"),
             (("a.png",), ("--pretrained",), "your own factory"),
             (("a.png",), ("--target=--5",), "no class is called '--5'"),

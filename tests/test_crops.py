@@ -148,10 +148,34 @@ class TestCommand:
             top = {row[0]: row[2] for row in item["top"]}
             share = top[contrast["target"]] / (top[contrast["target"]] + top[contrast["against"]])
             assert contrast["maps"]["grad_cam"]["share_before"] == pytest.approx(share, abs=1e-4)
+        page = (place / "out" / "index.html").read_text(encoding="utf-8")
+        assert "ten, seen in several crops: p is the mean over them" in page
         names = {path.name for path in (place / "out").iterdir()}
         assert {"a.answers.png", "long.answers.png", "index.html"} <= names
         with Image.open(place / "out" / "long.pred.grad_cam.overlay.png") as picture:
             assert picture.width >= 190
+
+    def test_one_run_of_the_crops_answers_every_question(self, place: Path) -> None:
+        """Two questions and their contrast cost no forward pass that one does not, but for what is left after their maps."""
+        import torch.nn as nn
+
+        counts = []
+        for target in ("pred", "pred,second"):
+            seen: list[int] = []
+
+            def count(module: nn.Module, inputs: tuple[torch.Tensor, ...], seen: list[int] = seen) -> None:
+                if type(module).__name__ == "Net":
+                    seen.append(len(inputs[0]))
+
+            handle = nn.modules.module.register_module_forward_pre_hook(count)
+            try:
+                found = explained(place, "--method", "grad_cam", "--target", target, "--pictures", "none")
+            finally:
+                handle.remove()
+            crops = found["images"][0]["crops"]
+            maps = sum(len(answer["maps"]) for answer in found["images"][0].get("answers", [found["images"][0]]))
+            counts.append(sum(seen) - crops * maps)
+        assert counts[0] == counts[1]
 
     def test_errors_are_those_of_the_mean(self, place: Path) -> None:
         said = [item["top"][0][0] for item in explained(place, images=("a.png", "long.png"))["images"]]

@@ -112,7 +112,9 @@ OPTIONS = re.compile(r"`(--[a-z][a-z-]*)")
 def test_the_options_in_a_page_exist(path: Path) -> None:
     """Those in the text, of any command."""
     known = get_command(app).commands.values()  # type: ignore[attr-defined]
-    takes = {option for command in known for parameter in command.params for option in (*parameter.opts, *parameter.secondary_opts)}
+    takes = {
+        option for command in known for parameter in command.params for option in (*parameter.opts, *parameter.secondary_opts)
+    }
     takes |= {"--install-completion", "--index-url", "--help", "--give-back", "--again", "--device", "--strict"}
     text = re.sub(r"^```.*?^```", "", path.read_text(encoding="utf-8"), flags=re.S | re.M)
     assert set(OPTIONS.findall(text)) <= takes, sorted(set(OPTIONS.findall(text)) - takes)

@@ -545,7 +545,7 @@ class TestWhatAReviewerFound:
         refused = evaluate(place, "out", "--metrics", "AD")
         assert (
             refused.exit_code == 2
-            and "holds a run already (run.json): name another folder, or ask to resume or" in refused.stderr
+            and "holds a run already (run.json): name another folder, or ask to resume it (--resume)" in refused.stderr
         )
         pd.testing.assert_frame_equal(values(place / "out"), before)
         result = evaluate(place, "out", "--metrics", "AD", "--overwrite")

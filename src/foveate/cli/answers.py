@@ -37,16 +37,17 @@ def explain_batch(
     refused: dict[str, str] = {}
     start = time.perf_counter()
     found = ask(classifier, read, question, refused)
-    answers = found.answers
+    answers, shared = found.answers, time.perf_counter() - start
     missing.add(answers, refused)
     several = len(answers) > 1
     asked = {key: Answer.of(key if several else "", answer, found) for key, answer in answers.items() if answer.maps}
     if not asked:
         raise FoveateError("; ".join(dict.fromkeys(refused.values())))
     methods = sum(sum(answer.seconds.values()) for answer in answers.values())
-    shared = (time.perf_counter() - start - methods) / len(read)
+    left = (time.perf_counter() - start - shared) / len(read)
+    seconds = (max(0.0, shared - methods) / len(read), left)
     for i, picture in enumerate(read):
-        yield _entry(classifier, list(asked.values()), i, picture, folder, shared, studio)
+        yield _entry(classifier, list(asked.values()), i, picture, folder, seconds, studio)
 
 
 @dataclass(frozen=True)
@@ -99,9 +100,19 @@ class Answer:
 
 
 def _entry(
-    classifier: Classifier, asked: list[Answer], i: int, picture: Picture, folder: Path, shared: float, studio: Studio
+    classifier: Classifier,
+    asked: list[Answer],
+    i: int,
+    picture: Picture,
+    folder: Path,
+    seconds: tuple[float, float],
+    studio: Studio,
 ) -> dict[str, Any]:
-    """One image: its pictures go to the studio, the numbers are returned. The same question is answered once."""
+    """One image: its pictures go to the studio, the numbers are returned. The same question is answered once.
+
+    Args:
+        seconds: per image, of what all methods share, and of what is left after each map.
+    """
     from foveate.report.explained import thumb
 
     by_question: dict[tuple[int, int | None], Answer] = {}
@@ -120,8 +131,10 @@ def _entry(
         "label_name": None if picture.label is None else classifier.class_name(picture.label),
         "right": None if picture.label is None else picture.label == top[0][0],
         "cropped": round(picture.cropped, 4),
+        "crops": None if picture.crops is None else len(picture.crops),
         "top": top,
-        "seconds_shared": round(shared, 5),
+        "seconds_shared": round(seconds[0], 5),
+        "seconds_left": round(seconds[1], 5),
         "answers": [],
     }
     rows: list[tuple[str, float, dict[str, Drawn]]] = []
@@ -165,8 +178,9 @@ def _about(classifier: Classifier, item: dict[str, Any], picture: Picture) -> Ab
 
     layer = f"{item['layer']} ({item['grid']})" if item["layer"] else ""
     label = "" if picture.label is None else named_class(item["label_name"], picture.label)
+    crops = 0 if picture.crops is None else len(picture.crops)
     channels = 3 if picture.shown is None else len(picture.shown)
-    return About(picture.path.name, classifier.name, layer, label, item["right"], picture.cropped, channels)
+    return About(picture.path.name, classifier.name, layer, label, item["right"], picture.cropped, channels, crops)
 
 
 def _map(answer: Answer, name: str, row: int, i: int, classifier: Classifier) -> dict[str, Any]:
@@ -219,7 +233,7 @@ def _drawn(
     note = "" if completeness is None else f"completeness error {completeness:.1e}"
     if entry["degenerate"]:
         note = "nothing here speaks for the class"
-    measure, before, after = answer.shown(row, i, contrast=other is not None and document["against"] is not None)
+    measure, before, after = answer.shown(row, i, contrast=document["against"] is not None)
     (height, width), raw = explanation.seen.x.shape[-2:], explanation.raw[name][i].detach().float().cpu().clone()
     return Drawn(stem.with_name(base), title, short_title, raw, (height, width), record.signed, measure, before, after, note)
 

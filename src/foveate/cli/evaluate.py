@@ -60,6 +60,8 @@ def evaluate(
     methods: Annotated[
         str,
         typer.Option(
+            "--methods",
+            "--method",
             help="Names, separated by commas; all, all-fast (those of one pass, and controls), controls.",
             show_default="grad_cam and the controls",
             rich_help_panel=METHOD,

@@ -65,6 +65,7 @@ def explain(
         list[str] | None,
         typer.Option(
             "--method",
+            "--methods",
             help="One, several with commas, or repeated, of 'foveate list methods'; or all, all-fast (those of one pass, and "
             "controls), controls.",
             rich_help_panel=METHOD,
@@ -138,7 +139,7 @@ def explain(
         typer.Option(
             help="What the model sees of a photograph, if not what it is made for: none (all of it at its own aspect, for "
             "models that take other sizes), resize (all of it, squashed), centre, ten (corners and centre, each also mirrored: "
-            "maps are put together on the whole).",
+            "maps are put together on the whole; ten times the time, or more).",
             rich_help_panel=DATA,
         ),
     ] = None,
@@ -149,11 +150,11 @@ def explain(
     with sentences(debug):
         required("explain", "matplotlib", "jinja2")
         from foveate.data.images import CROPS
-        from foveate.disk.written import check_own
+        from foveate.disk.written import check_own, pictures_in
         from foveate.precision import check_precision
         from foveate.registry import ungrouped
         from foveate.report.explained import ExplainedPage
-        from foveate.report.sheets import Look
+        from foveate.report.sheets import Look, crops_sentence
 
         check_precision(precision, "--precision")
         for option, text in (*(("IMAGE", image) for image in images), ("--target", target), ("--against", against)):
@@ -187,6 +188,7 @@ def explain(
             studio.page = ExplainedPage()
         named = Pictures.named(images, classifier, question.needs_labels, encoding, crop)
         document: list[dict[str, Any]] = []
+        earlier = pictures_in(folder)
         missing = Unanswered()
         stopped: BaseException | None = None
         quiet = as_json or len(named) == 1 or sys.stdout.isatty()  # there, images that are done show how far it is
@@ -207,6 +209,7 @@ def explain(
             facts = {
                 "layer": document[0]["layer"] or "",
                 "weights": chosen.weights or ("pretrained" if chosen.pretrained else ""),
+                "crop": "" if crop is None else f"{crop}, {crops_sentence('several')}" if crop == "ten" else crop,
             }
             studio.page.write(folder / PAGE, classifier.name, {name: text for name, text in facts.items() if text})
         if stopped is None and len(named.failures) == len(named):
@@ -225,6 +228,10 @@ def explain(
                 f"pictures in [bold]{escape(printable(folder))}[/]; the page: [bold]{escape(printable(folder / PAGE))}[/]"
             )
         print_notes(classifier)
+        if kind != "none" and (stay := sum(when == earlier.get(path) for path, when in pictures_in(folder).items())):
+            print_note(
+                f"{stay} picture(s) of an earlier call stay in {printable(folder)}; the page has those of this call alone"
+            )
         for name, reason in missing.left_out.items():
             print_note(f"left out {reason_of(name, reason)}")
         for name, reason in [*missing.refused.items(), *(("", reason) for _, reason in named.failures)]:
@@ -262,12 +269,14 @@ def _explained(
 
 def _targets(text: str) -> list[str]:
     """One target, or several separated by commas: words and indices; names of classes have commas of their own."""
-    parts = [part.strip() for part in text.split(",")]
+    parts = [part.strip() for part in text.strip(" ,").split(",")]
     listed = all(part in ("pred", "label", "second") or part.lstrip("-").isdigit() for part in parts)
     return list(dict.fromkeys(parts)) if listed else [text]
 
 
 def _print_image(item: dict[str, Any]) -> None:
+    from foveate.report.sheets import crops_sentence
+
     console = Console(highlight=False)
     console.print(f"\n[bold]{escape(item['file'])}[/]", soft_wrap=True)
     top = Table(box=None, padding=(0, 2), show_header=False)
@@ -278,12 +287,16 @@ def _print_image(item: dict[str, Any]) -> None:
     answers = item.get("answers", [{"question": "target", "against": None, **item}])
     for answer in answers:
         _print_answer(console, answer, item)
+    if item["crops"]:
+        console.print(f"[dim]{crops_sentence(item['crops'])}[/]", soft_wrap=True)
     if note := crop_note(item):
         console.print(f"[yellow]note:[/] {note}", soft_wrap=True)
     if "picture" in item:
         console.print(f"all of them: [bold]{escape(item['picture'])}[/]", soft_wrap=True)
     console.print(
-        f"[dim]one run of the model and what else all methods share: {1000 * item['seconds_shared']:.0f} ms per image[/]"
+        f"[dim]per image: {1000 * item['seconds_shared']:.0f} ms for the run of the model and what else all methods share, "
+        f"{1000 * item['seconds_left']:.0f} ms for what is left after each map[/]",
+        soft_wrap=True,
     )
 
 

@@ -270,7 +270,9 @@ def _moved(classifier: Classifier, device: str) -> Classifier:
         return classifier.to(place)
     except (RuntimeError, AssertionError, ValueError, TypeError, OverflowError, ImportError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise FoveateError(f"--device {device!r} cannot be used here ({reason}): use cpu, or auto") from None
+        known = re.fullmatch(r"(cpu|cuda|mps|xpu|meta)(:\d+)?", device)
+        why = f"cannot be used here ({reason})" if known else "is no device"
+        raise FoveateError(f"--device {device!r} {why}: use auto, cpu, or a GPU: cuda, cuda:1, mps") from None
 
 
 _said: set[str] = set()  # notes of this call
@@ -301,7 +303,12 @@ def out_folder(out: str) -> Path:
     folder = Path(out)
     if any(part.exists() and not part.is_dir() for part in (folder, *folder.parents)):
         raise FoveateError(f"--out {out!r} is a file, or in one: name a folder")
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise FoveateError(
+            f"--out {out!r} cannot be made ({(error.strerror or str(error)).lower()}): name another folder"
+        ) from None
     return folder
 
 

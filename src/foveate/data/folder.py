@@ -343,7 +343,7 @@ def _joined(table: Table, first: tuple[Line, Entry], second: tuple[Line, Entry])
 
 def _index(text: str) -> int:
     if not re.fullmatch(r"[0-9]{1,10}(\.0*)?", text) or int(text.partition(".")[0]) > MOST_CLASSES:
-        raise ValueError(f"class_index {text[:40]!r} is not a number from 0")
+        raise ValueError(f"class_index {text[:40]!r} is not a number from 0, nor several with semicolons, as 1;7")
     return int(text.partition(".")[0])
 
 

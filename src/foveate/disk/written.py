@@ -52,6 +52,15 @@ def check_own(path: Path) -> None:
         raise FoveateError(f"{str(path)!r} is there, and foveate did not write it: move it, or name another --out")
 
 
+def pictures_in(folder: Path) -> dict[Path, int]:
+    """The pictures in a folder that foveate wrote, each with the time at which it did."""
+    return {
+        path: path.stat().st_mtime_ns
+        for path in sorted(folder.iterdir())
+        if path.suffix.lower() in (".png", ".pdf", ".svg") and path.is_file() and is_written(path)
+    }
+
+
 def is_written(path: Path) -> bool:
     """Whether a file is a picture or a page that foveate wrote."""
     try:

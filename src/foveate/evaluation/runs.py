@@ -158,7 +158,8 @@ def prepare(
         _refuse_another(folder, record["identity"], identity, images)
     elif record and not overwrite and record.get("finished", True):
         raise FoveateError(
-            f"{str(folder)!r} holds a run already ({RECORD}): name another folder, or ask to resume or to overwrite it"
+            f"{str(folder)!r} holds a run already ({RECORD}): name another folder, or ask to "
+            "resume it (--resume) or to overwrite it (--overwrite)"
         )
     elif record and not overwrite and there:
         raise FoveateError(

@@ -6,6 +6,7 @@ import os
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from io import IOBase
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -147,6 +148,8 @@ def _items(model: nn.Module, given: Any, normalised: bool, where: str) -> Iterat
         near = next((key for key in ("image", "img", "pixel_values", "images", "x") if key in given), None)
         remedy = f"give its {near!r}" if near is not None else FORMS
         raise FoveateError(f"a dict with {', '.join(map(repr, list(given)[:6]))} is no image: {remedy}")
+    elif isinstance(given, IOBase):
+        raise FoveateError("an open file is no image: give its path, or PIL.Image.open of it")
     elif isinstance(given, (bytes, bytearray)) or not isinstance(given, Iterable):
         raise FoveateError(f"{_quoted(given)} is no image: {FORMS}")
     else:

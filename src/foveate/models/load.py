@@ -102,7 +102,7 @@ def load(
         )
     if mean is not None or std is not None:
         if mean is None or std is None:
-            raise FoveateError("mean and std belong together: give both")
+            raise FoveateError("mean and std (--mean, --std) belong together: give both")
         if len(mean) != len(std) and 1 not in (len(mean), len(std)):
             raise FoveateError(f"mean has {len(mean)} numbers and std {len(std)}: give one number per channel, or one for all")
         channels = preprocess.channels if len(mean) == len(std) == 1 else max(len(mean), len(std))

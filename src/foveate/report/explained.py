@@ -16,7 +16,7 @@ from torch import Tensor
 from foveate.overlay import HEAT, Shade, ramp
 from foveate.registry import is_control, title_of
 from foveate.report.page import render
-from foveate.report.pictures import Thumb, digits, grey
+from foveate.report.pictures import Thumb, grey
 from foveate.report.sheets import MOST_CROPPED, Ground
 
 MOST = 200  # images on the page, so that it stays a file one can send
@@ -61,12 +61,12 @@ class ExplainedPage:
                 "aspect": seen.aspect,
                 "whole": asdict(thumb(ground.within(THUMB / 2).framed)) if much else None,
                 "cropped": f"{100 * item['cropped']:.0f} % of the photograph is cropped away (dark)" if much else "",
-                "top": [[name.split(",")[0], round(p, 4)] for _, name, p in item["top"]],
+                "top": [[name.split(",")[0], p] for _, name, p in item["top"]],
                 "label": (item["label_name"] or "").split(",")[0],
                 "wrong": item["right"] is False,
                 "sheet": _beside(item.get("picture")),
                 "answers": [
-                    {"why": words, "maps": [_cell(name, document["maps"][name], shade) for name, shade in maps.items()]}
+                    {"why": words, "maps": [_cell(name, document, shade) for name, shade in maps.items()]}
                     for (words, maps), document in zip(answers, found, strict=True)
                 ],
             }
@@ -90,6 +90,7 @@ class ExplainedPage:
             "count": len(self.images),
             "methods": len(methods),
             "passed_over": self.passed_over,
+            "contrasts": any(cell["measure"] == "share" for i in self.images for a in i["answers"] for cell in a["maps"]),
             "several": any(len(image["answers"]) > 1 for image in self.images),
             "labelled": any(image["label"] for image in self.images),
             "data": json.dumps(data, separators=(",", ":")).replace("<", "\\u003c"),
@@ -97,15 +98,16 @@ class ExplainedPage:
         return render("explained.html.j2", path, content)
 
 
-def _cell(name: str, values: Mapping[str, Any], shade: Shade) -> dict[str, Any]:
-    measure = "share" if values["share_after"] is not None else "p"
+def _cell(name: str, document: Mapping[str, Any], shade: Shade) -> dict[str, Any]:
+    values = document["maps"][name]
+    measure = "share" if document["against"] is not None and values["share_after"] is not None else "p"
     notes = [shade.note(), values["remark"] or ""]
     return {
         "method": name,
         "against": (values["against_name"] or "").split(",")[0],
         "measure": measure,
-        "before": digits(values[f"{measure}_before"]),
-        "after": digits(values[f"{measure}_after"]),
+        "before": round(values[f"{measure}_before"], 6),
+        "after": round(values[f"{measure}_after"], 6),
         "note": "; ".join(note for note in notes if note),
         "picture": _beside(values.get("picture") or values.get("overlay")),
         "map": small(shade),

@@ -131,6 +131,7 @@ class About:
         label: the true class with its index; empty where it is not known.
         right: whether the model says the label.
         channels: of the image, where it is none of colours.
+        crops: in how many the network saw it, where that is not at once.
     """
 
     file: str = ""
@@ -140,6 +141,7 @@ class About:
     right: bool | None = None
     cropped: float = 0.0
     channels: int = 3
+    crops: int = 0
 
     def lines(self) -> list[str]:
         """One sentence or list of facts per line, those that are known."""
@@ -148,6 +150,8 @@ class About:
         lines = ["   ·   ".join(fact for fact in facts if fact), f"label: {printable(self.label)}{said}" if self.label else ""]
         if self.cropped > MOST_CROPPED:
             lines.append(cropped_sentence(self.cropped))
+        if self.crops:
+            lines.append(crops_sentence(self.crops))
         return [line for line in (*lines, colours_of(self.channels)) if line]
 
 
@@ -157,6 +161,11 @@ NOTHING = About()
 def cropped_sentence(share: float) -> str:
     """That the network saw only a part of a photograph, and what to do."""
     return f"the network never saw {100 * share:.0f} % of this photograph, what lies outside of the frame: see --crop"
+
+
+def crops_sentence(count: int | str) -> str:
+    """What numbers and maps are of an image that the network saw in crops."""
+    return f"seen in {count} crops: p is the mean over them, and maps are averaged where they meet"
 
 
 @dataclass(frozen=True)

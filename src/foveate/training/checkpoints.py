@@ -58,7 +58,8 @@ class RunFolder:
             raise FoveateError(f"{str(folder / trained.RECORD)!r} is not of a training run: name another folder")
         elif not overwrite and self._there is not None:
             raise FoveateError(
-                f"{str(folder)!r} holds a run already ({self._there}): name another folder, or ask to resume or to overwrite it"
+                f"{str(folder)!r} holds a run already ({self._there}): name another folder, or ask to "
+                "resume it (--resume) or to overwrite it (--overwrite)"
             )
 
     def _check_resumable(self, begun: Mapping[str, Any]) -> None:
