@@ -34,7 +34,8 @@ $(VENV)/docs: $(VENV)/done
 
 # The site, warnings as errors, into site/. Open site/index.html, or serve it with: .venv/bin/mkdocs serve
 docs: $(VENV)/docs
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	! grep -rlE '<(script|link|img|iframe)[^>]*(src|href)="?(https?:)?//' site --include='*.html'  # it loads nothing from elsewhere
 
 lint: $(VENV)/dev
 	$(BIN)/ruff check .

@@ -1,4 +1,4 @@
-"""Makes the pictures of the gallery, one per method, in docs/gallery/: python docs/gallery.py.
+"""Makes the pictures of the gallery, one per method, in docs/gallery/: python docs/gallery.py [METHOD ...].
 
 Three small networks learn the scenes first, with cross-entropy and the CAM loss or with cross-entropy alone: a CNN, the
 same CNN with a CA-Stream, and a vision transformer. It takes a few minutes on two CPU cores.
@@ -6,6 +6,7 @@ same CNN with a CA-Stream, and a vision transformer. It takes a few minutes on t
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -23,8 +24,8 @@ from foveate.registry import METHODS
 
 OUT = Path(__file__).parent / "gallery"
 SIDE = 192  # of one of the two tiles of a picture, in pixels
-SETTINGS = {"rise": {"masks": 1000}, "extremal_perturbation": {"steps": 400}}
-OWN = {"attention_rollout", "ca_stream"}  # which need a network of their own
+SETTINGS = {"rise": {"masks": 1000}}
+OWN = {"attention_rollout": "vit", "ca_stream": "stream"}  # which need a network of their own
 
 
 def learned(model: nn.Module, parameters: Iterable[nn.Parameter], epochs: int, lr: float, cam: bool = False) -> nn.Module:
@@ -55,27 +56,36 @@ def learned(model: nn.Module, parameters: Iterable[nn.Parameter], epochs: int, l
     return model
 
 
-def main() -> None:
-    """Train, explain, draw."""
+def network(kind: str) -> nn.Module:
+    """A trained one: ``cnn``, ``stream`` or ``vit``."""
     torch.manual_seed(0)
+    if kind == "vit":
+        torchvision()  # beside PyTorch's CPU build, before timm
+        from timm.models import VisionTransformer
+
+        vit = VisionTransformer(img_size=96, patch_size=8, embed_dim=64, depth=2, num_heads=4, num_classes=2)
+        vit = foveate.normalized(vit, [0.5] * 3, [0.5] * 3)
+        return learned(vit, vit.parameters(), 16, 2e-3)
     cnn = foveate.load("foveate:small_cnn")
     cnn = learned(cnn, cnn.parameters(), 8, 0.01, cam=True)
+    if kind == "cnn":
+        return cnn
     stream = foveate.ca_stream(cnn, ["stages.0", "stages.1", "features"])
-    stream = learned(stream, [p for p in stream.parameters() if p.requires_grad], 4, 0.01)
-    torchvision()  # beside PyTorch's CPU build, before timm
-    from timm.models import VisionTransformer
+    return learned(stream, [p for p in stream.parameters() if p.requires_grad], 4, 0.01)
 
-    vit = VisionTransformer(img_size=96, patch_size=8, embed_dim=64, depth=2, num_heads=4, num_classes=2)
-    vit = foveate.normalized(vit, [0.5] * 3, [0.5] * 3)
-    vit = learned(vit, vit.parameters(), 16, 2e-3)
+
+def main(names: Iterable[str]) -> None:
+    """Train, explain, draw."""
     test = scenes.make("test").batch()
     chosen = [int((test.y == label).nonzero()[0]) for label in (1, 0)]  # an orca on grass, a leopard on water
     x, y = test.x[chosen], test.y[chosen]
     draw("photograph", x, None)
-    for name in METHODS.all():
-        model = {"attention_rollout": vit, "ca_stream": stream}.get(name, cnn)
-        target = foveate.explain(model, x, name, target=y, settings={k: v for k, v in SETTINGS.items() if k == name})
-        draw(name, x, target[name])
+    networks: dict[str, nn.Module] = {}
+    for name in names:
+        kind = OWN.get(name, "cnn")
+        model = networks[kind] = networks[kind] if kind in networks else network(kind)
+        settings = {key: value for key, value in SETTINGS.items() if key == name}
+        draw(name, x, foveate.explain(model, x, name, target=y, settings=settings)[name])
     total = sum(path.stat().st_size for path in OUT.glob("*.jpg"))
     print(f"{len(list(OUT.glob('*.jpg')))} pictures, {total / 1024:.0f} KB")
 
@@ -91,4 +101,4 @@ def draw(name: str, x: Tensor, maps: Tensor | None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:] or METHODS.all())

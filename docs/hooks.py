@@ -28,9 +28,9 @@ def formula(function: Callable[..., Any]) -> str:
     return ROLE.sub(r"`\1`", " ".join(first.split())).replace("``", "`").replace("|", "&#124;")
 
 
-def code(function: Callable[..., Any]) -> str:
-    """The function, linked to its place in the API reference."""
-    return f"[`{function.__name__}`][{function.__module__}.{function.__qualname__}]"
+def linked(name: str, function: Callable[..., Any]) -> str:
+    """A name, linked to its function's place in the API reference."""
+    return f"[`{name}`][{function.__module__}.{function.__qualname__}]"
 
 
 def shown(text: str) -> str:
@@ -38,23 +38,9 @@ def shown(text: str) -> str:
     return re.sub(r"`([^`]*)`", lambda m: "<code>" + m[1].replace("<", "&lt;") + "</code>", text)
 
 
-def methods() -> str:
-    lines = ([f"`{n}`", r.paper, shown(formula(r.function)), code(r.function)] for n, r in METHODS.all().items())
-    return rows(("method", "paper", "formula", "function"), lines)
-
-
-def metrics() -> str:
-    lines = (
-        [", ".join(f"`{c}`" for c in r.columns), r.paper, shown(formula(r.function)), code(r.function)]
-        for r in METRICS.all().values()
-    )
-    return rows(("columns", "paper", "formula", "function"), lines)
-
-
-def losses() -> str:
-    """The loss on a capture, after the formula of the loss on maps that it names first."""
-    lines = ([f"`{n}`", r.paper, shown(formula(r.function)), code(r.function)] for n, r in LOSSES.all().items())
-    return rows(("loss", "paper", "what it is", "function"), lines)
+def records(register: Any) -> str:
+    lines = ([linked(n, r.function), r.paper, shown(formula(r.function))] for n, r in register.all().items())
+    return rows(("name", "paper", "formula"), lines)
 
 
 def columns() -> str:
@@ -75,7 +61,9 @@ def gallery() -> str:
         kind = "Controls" if record.control else KINDS.get(room, "Others")
         kinds.setdefault(kind, []).append(figure(name, record.title, record.paper))
     parts = [grid([figure("photograph", "The pictures", "")])]
-    parts += [f"## {kind}\n\n{grid(kinds[kind])}" for kind in (*dict.fromkeys(KINDS.values()), "Others", "Controls") if kind in kinds]
+    parts += [
+        f"## {kind}\n\n{grid(kinds[kind])}" for kind in (*dict.fromkeys(KINDS.values()), "Others", "Controls") if kind in kinds
+    ]
     return "\n\n".join(parts)
 
 
@@ -85,7 +73,7 @@ def grid(figures: list[str]) -> str:
 
 def figure(name: str, title: str, paper: str) -> str:
     below = f"<strong>{title}</strong><br><code>{name}</code><br>{paper}" if paper else f"<strong>{title}</strong>"
-    picture = f'<img src="gallery/{name}.jpg" alt="{title} on an orca on grass and a leopard on water" loading="lazy">'
+    picture = f'<img src="gallery/{name}.jpg" alt="{title} on an orca on grass and a leopard on water">'
     return f"<figure>{picture}<figcaption>{below}</figcaption></figure>"
 
 
@@ -103,4 +91,9 @@ KINDS = {
     "rollout": "Attention",
     "stream": "Attention",
 }
-TABLES = {"methods": methods, "metrics": metrics, "losses": losses, "columns": columns}
+TABLES = {
+    "methods": lambda: records(METHODS),
+    "metrics": lambda: records(METRICS),
+    "losses": lambda: records(LOSSES),
+    "columns": columns,
+}

@@ -39,7 +39,7 @@ def test_completion_finds_all_public_names_and_nothing_else() -> None:
 
 def test_names_in_full_work_after_import_alone() -> None:
     """Every ``foveate.a.b`` that the documents write, each in a process where nothing else was imported."""
-    texts = [path.read_text(encoding="utf-8") for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))]
+    texts = [path.read_text(encoding="utf-8") for path in (ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")))]
     inside = "\n".join(part for text in texts for part in re.findall(r"```python\n(.*?)```", text, re.S)) + "\n".join(
         quoted for text in texts for quoted in re.findall(r"`(foveate\.[^`]*)`", text)
     )
