@@ -167,7 +167,7 @@ def _entry(
     if studio.kind != "none":
         seen = thumb(first.seen.x[i])
         about = _about(classifier, item, picture)
-        studio.take(Drawing(picture.path, picture.frame, about, rows, sheet, picture.shown, item, seen))
+        studio.take(Drawing(picture.path, picture.frame, about, rows, sheet, picture.shown, dict(item), seen))
     if not several:
         del item["answers"]
     return item
