@@ -1,6 +1,6 @@
 """The wheel as a stranger has it: all files inside, in an empty environment, run outside of the repository.
 
-    python tests/dist.py dist
+    python tests/dist.py dist [--no-demo]
 
 The dependencies come from the environment that runs this: the wheel is installed without them.
 """
@@ -19,7 +19,6 @@ import zipfile
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-COMMANDS = (["--version"], ["list", "methods"], ["demo", "--out", "demo"])
 
 
 def missing(wheel: Path, sdist: Path) -> list[str]:
@@ -46,7 +45,7 @@ def run(command: list[str], folder: Path) -> str:
     return said
 
 
-def main(folder: Path) -> None:
+def main(folder: Path, demo: bool = True) -> None:
     (wheel,), (sdist,) = folder.glob("*.whl"), folder.glob("*.tar.gz")
     if lost := missing(wheel, sdist):
         sys.exit("missing in the archives:\n" + "\n".join(lost))
@@ -61,12 +60,16 @@ def main(folder: Path) -> None:
         at = run([str(python), "-c", "import foveate; print(foveate.__file__)"], place)
         if not Path(at).is_relative_to(packages):
             sys.exit(f"the wheel is not what is imported, but {at}")
-        version, methods, _ = (run([str(python.parent / "foveate"), *arguments], place) for arguments in COMMANDS)
+        command = str(python.parent / "foveate")
+        version, methods = run([command, "--version"], place), run([command, "list", "methods"], place)
         if version.split()[-1] != wheel.name.split("-")[1] or "grad_cam" not in methods:
             sys.exit(f"{wheel.name} is of another version, or lists no methods: {version}")
-        if not (place / "demo" / "demo.html").exists() and not list((place / "demo").glob("*.html")):
-            sys.exit("the demo has no page")
+        run([command, "list", "recipes"], place)
+        if demo:
+            run([command, "demo", "--out", "demo"], place)
+            if not list((place / "demo").glob("*.html")):
+                sys.exit("the demo has no page")
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1] if len(sys.argv) > 1 else "dist"))
+    main(Path(sys.argv[1]), demo="--no-demo" not in sys.argv)
