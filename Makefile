@@ -1,14 +1,16 @@
 # make demo: the main job. make test: lint, types, quick tests. make docs: the site. make pages: every page, and screenshots. make bench: beside the peers, DATA=folder for real weights.
+# make dist: wheel and sdist, checked and tried in an empty environment.
 # Each sets up its own virtual environment.
 PYTHON ?= python3
 VENV := .venv
 BENCH := .venv-bench
+DIST := .venv-dist
 BIN := $(VENV)/bin
 # Tests at once, each with one thread and about 1.3 GB.
 WORKERS ?= 2
 TORCH := $(shell sed -n 's/^torch==//p' constraints.txt)
 
-.PHONY: demo docs pages test test-all bench lint format clean
+.PHONY: demo docs pages test test-all bench dist lint format clean
 
 # Torch comes first and alone: resolved together with the rest, pip may choose a newer build with gigabytes of CUDA.
 $(VENV)/done: pyproject.toml constraints.txt
@@ -59,9 +61,21 @@ $(BENCH)/done: pyproject.toml constraints.txt benchmarks/requirements.txt
 bench: $(BENCH)/done
 	$(BENCH)/bin/python -m benchmarks.peers $(if $(DATA),"$(DATA)") --rows "$(or $(ROWS),all)" --out bench $(ARGS)
 
+$(DIST)/done: constraints.txt
+	$(PYTHON) -m venv $(DIST)
+	$(DIST)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt build twine
+	touch $@
+
+# ARGS=--no-demo for the short form.
+dist: $(VENV)/done $(DIST)/done
+	rm -rf build dist
+	$(DIST)/bin/python -m build --outdir dist .
+	$(DIST)/bin/python -m twine check --strict dist/*
+	$(BIN)/python tests/dist.py dist $(ARGS)
+
 format: $(VENV)/dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) $(BENCH) demo pages site build *.egg-info src/*.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) $(BENCH) $(DIST) dist demo pages site build *.egg-info src/*.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

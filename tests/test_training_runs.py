@@ -268,7 +268,7 @@ class TestFilm:
         with pytest.raises(FoveateError, match="needs one label"):
             Film(Batch(torch.rand(2, 3, 32, 32)))
         monkeypatch.setitem(sys.modules, "transformers", None)
-        with pytest.raises(FoveateError, match="pip install transformers"):
+        with pytest.raises(FoveateError, match=r"pip install 'foveate\[hugging-face\]'"):
             hugging_face_callback(self.film())
 
 
@@ -407,7 +407,7 @@ class TestRuns:
         train(recipe(), tmp_path, loggers=["csv"])
         assert "val_accuracy" in (tmp_path / "logs" / "metrics.csv").read_text()
         if importlib.util.find_spec("tensorboard") is None:
-            with pytest.raises(FoveateError, match="pip install tensorboard"):
+            with pytest.raises(FoveateError, match=r"pip install 'foveate\[tensorboard\]'"):
                 train(recipe(), tmp_path / "board", loggers=["tensorboard"])
         else:
             train(recipe(), tmp_path / "board", loggers=["tensorboard"])
