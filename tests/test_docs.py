@@ -127,7 +127,7 @@ def test_the_options_in_a_page_exist(path: Path) -> None:
     takes = {
         option for command in known for parameter in command.params for option in (*parameter.opts, *parameter.secondary_opts)
     }
-    takes |= {"--install-completion", "--help", "--give-back", "--again", "--device", "--strict"}
+    takes |= {"--install-completion", "--help", "--give-back", "--again", "--device", "--strict", "--repository"}
     text = re.sub(r"^```.*?^```", "", path.read_text(encoding="utf-8"), flags=re.S | re.M)
     assert set(OPTIONS.findall(text)) <= takes, sorted(set(OPTIONS.findall(text)) - takes)
 
