@@ -78,7 +78,7 @@ class Written:
     def document(self, folder: Path) -> dict[str, Any]:
         """For ``--json``."""
         document: dict[str, Any] = {"table": {}, "costs": {}, "model": {}, "differences": {}}
-        for (method, column), line in self.frame.iterrows():  # type: ignore[misc]
+        for (method, column), line in self.frame.iterrows():
             record = metric_of(column)
             cell = {key: plain(line[key]) for key in ("mean", "low", "high")} | {"n": int(line["n"])}
             cell |= {"rank": [int(line["rank"]), int(line["rank_last"])]} if line["rank"] else {}

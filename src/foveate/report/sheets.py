@@ -242,7 +242,7 @@ def _bar(figure: Figure, axes: Any, shade: Shade, look: Look, size: float, uprig
     ends = [f"{shade.low:.2g}", f"{shade.high:.2g}{'+' if shade.speckled else ''}"] if known else ["least", "most"]
     bar.set_ticks([0, 1], labels=ends)
     bar.ax.tick_params(labelsize=size, colors=MUTED, length=2)
-    bar.outline.set_visible(False)  # type: ignore[operator]
+    bar.outline.set_visible(False)
 
 
 def _save(figure: Figure, path: Path, look: Look) -> None:
