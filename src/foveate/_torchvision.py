@@ -53,7 +53,7 @@ def torchvision(what: str = "this model") -> ModuleType:
     required(what, "torchvision")
     import torchvision as module
 
-    return module
+    return module  # type: ignore[no-any-return]
 
 
 def timm(what: str = "this model") -> ModuleType:

@@ -35,7 +35,8 @@ class _GapNet(nn.Module):
         return self.tail(self.features(x))
 
     def tail(self, activations: Tensor) -> Tensor:
-        return self.classifier(activations.mean((2, 3)))
+        result: Tensor = self.classifier(activations.mean((2, 3)))
+        return result
 
 
 class _FlatNet(_GapNet):
@@ -46,7 +47,8 @@ class _FlatNet(_GapNet):
         self.classifier = nn.Linear(6 * 9 * 12, CLASSES)
 
     def tail(self, activations: Tensor) -> Tensor:
-        return self.classifier(activations.flatten(1))
+        result: Tensor = self.classifier(activations.flatten(1))
+        return result
 
 
 class _InplaceNet(nn.Module):
@@ -64,7 +66,8 @@ class _InplaceNet(nn.Module):
 
     def tail(self, activations: Tensor) -> Tensor:
         pooled = F.relu(self.more(self.relu(activations))).mean((2, 3))
-        return self.classifier(torch.tanh(self.hidden(pooled)))
+        result: Tensor = self.classifier(torch.tanh(self.hidden(pooled)))
+        return result
 
 
 class _TokenNet(nn.Module):
@@ -86,7 +89,8 @@ class _TokenNet(nn.Module):
 
     def tail(self, tokens: Tensor) -> Tensor:
         attention = (self.query(tokens) @ self.key(tokens).transpose(1, 2) / 8**0.5).softmax(-1)  # [B,21,21]
-        return self.classifier((tokens + attention @ self.value(tokens))[:, 0])
+        result: Tensor = self.classifier((tokens + attention @ self.value(tokens))[:, 0])
+        return result
 
 
 class _StreamNet(_GapNet):
@@ -97,7 +101,8 @@ class _StreamNet(_GapNet):
         self.stream = Stream([6])
 
     def tail(self, activations: Tensor) -> Tensor:
-        return self.classifier(self.stream([activations]))
+        result: Tensor = self.classifier(self.stream([activations]))
+        return result
 
 
 def networks() -> dict[str, nn.Module]:
@@ -263,7 +268,8 @@ def measured_on(capture: Capture, record: Metric, M: Tensor, batch: Batch, **set
         method, target = METHODS.get("hires_cam"), capture.target("label", labels=batch.y)
         raw = method(capture, None, target).detach()
         settings["explained"] = Explained(method, raw, target, {}, Spent(0.5, 3.0, 1.0, 1.0, 2.0))
-    return record(capture, None if record.of_model else M, batch, **settings)
+    result: dict[str, Tensor] = record(capture, None if record.of_model else M, batch, **settings)
+    return result
 
 
 def check_metric(metric: str | Metric, **settings: Any) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -13,6 +13,11 @@ from rich.table import Table
 
 from foveate.cli.options import FAILURES, Debug, Json, err, print_note, sentences
 from foveate.errors import FoveateError, printable, required
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from foveate.evaluation.compare import Comparison
 
 WIDTH = 5  # columns beside each other in a terminal
 
@@ -117,7 +122,7 @@ def _trainings(run: list[str], out: str | None, fail_under: list[str] | None, as
         print_note(note)
 
 
-def _mean(frame: Any, name: str, column: str) -> str:
+def _mean(frame: pd.DataFrame, name: str, column: str) -> str:
     from foveate.report.training_comparison import cell, number
 
     if (name, column) not in frame.index:
@@ -130,7 +135,7 @@ def _mean(frame: Any, name: str, column: str) -> str:
     return f"[{'green' if way > 0 else 'red'}]{text}[/]" if way else text
 
 
-def _print(result: Any) -> None:
+def _print(result: Comparison) -> None:
     from foveate.report import evaluation_comparison as comparison
     from foveate.report import tables
 

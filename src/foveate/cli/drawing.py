@@ -142,7 +142,7 @@ class Studio:
     def finish(self) -> None:
         """Draw what is kept."""
         kept, self.kept = self.kept, []  # what cannot be drawn is not tried again
-        limits: dict[Any, float] = {}
+        limits: dict[tuple[object, ...], float] = {}
         if self.scale != "own":
             for number, drawing in enumerate(kept):
                 for key, drawn in self._maps(number, drawing):
@@ -158,7 +158,7 @@ class Studio:
             for name, drawn in maps.items():
                 yield self._key(number, name), drawn
 
-    def _draw(self, number: int, drawing: Drawing, limits: dict[Any, float]) -> None:
+    def _draw(self, number: int, drawing: Drawing, limits: dict[tuple[object, ...], float]) -> None:
         from foveate.report import sheets
 
         look = self.look or sheets.Look()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -41,6 +41,13 @@ from foveate.cli.options import (
     sentences,
 )
 from foveate.errors import FoveateError, printable, required
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from foveate.batch import Batch
+    from foveate.models.classifier import Classifier
+    from foveate.report.evaluation import Written
 
 CELL, NAME = 17, 28  # characters of the terminal that a column and the names take
 
@@ -247,7 +254,7 @@ def named_maps(given: list[str] | None) -> dict[str, str] | None:
     return found or None
 
 
-def open_data(data: str, classifier: Any, unclipped: bool, limit: int | None, encoding: str | None = None) -> Any:
+def open_data(data: str, classifier: Classifier, unclipped: bool, limit: int | None, encoding: str | None = None) -> Any:
     """A data set by what a person may call it, its labels in the model's numbering.
 
     Raises:
@@ -263,7 +270,7 @@ def open_data(data: str, classifier: Any, unclipped: bool, limit: int | None, en
     return Subset(source, range(limit)) if limit is not None and limit < len(source) else source
 
 
-def spread(source: Any, count: int, batch_size: int) -> Any:
+def spread(source: Any, count: int, batch_size: int) -> Iterator[Batch]:
     """Batches of some images from all over a data set: the first ones are often of one class."""
     from foveate.evaluation.evaluate import batches, readable
 
@@ -280,7 +287,7 @@ class measuring:
         self.task = self.progress.add_task("", total=total, rate="")
         self.done = 0
 
-    def __enter__(self) -> Any:
+    def __enter__(self) -> Callable[[int], None]:
         self.progress.start()
         return self.tick
 
@@ -294,7 +301,7 @@ class measuring:
         self.progress.stop()
 
 
-def print_table(written: Any) -> None:
+def print_table(written: Written) -> None:
     """The table on the terminal, some columns beside each other, means above their intervals; bold: no other is better."""
     from foveate.registry import is_control, title_of
     from foveate.report import tables

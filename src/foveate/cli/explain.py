@@ -7,7 +7,7 @@ import sys
 from collections.abc import Iterator
 from itertools import groupby
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 from rich.console import Console
@@ -51,6 +51,7 @@ from foveate.errors import FoveateError, printable, required
 
 if TYPE_CHECKING:
     from foveate.models.classifier import Classifier
+    from foveate.targets import Head
 
 
 PAGE = "index.html"
@@ -156,7 +157,7 @@ def explain(
         from foveate.report.explained import ExplainedPage
         from foveate.report.sheets import Look, crops_sentence
 
-        check_precision(precision, "--precision")
+        precise = check_precision(precision, "--precision")
         for option, text in (*(("IMAGE", image) for image in images), ("--target", target), ("--against", against)):
             refuse_empty(option, text)
         kind, formats = parse_pictures(pictures)
@@ -175,8 +176,8 @@ def explain(
             fuse=fuse,
             targets=[class_index(one, classifier) for one in _targets(target)],
             against=class_index(against, classifier) if against is not None else None,
-            head=head,
-            precision=precision,
+            head=cast("Head | None", head),  # another is refused where the outputs are known
+            precision=precise,
             settings=own_settings(setting),
             only_errors=errors,
         )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -18,6 +18,9 @@ from foveate.cli.options import (
     sentences,
 )
 from foveate.errors import FoveateError
+
+if TYPE_CHECKING:
+    from foveate.records import Method
 
 WIDE = 130  # characters, below which references are left to --json
 
@@ -75,7 +78,7 @@ def _has(line: dict[str, Any], words: list[str]) -> bool:
     return all(word.lower() in text or word.lower().replace("_", "").replace("-", "") in plain for word in words)
 
 
-def _cell(value: Any) -> str:
+def _cell(value: object) -> str:
     if isinstance(value, dict):
         return ", ".join(f"{name}={_cell(default)}" for name, default in value.items())
     return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
@@ -120,7 +123,7 @@ WORDS = {
 }
 
 
-def passes(method: Any) -> str:
+def passes(method: Method) -> str:
     """How often a method runs the model for an image, forward + backward, in words where that depends."""
     settings = _settings(method)
     if method.name in MANY:
@@ -133,7 +136,7 @@ def passes(method: Any) -> str:
     return "1 + 1" if {"gradient", "image_gradient", "relu"} & set(method.needs) else "1"
 
 
-def _needs(method: Any) -> list[str]:
+def _needs(method: Method) -> list[str]:
     layer = [] if method.whole or method.control else ["a layer"]
     return list(dict.fromkeys([*layer, *(WORDS[need] for need in method.needs)]))
 

@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from foveate.data.crops import Crops
     from foveate.explanation.explain import Explanation
     from foveate.models.classifier import Classifier
+    from foveate.precision import Precision
+    from foveate.targets import Head, Target
 
 AT_ONCE = 16  # images, or crops of one, that share one run of the model, at most
 Scorer = Callable[[Iterable["Tensor"]], "Tensor"]
@@ -30,8 +32,8 @@ class Question:
     fuse: Any
     targets: list[str | int]
     against: str | int | None
-    head: Any
-    precision: Any
+    head: Head | None
+    precision: Precision
     settings: dict[str, dict[str, Any]]
     only_errors: bool
 
@@ -103,7 +105,7 @@ def ask(classifier: Classifier, read: Sequence[Picture], question: Question, ref
         return _ask_in_crops(classifier, picture, picture.crops, question, refused)
 
 
-def wrong(classifier: Classifier, read: Sequence[Picture], head: Any) -> list[Picture]:
+def wrong(classifier: Classifier, read: Sequence[Picture], head: Head | None) -> list[Picture]:
     """Those that the model gets wrong."""
     import torch
 
@@ -119,7 +121,7 @@ def wrong(classifier: Classifier, read: Sequence[Picture], head: Any) -> list[Pi
     return [picture for picture, index in zip(read, said, strict=True) if index != picture.label]
 
 
-def _logits(classifier: Classifier, x: Tensor, head: Any) -> tuple[Tensor, Any]:
+def _logits(classifier: Classifier, x: Tensor, head: Head | None) -> tuple[Tensor, Head]:
     import torch
 
     from foveate.runtime.model import read_logits
@@ -131,7 +133,7 @@ def _logits(classifier: Classifier, x: Tensor, head: Any) -> tuple[Tensor, Any]:
     return logits, head_of(logits, head)
 
 
-def _mean_logits(classifier: Classifier, picture: Picture, head: Any) -> tuple[Tensor, Any]:
+def _mean_logits(classifier: Classifier, picture: Picture, head: Head | None) -> tuple[Tensor, Head]:
     import torch
 
     from foveate.data.crops import mean_logits
@@ -219,7 +221,7 @@ def _ask_in_crops(classifier: Classifier, picture: Picture, crops: Crops, questi
     return Asked(answers, first.seen.logits if precise else score([picture.x[None]]), score, grid)
 
 
-def _resolved(question: Question, logits: Tensor, labels: Tensor | None, head: Any) -> list[tuple[str, Any, Any]]:
+def _resolved(question: Question, logits: Tensor, labels: Tensor | None, head: Head) -> list[tuple[str, Any, Any]]:
     """Each question to one image: its name, its class, and the class it is asked against."""
     from foveate.targets import resolve, strongest_other
 
@@ -231,7 +233,7 @@ def _resolved(question: Question, logits: Tensor, labels: Tensor | None, head: A
     return [*((name, y, None) for name, y in classes.items()), *contrasts]
 
 
-def _joined(found: Sequence[Explanation], crops: Crops, picture: Picture, aim: Any) -> Explanation:
+def _joined(found: Sequence[Explanation], crops: Crops, picture: Picture, aim: Target) -> Explanation:
     """The explanation of a photograph from those of its crops."""
     import torch
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -28,8 +28,11 @@ from foveate.cli.options import (
 )
 from foveate.errors import FoveateError, printable, required
 
+if TYPE_CHECKING:
+    from lightning.pytorch.callbacks import Callback
 
-def _epoch_bar(name: str) -> Any:
+
+def _epoch_bar(name: str) -> Callback:
     """A Lightning callback with one line per run: epochs done, time left, and the figures of the last epoch."""
     from lightning.pytorch.callbacks import Callback
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -171,7 +174,7 @@ def demo(
             if not as_json:
                 err.print(f"[dim]{text}[/]")
 
-        bars: Callable[[str], list[Any]] = lambda name: [] if as_json else [_epoch_bar(name)]  # noqa: E731
+        bars: Callable[[str], list[Callback]] = lambda name: [] if as_json else [_epoch_bar(name)]  # noqa: E731
         with Progress(
             TextColumn("  {task.description:<10}"),
             BarColumn(28),

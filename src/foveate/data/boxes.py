@@ -110,7 +110,8 @@ def intersection_over_union(box: Sequence[float], others: np.ndarray) -> np.ndar
     near, far = np.maximum(others[:, :2], box[:2]), np.minimum(others[:, 2:], box[2:])
     shared = np.clip(far - near, 0, None).prod(1)
     union = (box[2] - box[0]) * (box[3] - box[1]) + (others[:, 2:] - others[:, :2]).prod(1) - shared
-    return np.divide(shared, union, out=np.zeros(len(shared)), where=union > 0)
+    result: np.ndarray = np.divide(shared, union, out=np.zeros(len(shared)), where=union > 0)
+    return result
 
 
 def largest_component(binary: np.ndarray, diagonal: bool = False) -> tuple[float, float, float, float]:

@@ -253,7 +253,8 @@ def _noise(rng: Generator, side: int, across: float, down: float) -> Array:
         cells = (max(2, round(across * 2**octave)), max(2, round(down * 2**octave)))
         values = Image.fromarray(np.float32(rng.random((cells[1], cells[0]))), "F")
         total += np.asarray(values.resize((side, side), Image.Resampling.BICUBIC)) * 0.5**octave
-    return (total - total.min()) / (total.max() - total.min())
+    result: np.ndarray = (total - total.min()) / (total.max() - total.min())
+    return result
 
 
 def _water(rng: Generator, side: int) -> Image.Image:
@@ -316,7 +317,8 @@ def _weather(pixels: Array, rng: Generator) -> Array:
     pixels = grey + (pixels - grey) * rng.uniform(0.55, 1.1)
     pixels = (pixels - 128) * rng.uniform(0.8, 1.1) + 128
     warmth = rng.normal(0, 0.08)
-    return pixels * rng.normal(1.0, 0.1) * np.array([1 + warmth, 1.0, 1 - warmth])
+    result: np.ndarray = pixels * rng.normal(1.0, 0.1) * np.array([1 + warmth, 1.0, 1 - warmth])
+    return result
 
 
 def _blades(

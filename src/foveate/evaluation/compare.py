@@ -48,7 +48,7 @@ class Comparison:
         sentences = []
         for limit in limits:
             met = False
-            for (method, column), line in self.frame.iterrows():  # type: ignore[misc]
+            for (method, column), line in self.frame.iterrows():
                 if (
                     column != limit.column
                     or limit.method not in (None, method)

@@ -301,7 +301,8 @@ def _read(place: Any) -> Tensor:
     saliency = array.float().squeeze() if array.ndim > 2 else array.float()
     if saliency.ndim != 2 or 0 in saliency.shape:
         raise FoveateError(f"{path} has the shape {list(array.shape)}, and a map is [h,w]: sum over colours and classes first")
-    return saliency.contiguous()
+    result: Tensor = saliency.contiguous()
+    return result
 
 
 def _grey(path: Path) -> np.ndarray:

@@ -109,7 +109,10 @@ def findings(frame: pd.DataFrame, results: Results) -> list[str]:
     tied: dict[str, list[str]] = {}
     for verdict in verdicts(results, frame):
         column, control = verdict.column, title_of(verdict.control)
-        value = lambda name, column=column: number(found.points[name, column][0], column)  # noqa: E731
+
+        def value(name: str, column: str = column) -> str:
+            return number(found.points[name, column][0], column)
+
         if verdict.kind == "won":
             sentences.append(
                 f"{spelled(column, True)}: {control}, a control that ignores the model, is better ({value(verdict.control)}) "

@@ -105,7 +105,8 @@ def _unit(maps: np.ndarray) -> np.ndarray:
     """Maps ``[N,hw]`` with a mass of 1, or 0 where there is none."""
     maps = maps.astype(np.float64)
     total = maps.sum(1, keepdims=True)
-    return np.divide(maps, total, out=np.zeros_like(maps), where=total > 0)
+    returned: np.ndarray = np.divide(maps, total, out=np.zeros_like(maps), where=total > 0)
+    return returned
 
 
 class _Seen:

@@ -117,7 +117,7 @@ def judged(results: Results, samples: int = 2000, seed: int = 0) -> Judged:
             beside.setdefault(column, []).append(method)
     paired = {c: (names, Paired(np.stack([values[n, c] for n in names], 1), seed)) for c, names in beside.items()}
     results.judged = Judged(points, paired, samples, seed)
-    return results.judged
+    return results.judged  # type: ignore[no-any-return]
 
 
 def table(results: Results, baseline: str | None = None, *, samples: int = 2000, seed: int = 0) -> pd.DataFrame:

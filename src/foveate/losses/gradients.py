@@ -21,7 +21,8 @@ SMALLEST = 1e-12  # of a norm: below it a gradient has no direction
 
 
 def _cosine(a: Tensor, b: Tensor) -> Tensor:
-    return 1 - (a * b).sum(1) / (a.norm(dim=1) * b.norm(dim=1)).clamp(min=SMALLEST**2)
+    result: Tensor = 1 - (a * b).sum(1) / (a.norm(dim=1) * b.norm(dim=1)).clamp(min=SMALLEST**2)
+    return result
 
 
 def _histogram(a: Tensor, b: Tensor) -> Tensor:

@@ -32,7 +32,7 @@ def weighted(weights: Weighting) -> MapFunction:
         return (weights(activations, capture.grad(layer, target)) * activations).sum(1)  # [B,h,w]
 
     saliency.weights = weights  # type: ignore[attr-defined]
-    del saliency.__wrapped__  # type: ignore[attr-defined]  # its signature is the method's, not the weights'
+    del saliency.__wrapped__  # its signature is the method's, not the weights'
     return saliency
 
 

@@ -49,4 +49,5 @@ def first_component(features: Tensor, centred: bool = False) -> Tensor:
         projected = torch.einsum("bnk,bk->bn", matrix, vectors[..., -1])
     sign = torch.sign((projected * matrix.mean(2)).sum(1, keepdim=True))
     projected = projected * torch.where(sign == 0, torch.ones_like(sign), sign)
-    return projected.view(count, height, width).to(features.dtype)
+    result: Tensor = projected.view(count, height, width).to(features.dtype)
+    return result

@@ -280,7 +280,7 @@ class SmoothMask:
 
     def __call__(self, p: Tensor) -> Tensor:
         """Masks ``[N,H,W]`` in [0, 1] from parameters ``[N,h,w]`` in [0, 1]."""
-        whole = torch.cat([_SmoothMax.apply(part, self) for part in p.split(MASKS)])  # [N,h,w,s,s]
+        whole = torch.cat([_SmoothMax.apply(part, self) for part in p.split(MASKS)])  # type: ignore[no-untyped-call]
         whole = whole.transpose(2, 3).flatten(3).flatten(1, 2)
         return whole[:, : self.size[0], : self.size[1]].clamp(0, 1)
 
@@ -333,7 +333,8 @@ class _SmoothMax(torch.autograd.Function):
         result = above.div_(below)  # of 20 v
         ctx.smooth = smooth
         ctx.save_for_backward(p, result, below)
-        return result / 20
+        returned: Tensor = result / 20
+        return returned
 
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> tuple[Tensor, None]:

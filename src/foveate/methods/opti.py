@@ -234,7 +234,7 @@ def _combine(u: Tensor, activations: Tensor) -> Tensor:
 def _mask(saliency: Tensor, normaliser: Normaliser, size: tuple[int, int]) -> Tensor:
     grown = maps.upsample(saliency, size)
     if normaliser in ("range", "max"):
-        return maps.scale(grown, normaliser)  # type: ignore[arg-type]
+        return maps.scale(grown, normaliser)
     return grown.sigmoid() if normaliser == "sigmoid" else (2 * grown).sigmoid()
 
 

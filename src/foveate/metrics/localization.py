@@ -281,4 +281,5 @@ def _saliency_metric(capture: Capture, boxes: list[tuple[float, float, float, fl
             cut.append(torch.zeros_like(image)[None])
     log_p = log_probability(capture.score(torch.cat(cut)), y.to(capture.logits.device), capture.head).cpu().numpy()
     areas = [(x1 - x0) * (y1 - y0) / (height * width) for x0, y0, x1, y1 in boxes]
-    return np.array([math.log(max(area, LEAST_AREA)) for area in areas]) - log_p
+    result: np.ndarray = np.array([math.log(max(area, LEAST_AREA)) for area in areas]) - log_p
+    return result

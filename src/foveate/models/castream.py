@@ -26,7 +26,8 @@ class Attention(nn.Module):
             F_, q = features.float(), query.float()
             if features.dtype == torch.float64:
                 F_, q = features, query.double()
-            return torch.einsum("bdhw,bd->bhw", F_, q)[:, None] * features.shape[1] ** -0.5
+            result: Tensor = torch.einsum("bdhw,bd->bhw", F_, q)[:, None] * features.shape[1] ** -0.5
+            return result
 
 
 class Stage(nn.Module):

@@ -66,13 +66,14 @@ def _right(classifier: Classifier, batch: Batch, way: Statistics, head: Head | N
         kind = head_of(logits, head)
         y = batch.y[:IMAGES].to(logits.device)
         known = (y >= 0) & (y < num_classes(logits, kind))
-        return ((predicted(logits, kind) == y) & known).tolist()  # type: ignore[no-any-return]
+        return ((predicted(logits, kind) == y) & known).tolist()
 
 
 def _sign_test(more: int, less: int) -> float:
     """The chance of ``more`` heads or more in ``more + less`` throws."""
     count = more + less
-    return sum(comb(count, k) for k in range(more, count + 1)) / 2**count
+    result: float = sum(comb(count, k) for k in range(more, count + 1)) / 2**count
+    return result
 
 
 def about_input(classifier: Classifier) -> list[str]:

@@ -43,7 +43,8 @@ class SmallCNN(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         features = self.features(self.stages(F.relu(self.stem(x))))  # [B,32,H/8,W/8]
-        return self.classifier(features.mean((2, 3)))
+        result: Tensor = self.classifier(features.mean((2, 3)))
+        return result
 
 
 def small_cnn(num_classes: int = 2, kernel: int = 3) -> SmallCNN:

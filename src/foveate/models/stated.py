@@ -78,7 +78,7 @@ def _channels(model: nn.Module, config: Mapping[str, Any], mean: Sequence[float]
     """How many channels a model takes: as it says, or as it runs."""
     first = config.get("first_conv")  # timm's models keep three means also where in_chans is another number
     if isinstance(first, str) and hasattr(conv := dict(model.named_modules()).get(first), "in_channels"):
-        return int(conv.in_channels)  # type: ignore[union-attr, arg-type]
+        return int(conv.in_channels)  # type: ignore[union-attr]
     stated = config.get("input_size")
     if not isinstance(stated, int) and stated is not None and len(stated) == 3:
         return int(stated[0])

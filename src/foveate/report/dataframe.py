@@ -19,7 +19,7 @@ class Table(pd.DataFrame):  # type: ignore[misc]
 
     @property
     def _constructor(self) -> type[pd.DataFrame]:
-        return pd.DataFrame
+        return pd.DataFrame  # type: ignore[no-any-return]
 
     def _repr_html_(self) -> str | None:
         """Each method with its mean and interval in each column, what leads in bold, and the findings below."""

@@ -28,6 +28,7 @@ from foveate.training.saved import is_trained, name_of
 
 if TYPE_CHECKING:
     import pandas as pd
+    from lightning.pytorch.callbacks import Callback
 
 METHOD = "contrastive_cam"
 METHOD_NAMES = (METHOD, "grad_cam", "layer_cam", "fake_cam", "random", "centre")
@@ -58,7 +59,7 @@ def demo(
     out: str | Path,
     seed: int = 0,
     say: Callable[[str], None] = lambda text: None,
-    callbacks: Callable[[str], list[Any]] = lambda name: [],
+    callbacks: Callable[[str], list[Callback]] = lambda name: [],
     tick: Callable[[], object] = lambda: None,
 ) -> dict[str, Any]:
     """Train with and without the CAM loss, explain both, measure both, and write ``report.html``.
@@ -95,7 +96,7 @@ def _demo(
     seed: int,
     recipes: Mapping[str, Recipe],
     say: Callable[[str], None],
-    callbacks: Callable[[str], list[Any]],
+    callbacks: Callable[[str], list[Callback]],
     tick: Callable[[], object],
 ) -> dict[str, Any]:
     say("drawing the scenes")

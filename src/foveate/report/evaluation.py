@@ -34,6 +34,8 @@ from foveate.report.pictures import Thumb, digits, grey
 if TYPE_CHECKING:
     import pandas as pd
 
+    from foveate.models.classifier import Classifier
+
 GALLERY = 200  # images at most, so that the page stays a file one can send
 CELLS = 4000  # maps at most
 THUMB = 200  # pixels
@@ -78,7 +80,7 @@ class Written:
     def document(self, folder: Path) -> dict[str, Any]:
         """For ``--json``."""
         document: dict[str, Any] = {"table": {}, "costs": {}, "model": {}, "differences": {}}
-        for (method, column), line in self.frame.iterrows():  # type: ignore[misc]
+        for (method, column), line in self.frame.iterrows():
             record = metric_of(column)
             cell = {key: plain(line[key]) for key in ("mean", "low", "high")} | {"n": int(line["n"])}
             cell |= {"rank": [int(line["rank"]), int(line["rank_last"])]} if line["rank"] else {}
@@ -118,7 +120,7 @@ def write(
     results: Results,
     plan: Plan,
     source: Any,
-    classifier: Any,
+    classifier: Classifier,
     baseline: str | None,
     arguments: Mapping[str, Any],
 ) -> Written:
@@ -169,7 +171,7 @@ def _content(
     results: Results,
     written: Written,
     source: Any,
-    classifier: Any,
+    classifier: Classifier,
     whole: Prevalence | None,
     small: SmallMaps,
     arguments: Mapping[str, Any],
@@ -305,7 +307,7 @@ def _curves(results: Results, names: Sequence[str]) -> dict[str, dict[str, Any]]
 def _image(
     results: Results,
     index: int,
-    classifier: Any,
+    classifier: Classifier,
     source: Any,
     places: Mapping[str, int],
     names: Sequence[str],
@@ -357,13 +359,13 @@ def _places(source: Any) -> dict[str, int]:
     return {name(i): i for i in range(len(source))} if callable(name) else {}
 
 
-def _class_name(classifier: Any, index: int) -> str:
+def _class_name(classifier: Classifier, index: int) -> str:
     names = getattr(classifier, "class_names", None)
     return names[index].split(",")[0] if names and index < len(names) else f"class {index}"
 
 
 def _prevalence(
-    whole: Prevalence, results: Results, classifier: Any, source: Any, places: Mapping[str, int], small: SmallMaps
+    whole: Prevalence, results: Results, classifier: Classifier, source: Any, places: Mapping[str, int], small: SmallMaps
 ) -> dict[str, Any]:
     classes = whole.table.drop(index=EVERY)
     classes = classes[classes["n"] > 1].sort_values("n", ascending=False).head(CLASSES)

@@ -219,7 +219,7 @@ def figure(explanation: Explanation, rows: Sequence[int]) -> Sheet:
         scale = ScalarMappable(Normalize(0, 1), colours(HEAT))
         bar = made.colorbar(scale, ax=axes[:lines], shrink=0.9, aspect=25, pad=0.01)
         bar.ax.tick_params(labelsize=7, colors=pictures.MUTED, length=2)
-        bar.outline.set_visible(False)  # type: ignore[operator]
+        bar.outline.set_visible(False)
     where = f", at layer {explanation.layer}" if explanation.layer else ""
     made.suptitle(
         textwrap.shorten(heading({"": explanation}) + where, 110, placeholder=" …"),

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
 import foveate
@@ -26,7 +27,7 @@ from foveate.registry import METHODS
 from foveate.report.explanation import overlaid
 
 if TYPE_CHECKING:
-    from foveate.targets import Head
+    from foveate.targets import Head, Target
 
 KIND = "foveate explanation"
 MANIFEST, MAPS = "manifest.json", "maps.npz"
@@ -115,7 +116,7 @@ def _image(explanation: Explanation, index: int, stem: str, folder: Path, writte
     }
 
 
-def _on_seen(explanation: Explanation, name: str, index: int) -> Any:
+def _on_seen(explanation: Explanation, name: str, index: int) -> Image.Image:
     return to_image(overlay(explanation.seen.x[index].cpu(), explanation.maps[name][index].cpu()))
 
 
@@ -202,7 +203,7 @@ def _explanation(folder: Path, said: Mapping[str, Any], known: Mapping[str, Tens
     classes = None if said["class_names"] is None else tuple(said["class_names"])
     about = (tuple(image["name"] for image in images), tuple(places), preprocess, said["model"], classes, settings)
 
-    def target(name: str, score: str) -> Any:
+    def target(name: str, score: str) -> Target:
         own = {"name": score, "y": known[f"target/{name}/y"], "other": known.get(f"target/{name}/other")}
         return bound(own, head)
 

@@ -26,6 +26,7 @@ from foveate.report.pictures import (
 )
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 FORMATS = ("png", "pdf", "svg")
@@ -240,7 +241,7 @@ def _drawn(figure: Figure) -> Image.Image:
     return Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")
 
 
-def _bar(figure: Figure, axes: Any, shade: Shade, look: Look, size: float, upright: bool = False) -> None:
+def _bar(figure: Figure, axes: Axes, shade: Shade, look: Look, size: float, upright: bool = False) -> None:
     """A colour bar with the map's own values at its ends."""
     required("a figure", "matplotlib")
     from matplotlib.cm import ScalarMappable
@@ -251,7 +252,7 @@ def _bar(figure: Figure, axes: Any, shade: Shade, look: Look, size: float, uprig
     ends = [f"{shade.low:.2g}", f"{shade.high:.2g}{'+' if shade.speckled else ''}"] if known else ["least", "most"]
     bar.set_ticks([0, 1], labels=ends)
     bar.ax.tick_params(labelsize=size, colors=MUTED, length=2)
-    bar.outline.set_visible(False)  # type: ignore[operator]
+    bar.outline.set_visible(False)
 
 
 def _save(figure: Figure, path: Path, look: Look) -> None:
@@ -313,7 +314,7 @@ def side_by_side(
         figure.text(gap / wide, (below - 0.33 - 0.17 * k) / tall, shown, fontsize=8, color=MUTED, **style)
     lefts = [gap + k * (side + gap) + (bar_width + ticks) * max(0, k - 1) for k in range(4)]
     upright = (below / tall, 1 - (below + above) / tall)
-    axes: list[Any] = [figure.add_axes((left / wide, upright[0], side / wide, upright[1])) for left in lefts]
+    axes: list[Axes] = [figure.add_axes((left / wide, upright[0], side / wide, upright[1])) for left in lefts]
     besides = [figure.add_axes(((lefts[k] + side + 0.06) / wide, upright[0], bar_width / wide, upright[1])) for k in (1, 2)]
     raw = raw.detach().float().cpu()
     most = (float(raw.abs().max()) if limit is None else limit) or 1.0

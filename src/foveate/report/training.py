@@ -92,7 +92,7 @@ def objective(recipe: dict[str, Any]) -> str:
     return " + ".join(parts) + "".join(f"; {change}" for change in changes)
 
 
-def _data(data: Any) -> str:
+def _data(data: str | Mapping[str, Any]) -> str:
     if isinstance(data, str):
         return data
     fold = f", fold {data['fold'] + 1} of {data['folds']}" if data.get("folds") else ""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -20,6 +20,9 @@ from foveate.training.compare import Trainings, better
 from foveate.training.film import Film
 from foveate.training.saved import Trained
 
+if TYPE_CHECKING:
+    import pandas as pd
+
 Cell = tuple[str, str, int]
 
 
@@ -28,7 +31,7 @@ def number(value: float, column: str) -> str:
     return f"{value:.1f}" if column.split()[-1] in ("AD", "AG", "AI") else f"{value:.3f}"
 
 
-def cell(line: Any, column: str) -> Cell:
+def cell(line: pd.Series, column: str) -> Cell:
     """Mean with its interval, the difference to the first recipe, and 1 better, -1 worse, 0 neither."""
     text = number(line["mean"], column)
     if np.isfinite(line["low"]):

@@ -92,7 +92,7 @@ class _Guided(TorchFunctionMode):
 
     def _apply(self, x: Tensor, high: float, inplace: bool) -> Tensor:
         self.relus += 1
-        return _GuidedReLU.apply(x, high, inplace, self)
+        return _GuidedReLU.apply(x, high, inplace, self)  # type: ignore[no-any-return, no-untyped-call]
 
 
 def _numbers(given: dict[str, Any]) -> tuple[Any, Any, Any, int] | None:

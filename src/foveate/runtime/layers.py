@@ -124,7 +124,7 @@ def name_of(model: nn.Module, module: nn.Module) -> str:
     inner, _ = core(model)
     for name, candidate in inner.named_modules():
         if candidate is module:
-            return name
+            return name  # type: ignore[no-any-return]
     raise LayerError(f"the layer given, a {type(module).__name__}, is not a module of this model: name it by its path")
 
 
@@ -170,7 +170,8 @@ def _proportional(height: int, width: int, image: tuple[int, int]) -> bool:
     if not (1 <= height <= image[0] and 1 <= width <= image[1]):
         return False
     stride = (image[0] * image[1] / (height * width)) ** 0.5
-    return abs(height - image[0] / stride) < 1.01 and abs(width - image[1] / stride) < 1.01
+    result: bool = abs(height - image[0] / stride) < 1.01 and abs(width - image[1] / stride) < 1.01
+    return result
 
 
 def _channels_last(module: nn.Module) -> bool:

@@ -41,7 +41,7 @@ def batch_norm(
     cotangent v of ``dx``, with ``s = sum v R(g) / count``, ``p = mean(v x^)``, ``q = mean(g x^)`` over a channel:
     ``d/dg = w R(v)``, ``d/dx = -w r (x^ s + q R(v) + p R(g))``, ``d/dw = count s``.
     """
-    return _BatchNorm.apply(x, weight, bias, running_mean, running_var, momentum, eps, phase)  # type: ignore[no-any-return]
+    return _BatchNorm.apply(x, weight, bias, running_mean, running_var, momentum, eps, phase)  # type: ignore[no-any-return, no-untyped-call]
 
 
 class _BatchNorm(torch.autograd.Function):
@@ -66,7 +66,7 @@ class _BatchNorm(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Any) -> Any:
         x, weight, mean, rstd = ctx.saved_tensors
         wanted = (True, False, False) if ctx.phase.inner else ctx.needs_input_grad[:3]
-        dx, dw, db = _BatchNormBackward.apply(gradients[0], x, weight, mean, rstd, ctx.eps, wanted)
+        dx, dw, db = _BatchNormBackward.apply(gradients[0], x, weight, mean, rstd, ctx.eps, wanted)  # type: ignore[no-untyped-call]
         return dx, dw, db, None, None, None, None, None
 
 
@@ -143,7 +143,7 @@ def convolution(
     """Convolution of images, ``[B,C,H,W]``. For a cotangent v of its input gradient: ``d/dg = conv(v, W)``, and ``d/dW`` is
     the weight gradient of the same convolution with v as its input."""
     how = (list(stride), list(padding), list(dilation), False, [0, 0], groups)
-    return _Convolution.apply(x, weight, bias, how, phase)  # type: ignore[no-any-return]
+    return _Convolution.apply(x, weight, bias, how, phase)  # type: ignore[no-any-return, no-untyped-call]
 
 
 class _Convolution(torch.autograd.Function):
@@ -158,7 +158,7 @@ class _Convolution(torch.autograd.Function):
         x, weight = ctx.saved_tensors
         outer = not ctx.phase.inner
         wanted = (ctx.needs_input_grad[0], outer and ctx.needs_input_grad[1], outer and ctx.bias and ctx.needs_input_grad[2])
-        return *_ConvolutionBackward.apply(gradients[0], x, weight, ctx.how, wanted), None, None
+        return *_ConvolutionBackward.apply(gradients[0], x, weight, ctx.how, wanted), None, None  # type: ignore[no-untyped-call]
 
 
 class _ConvolutionBackward(torch.autograd.Function):
