@@ -35,6 +35,11 @@ class Net(nn.Module):
 def net():
     torch.manual_seed(0)
     return Net().eval()
+
+def silent():
+    model = net()
+    torch.nn.init.zeros_(model.head.weight)
+    return model
 """
 
 
@@ -182,6 +187,14 @@ class TestCommand:
         found = explained(place, "--errors", images=("a.png", "long.png"))
         expected = [name for name, label, index in zip(("a.png", "long.png"), (0, 1), said, strict=True) if label != index]
         assert [Path(item["file"]).name for item in found["images"]] == expected
+
+    def test_crops_in_which_nothing_speaks_are_counted(self, place: Path) -> None:
+        given = [str(place / "a.png"), "--model", f"{place / 'nets.py'}:silent", "--crop", "ten", "--out", str(place / "out")]
+        result = CliRunner().invoke(app, ["explain", *given, "--method", "hires_cam,centre", "--json", "--pictures", "none"])
+        item = json.loads(result.stdout)["images"][0]
+        count = item["crops"]
+        assert item["maps"]["hires_cam"]["remark"] == f"nothing speaks for the class in {count} of {count} crops"
+        assert item["maps"]["hires_cam"]["degenerate"] and item["maps"]["centre"]["remark"] is None
 
     def test_methods_that_cannot_are_named_once(self, place: Path) -> None:
         given = [str(place / "a.png"), "--model", f"{place / 'nets.py'}:net", "--crop", "ten", "--out", str(place / "out")]

@@ -141,7 +141,7 @@ class Explained:
 
     def again(self, capture: Any, target: Any = None) -> torch.Tensor:
         """The same method on another capture, or for another target: ``[B,h,w]``, without a graph."""
-        return self.method(capture, None, self.target if target is None else target, **self.settings).detach()  # type: ignore[no-any-return]
+        return self.method(capture, None, self.target if target is None else target, **self.settings).detach()
 
 
 @dataclass(frozen=True)

@@ -259,6 +259,8 @@ def _joined(found: Sequence[Explanation], crops: Crops, picture: Picture, aim: T
         same = [key for key in facts[0] if all(key in own for own in facts)]
         joined.facts[name] = {key: torch.cat([own[key] for own in facts]).float().mean()[None] for key in same}
         remarks = list(dict.fromkeys(remark for answer in found for remark in answer.remarks[name]))
+        if flat := sum(int(answer.degenerate[name].sum()) for answer in found):
+            remarks.append(f"nothing speaks for the class in {flat} of {len(crops)} crops")
         joined.remarks[name] = ["; ".join(remarks)] if remarks else []
     for answer in found:
         joined.left_out.update(answer.left_out)

@@ -124,7 +124,7 @@ def trained_map(capture: Capture, batch: Batch, method: str) -> Tensor:
         raise FoveateError(f"method {method!r} cannot be trained through: use 'hires_cam', 'grad_cam' or 'cam'")
     if batch.y is None:
         raise FoveateError("this loss needs labels, and the batch has none")
-    return record(capture, None, capture.target(batch.y))  # type: ignore[no-any-return]
+    return record(capture, None, capture.target(batch.y))
 
 
 @loss("cam_loss", title="CAM loss", paper="Setpal, Interpretability tools as feedback loops, 2023", share=True)
