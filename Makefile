@@ -1,16 +1,17 @@
 # make demo: the main job. make test: lint, types, quick tests. make docs: the site. make pages: every page, and screenshots. make bench: beside the peers, DATA=folder for real weights.
-# make dist: wheel and sdist, checked and tried in an empty environment.
+# make dist: wheel and sdist, checked and tried in an empty environment. make test-oldest: the quick tests with the oldest versions that pyproject.toml allows.
 # Each sets up its own virtual environment.
 PYTHON ?= python3
 VENV := .venv
 BENCH := .venv-bench
 DIST := .venv-dist
+OLDEST := .venv-oldest
 BIN := $(VENV)/bin
 # Tests at once, each with one thread and about 1.3 GB.
 WORKERS ?= 2
 TORCH := $(shell sed -n 's/^torch==//p' constraints.txt)
 
-.PHONY: demo docs pages test test-all bench dist lint format clean
+.PHONY: demo docs pages test test-all test-oldest bench dist lint format clean
 
 # Torch comes first and alone: resolved together with the rest, pip may choose a newer build with gigabytes of CUDA.
 $(VENV)/done: pyproject.toml constraints.txt
@@ -50,6 +51,18 @@ test: lint
 test-all: lint
 	$(BIN)/python -m pytest -m ""
 
+# PyTorch stays: the oldest builds that pip finds bring gigabytes of CUDA.
+$(OLDEST)/done: pyproject.toml constraints.txt tests/oldest.py
+	$(PYTHON) -m venv $(OLDEST)
+	grep -E "^(torch|torchvision)==" constraints.txt > $(OLDEST)/constraints.txt
+	$(OLDEST)/bin/python tests/oldest.py >> $(OLDEST)/constraints.txt
+	$(OLDEST)/bin/python -m pip install --quiet --disable-pip-version-check "torch==$(TORCH)" -c $(OLDEST)/constraints.txt
+	$(OLDEST)/bin/python -m pip install --quiet --disable-pip-version-check -c $(OLDEST)/constraints.txt -e ".[dev]"
+	touch $@
+
+test-oldest: $(OLDEST)/done
+	$(OLDEST)/bin/python -m pytest -n $(WORKERS)
+
 $(BENCH)/done: pyproject.toml constraints.txt benchmarks/requirements.txt
 	$(PYTHON) -m venv $(BENCH)
 	$(BENCH)/bin/python -m pip install --quiet --disable-pip-version-check "torch==$(TORCH)" -c constraints.txt
@@ -78,4 +91,4 @@ format: $(VENV)/dev
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) $(BENCH) $(DIST) dist demo pages site build *.egg-info src/*.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) $(BENCH) $(DIST) $(OLDEST) dist demo pages site build *.egg-info src/*.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
