@@ -270,9 +270,11 @@ def _moved(classifier: Classifier, device: str) -> Classifier:
         return classifier.to(place)
     except (RuntimeError, AssertionError, ValueError, TypeError, OverflowError, ImportError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
-        known = re.fullmatch(r"(cpu|cuda|mps|xpu|meta)(:\d+)?", device)
-        why = f"cannot be used here ({reason})" if known else "is no device"
-        raise FoveateError(f"--device {device!r} {why}: use auto, cpu, or a GPU: cuda, cuda:1, mps") from None
+        known = re.fullmatch(r"(cpu|cuda|mps|xpu|meta)(:-?\d+)?", device)  # of others PyTorch lists all there are
+        why = f" ({reason})" if known else ""
+        raise FoveateError(
+            f"--device {device!r} cannot be used here{why}: use auto, cpu, or a GPU: cuda, cuda:1, mps"
+        ) from None
 
 
 _said: set[str] = set()  # notes of this call
