@@ -189,7 +189,7 @@ def explain(
             studio.page = ExplainedPage()
         named = Pictures.named(images, classifier, question.needs_labels, encoding, crop)
         document: list[dict[str, Any]] = []
-        earlier = pictures_in(folder)
+        earlier = {} if kind == "none" else pictures_in(folder)
         missing = Unanswered()
         stopped: BaseException | None = None
         quiet = as_json or len(named) == 1 or sys.stdout.isatty()  # there, images that are done show how far it is
@@ -229,7 +229,7 @@ def explain(
                 f"pictures in [bold]{escape(printable(folder))}[/]; the page: [bold]{escape(printable(folder / PAGE))}[/]"
             )
         print_notes(classifier)
-        if kind != "none" and (stay := sum(when == earlier.get(path) for path, when in pictures_in(folder).items())):
+        if stay := sum(path.exists() and path.stat().st_mtime_ns == when for path, when in earlier.items()):
             print_note(
                 f"{stay} picture(s) of an earlier call stay in {printable(folder)}; the page has those of this call alone"
             )
