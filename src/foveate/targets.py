@@ -259,6 +259,15 @@ def strongest_other(logits: Tensor, y: Tensor, head: Head) -> Tensor:
     return logits.detach().scatter(1, y[:, None], float("-inf")).argmax(1)
 
 
+def told_apart(y: Tensor, other: Tensor, logits: Tensor, head: Head) -> Tensor:
+    """The class that ``y`` is asked against, ``[B]``: ``other``, and the strongest other class where both are one.
+
+    Raises:
+        FoveateError: there is no other class.
+    """
+    return torch.where(other == y, strongest_other(logits, y, head), other)
+
+
 def resolve(
     target: object,
     logits: Tensor,

@@ -78,7 +78,7 @@ class Asked:
 
     Attributes:
         answers: by question; their images are those that maps are laid over.
-        logits: of the images, run as masked images are: two precisions differ by more than a map may change ``[B,C]``.
+        logits: ``[B,C]`` of the images, run as masked images are: two precisions differ by more than a map may change.
         score: logits of masked images.
         grid: of the layer, in words.
     """
@@ -143,17 +143,6 @@ def _mean_logits(classifier: Classifier, picture: Picture, head: Head | None) ->
     return mean_logits(torch.cat([logits for logits, _ in found]), found[0][1]), found[0][1]
 
 
-def _options(question: Question, refused: dict[str, str]) -> dict[str, Any]:
-    return {
-        "layer": question.layer,
-        "fuse": question.fuse,
-        "head": question.head,
-        "precision": question.precision,
-        "settings": question.settings,
-        "refused": refused,
-    }
-
-
 def _ask_whole(classifier: Classifier, read: Sequence[Picture], question: Question, refused: dict[str, str]) -> Asked:
     import torch
 
@@ -161,7 +150,15 @@ def _ask_whole(classifier: Classifier, read: Sequence[Picture], question: Questi
 
     x = torch.stack([picture.x for picture in read])
     labels = torch.tensor([picture.label for picture in read]) if question.needs_labels else None
-    options = {**_options(question, refused), "labels": labels}
+    options: dict[str, Any] = {
+        "layer": question.layer,
+        "fuse": question.fuse,
+        "labels": labels,
+        "head": question.head,
+        "precision": question.precision,
+        "settings": question.settings,
+        "refused": refused,
+    }
     if len(question.targets) > 1:
         answers: dict[str, Explanation] = explain_each(classifier, x, question.methods, targets=question.targets, **options)
     else:
@@ -223,13 +220,13 @@ def _ask_in_crops(classifier: Classifier, picture: Picture, crops: Crops, questi
 
 def _resolved(question: Question, logits: Tensor, labels: Tensor | None, head: Head) -> list[tuple[str, Any, Any]]:
     """Each question to one image: its name, its class, and the class it is asked against."""
-    from foveate.targets import resolve, strongest_other
+    from foveate.targets import resolve, told_apart
 
     if len(question.targets) == 1:
         return [("", question.targets[0], question.against)]
     classes = {str(target): resolve(target, logits, labels=labels, head=head).y for target in question.targets}
     (first, own), *others = classes.items()
-    contrasts = [(f"{first}-{name}", own, strongest_other(logits, own, head) if bool(y == own) else y) for name, y in others]
+    contrasts = [(f"{first}-{name}", own, told_apart(own, y, logits, head)) for name, y in others]
     return [*((name, y, None) for name, y in classes.items()), *contrasts]
 
 

@@ -22,7 +22,7 @@ from foveate.precision import Precision
 from foveate.registry import METHODS, Method, check_settings, ungrouped
 from foveate.runtime.capture import Capture
 from foveate.runtime.model import one_output
-from foveate.targets import Head, Labels, Target, note_single, strongest_other
+from foveate.targets import Head, Labels, Target, note_single, told_apart
 
 Model = nn.Module | Callable[[Tensor], Any]
 Methods = str | Method | Sequence[str | Method]
@@ -143,8 +143,7 @@ def explain_each(
     answered = {name for answer in answers.values() for name in answer.maps}  # these may pass over contrasts
     first = answers[names[0]].target.y
     for name in names[1:] if contrasts else ():
-        other = answers[name].target.y
-        other = torch.where(other == first, strongest_other(capture.logits, first, capture.head), other)
+        other = told_apart(first, answers[name].target.y, capture.logits, capture.head)
         key = f"{names[0]}-{name}"
         answers[key] = asked.answer(capture.target(first, against=other), key, optional=answered, refused=refused)
     return answers
